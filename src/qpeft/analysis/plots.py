@@ -1,0 +1,109 @@
+"""Figures as SVG text for an HTML page.
+
+They carry no text of the user's (names of runs stand in the page) and take the page's text colour for lines and
+labels, so that they are readable on light and dark. The colours are Okabe and Ito's, apart for colour-blind eyes too.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+GAIN, LOSS = "#0072B2", "#D55E00"
+SERIES = (
+    ("#0072B2", "o", "●"),
+    ("#D55E00", "s", "■"),
+    ("#009E73", "^", "▲"),
+    ("#CC79A7", "D", "◆"),
+    ("#E69F00", "v", "▼"),
+    ("#56B4E9", "P", "✚"),
+)
+"""Colour, matplotlib's marker and the same marker as a character, for the n-th run; repeated after the last."""
+
+_INK = "#010203"  # stands for the page's text colour until the SVG is written
+_STYLE: dict[Any, Any] = {
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10.0,
+    "axes.unicode_minus": True,
+    "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"],
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "qpeft",
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+
+
+def difference_bars(differences: Sequence[float], measure: str, name: str) -> str:
+    """Draw the differences of all queries, largest gain first: one bar per query, gains and losses in two colours.
+
+    Args:
+        differences: value of the run − value of the baseline, per query.
+        measure: notation, for the axis.
+        name: prefix of the SVG's ids, unique on the page.
+    """
+    ordered = np.sort(np.asarray(differences, dtype=np.float64))[::-1]
+    # neighbours of one height are drawn as one bar: most queries of a large collection do not differ
+    edges = np.unique([0, *(np.flatnonzero(np.diff(ordered)) + 1), ordered.size])
+    heights = ordered[edges[:-1]]
+    reach = float(np.abs(ordered).max(initial=0.0)) or 1.0
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8.6, 2.3), layout="constrained")
+        axes = figure.add_subplot()
+        axes.stairs(np.clip(heights, 0, None), edges, fill=True, color=GAIN)
+        axes.stairs(np.clip(heights, None, 0), edges, fill=True, color=LOSS)
+        axes.axhline(0, color=_INK, linewidth=0.8)
+        axes.set(xlim=(0, max(ordered.size, 1)), ylim=(-1.05 * reach, 1.05 * reach))
+        axes.set(xlabel="queries, by difference", ylabel=f"difference in {measure}")
+        axes.locator_params(axis="x", integer=True)
+        _grid(axes)
+        return _svg(figure, name)
+
+
+def cutoff_curves(panels: Mapping[str, Mapping[str, Sequence[float | None]]], cutoffs: Sequence[int], name: str) -> str:
+    """Draw measures over the cutoff k, a panel per measure, a line per run.
+
+    Args:
+        panels: measure → run → mean at each cutoff; None leaves a gap. Runs take the marks of `SERIES` in order.
+        cutoffs: the values of k.
+        name: prefix of the SVG's ids, unique on the page.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8.6, 3.1), layout="constrained")
+        for position, (measure, of_runs) in enumerate(panels.items(), start=1):
+            axes = figure.add_subplot(1, len(panels), position)
+            for index, means in enumerate(of_runs.values()):
+                colour, marker, _ = SERIES[index % len(SERIES)]
+                values = [np.nan if mean is None else mean for mean in means]
+                axes.plot(cutoffs, values, color=colour, marker=marker, markersize=4.5, linewidth=1.4)
+            axes.set(title=f"{measure}@k", xlabel="k", xticks=list(cutoffs))
+            _grid(axes)
+        return _svg(figure, name)
+
+
+def _grid(axes: Axes) -> None:
+    axes.grid(axis="y", color=_INK, alpha=0.15, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _svg(figure: Figure, name: str) -> str:
+    out = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    FigureCanvasSVG(figure)
+    figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+    text = out.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)

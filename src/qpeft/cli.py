@@ -1,0 +1,188 @@
+"""The command line: a verb, and options that are the fields of that verb's dataclasses.
+
+Every field becomes a flag (`--limit-queries`), a key of the YAML file behind `--config` (`limit_queries`), and a line of
+`--help`, whose text is the field's docstring. A field that is a list may be given several times.
+
+Exit codes: 0 done, 2 bad input or usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+
+from qpeft.errors import OptionError, QpeftError, nearest
+
+COMMANDS = {
+    "retrieve": "find candidates with a first stage",
+    "rerank": "order the candidates of a run with a language model",
+    "fuse": "merge several runs by reciprocal rank",
+    "interpolate": "mix a reranked run with its first stage, the weight chosen on dev",
+    "score": "score passages for a query, or JSON lines on standard input",
+    "evaluate": "measure runs",
+    "compare": "test runs against a baseline, with an HTML report",
+    "data info": "describe a collection",
+    "data convert": "turn other formats into a BEIR folder",
+    "doctor": "say what is installed and whether the scorer is right on this machine",
+    "demo": "the whole way on the embedded collection",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except QpeftError as error:
+        print(f"qpeft: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nqpeft: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("qpeft"))
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if rest and f"{name} {rest[0]}" in COMMANDS:
+        name, rest = f"{name} {rest[0]}", rest[1:]
+    if name not in COMMANDS:
+        verbs = [verb for verb in COMMANDS if verb.startswith(f"{name} ")]
+        raise OptionError(f"{name!r} is followed by one of: {', '.join(verbs)}" if verbs else _unknown(name))
+    module = importlib.import_module(f"qpeft.commands.{name.replace(' ', '_')}")
+    configs = module.configs(rest) if hasattr(module, "configs") else (module.Config,)
+    module.run(*parse(name, module.__doc__ or "", configs, rest))
+    return 0
+
+
+def _unknown(name: str) -> str:
+    return f"unknown command {name!r}{nearest(name, COMMANDS)} (qpeft --help lists them)"
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: qpeft COMMAND [options]",
+            "",
+            "Rerank search results with language models.",
+            "",
+            *lines,
+            "",
+            "qpeft COMMAND --help lists a command's options; --config FILE reads them from YAML.",
+        ]
+    )
+
+
+def peek(arguments: Sequence[str], option: str, default: str) -> str:
+    """Return the value of an option before the parser exists that knows it (flags, else the YAML file, else default)."""
+    value = _flag(arguments, option)
+    if value is None and (path := _flag(arguments, "config")) is not None:
+        import yaml
+
+        with contextlib.suppress(OSError, yaml.YAMLError), open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+            value = content.get(option) if isinstance(content, dict) else None
+    return str(value or default)
+
+
+def _flag(arguments: Sequence[str], option: str) -> str | None:
+    for position, argument in enumerate(arguments):
+        if argument.startswith(f"--{option}="):
+            return argument.split("=", 1)[1]
+        if argument == f"--{option}" and position + 1 < len(arguments):
+            return arguments[position + 1]
+    return None
+
+
+def parse(name: str, description: str, configs: Sequence[type[Any]], arguments: Sequence[str]) -> list[Any]:
+    """Return one instance of each dataclass, filled from the arguments.
+
+    Raises:
+        OptionError: an unknown option, a missing one, or a value of the wrong type.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # jsonargparse announces its next major version at every start
+        from jsonargparse import ArgumentParser
+
+        class Parser(ArgumentParser):  # type: ignore[misc, unused-ignore]
+            def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+                raise OptionError(_one_line(message, known))
+
+        parser = Parser(prog=f"qpeft {name}", description=description, allow_abbrev=False, default_env=False)
+        parser.add_argument("--config", action="config", help="YAML file with options, named as below with _ for -")
+        known = ["config"] + [field.name for config in configs for field in dataclasses.fields(config)]
+        for config in configs:
+            _add_options(parser, config)
+        values = parser.parse_args([_dashed(argument) for argument in arguments])
+    filled = []
+    for config in configs:
+        names = [field.name for field in dataclasses.fields(config)]
+        filled.append(config(**{n: _frozen(values[n]) for n in names}))
+    return filled
+
+
+def _add_options(parser: Any, config: type[Any]) -> None:
+    from docstring_parser import parse_from_object
+
+    texts = {param.arg_name: param.description or "" for param in parse_from_object(config).params}
+    hints = get_type_hints(config)
+    group = parser.add_argument_group((config.__doc__ or config.__name__).splitlines()[0].rstrip("."))
+    for field in dataclasses.fields(config):
+        flag, hint = "--" + field.name.replace("_", "-"), hints[field.name]
+        required = field.default is dataclasses.MISSING
+        options: dict[str, Any] = {"help": " ".join(texts.get(field.name, "").split()).replace("%", "%%")}
+        if required:
+            options["required"] = True
+        else:
+            options["default"] = field.default
+        if get_origin(hint) is tuple:
+            options |= {"action": "append", "type": get_args(hint)[0]}
+            if not required:
+                options["default"] = list(field.default)
+        elif hint is bool:
+            options |= {"action": "store_true"}
+        else:
+            options["type"] = hint
+        group.add_argument(flag, **options)
+
+
+def _dashed(argument: str) -> str:
+    """Spell option names with dashes, whichever way they were typed."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _one_line(message: str, known: Sequence[str]) -> str:
+    """Fold the parser's message into one line, and offer the nearest option for an unknown one."""
+    text = " ".join(message.split())
+    unknown = re.search(r"(?:[Uu]nrecognized arguments:|Key|key) [\"']?-{0,2}([\w-]+)", text)
+    if unknown and unknown.group(1).replace("-", "_") not in known:
+        word = unknown.group(1).replace("-", "_")
+        offer = nearest(word, known) if "did you mean" in nearest(word, known) else ""
+        return f"unknown option --{unknown.group(1).replace('_', '-')}{offer.replace('_', '-')}"
+    return text

@@ -1,0 +1,162 @@
+"""Order the candidates of a run with a language model.
+
+Only what stands in the run is ranked. Passages below the depth keep their order, after the reranked ones. Finished
+queries go to OUTPUT.partial; after an interruption, --resume continues there and the result is the same to the byte.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qpeft import methods
+from qpeft.cli import peek
+from qpeft.commands._partial import Partial
+from qpeft.commands._progress import progress_bar
+from qpeft.data.candidates import candidates_from_run, check_run
+from qpeft.data.collection import open_collection
+from qpeft.data.trec import read_run, write_run
+from qpeft.errors import OptionError
+from qpeft.evaluation.cost import Cost
+from qpeft.evaluation.interpolation import interpolate
+from qpeft.model_config import ModelConfig
+from qpeft.provenance import file_fingerprint, fingerprint, provenance, write_provenance
+from qpeft.types import Ranking, Run, ScoringCounts
+
+
+@dataclass(frozen=True)
+class Config:
+    """Reranking."""
+
+    collection: str
+    """A BEIR folder, mini (embedded), or ir_datasets:ID."""
+    run: str
+    """The first stage's run."""
+    output: str
+    """The run file to write (.gz packs it)."""
+    split: str = "test"
+    """Whose queries."""
+    method: str = "query_likelihood"
+    """How passages are scored; its own options are listed below."""
+    depth: int = 100
+    """Passages per query that are reranked."""
+    interpolate: float | None = None
+    """Weight of the first stage's scores, in [0, 1]; choose it on dev (qpeft interpolate)."""
+    limit_queries: int | None = None
+    """Rerank a random sample of this many queries only."""
+    seed: int = 0
+    """Of the sample."""
+    tag: str | None = None
+    """Name of the system in the run file; by default the method and the model."""
+    resume: bool = False
+    """Continue an interrupted run."""
+
+
+def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
+    """Return this command's options, those of the model and those of the method."""
+    return Config, ModelConfig, methods.load(peek(arguments, "method", Config.method)).Config
+
+
+def run(config: Config, model: ModelConfig, method: Any) -> None:
+    """Rerank, write the run and its provenance, and say what happened to the input."""
+    collection = open_collection(config.collection)
+    queries = collection.queries(config.split)
+    first = _sample(read_run(config.run), config)
+    check_run(first, queries, collection.passages, config.depth)
+
+    from qpeft.loading import describe_lm, load_lm
+
+    partial = Partial(Path(config.output), config.resume)
+    lm = load_lm(dataclasses.replace(model, dtype=partial.settings.get("dtype", model.dtype)))
+    described = describe_lm(lm, model)
+    facts = {
+        "command": "rerank",
+        "options": {
+            name: value
+            for part in (config, model, method)
+            for name, value in dataclasses.asdict(part).items()
+            if name not in ("resume", "output")
+        },
+        "collection": {
+            "name": collection.name,
+            "split": config.split,
+            "fingerprint": collection.fingerprint(),
+        },
+        "first_stage": {"tag": first.tag, "sha256": file_fingerprint(Path(config.run))},
+        "model": described,
+        "template": _template_facts(method),
+    }
+    reranker = methods.load(config.method).build(method, lm)
+    partial.open(fingerprint(facts), {"dtype": described["dtype"]}, reranker.window)
+    started = time.perf_counter()
+    items = candidates_from_run(first, queries, collection.passages, config.depth)
+    rankings = [ranking for ranking, _ in zip(partial.rankings, items, strict=False)]
+    resumed_at = len(rankings)
+    with progress_bar(config.method, len(first), resumed_at) as bar:
+        for ranking in reranker.rerank(items):
+            rankings.append(ranking)
+            partial.add(ranking, reranker.counts)
+            bar.advance(pairs=len(ranking.hits))
+    seconds = time.perf_counter() - started
+    counts = partial.counts(reranker.counts)
+    reranked = _with_rest(first, rankings, config)
+    write_run(reranked, Path(config.output))
+    cost = Cost(seconds, len(rankings) - resumed_at, reranker.counts.pairs, reranker.counts.tokens)
+    facts |= {"counts": dataclasses.asdict(counts), "cost": cost.as_dict(), "resumed_at": resumed_at}
+    write_provenance(Path(config.output), provenance(**facts))
+    partial.remove()
+    _say(config, counts, cost)
+
+
+def _sample(first: Run, config: Config) -> Run:
+    if config.depth < 1:
+        raise OptionError(f"--depth is {config.depth}; it must be at least 1")
+    if config.limit_queries is None or config.limit_queries >= len(first):
+        return first
+    if config.limit_queries < 1:
+        raise OptionError(f"--limit-queries is {config.limit_queries}; it must be at least 1")
+    chosen = set(random.Random(config.seed).sample(sorted(first), config.limit_queries))
+    return Run((ranking for query_id, ranking in first.items() if query_id in chosen), first.tag)
+
+
+def _with_rest(first: Run, rankings: list[Ranking], config: Config) -> Run:
+    """Mix in the first stage where asked to, and append the passages below the depth in their order."""
+    tag = config.tag or config.method
+    whole = Run(
+        (
+            ranking.followed_by(hit.passage_id for hit in first[ranking.query_id].hits[config.depth :])
+            for ranking in rankings
+        ),
+        tag,
+    )
+    if config.interpolate is None:
+        return whole
+    return interpolate(first, whole, config.interpolate, depth=config.depth, tag=tag)
+
+
+def _template_facts(method: Any) -> dict[str, Any] | None:
+    name = getattr(method, "template", None)
+    if name is None:
+        return None
+    from qpeft.template import load_template
+
+    template = load_template(name)
+    return {"name": template.name, "version": template.version, "fingerprint": template.fingerprint}
+
+
+def _say(config: Config, counts: ScoringCounts, cost: Cost) -> None:
+    print(f"{config.output}: {counts.pairs:,} pairs, {cost.passages_per_second:,.0f} passages/s", file=sys.stderr)
+    notes = {
+        "passages were cut to fit the model's context": counts.truncated_passages,
+        "passages have no tokens and were ranked last": counts.empty_passages,
+        "queries got one score for all their passages": counts.constant_queries,
+    }
+    for what, count in notes.items():
+        if count:
+            print(f"  note: {count:,} {what}", file=sys.stderr)

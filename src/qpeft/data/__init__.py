@@ -1,0 +1,1 @@
+"""Real formats in, `Candidates` and `Group`s out."""

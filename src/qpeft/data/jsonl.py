@@ -1,0 +1,137 @@
+"""JSON Lines of other rerankers: training groups (FlagEmbedding, Tevatron, plain) and rank_llm requests."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from qpeft.data.files import StrPath
+from qpeft.data.records import PASSAGE_ID, PASSAGE_TEXT, QUERY_ID, Record, content_id, json_lines, write_json_lines
+from qpeft.types import Candidates, Group, Passage, Query
+
+_LAYOUTS = {
+    "FlagEmbedding": (("pos",), ("neg",)),
+    "Tevatron": (("positive_passages",), ("negative_passages",)),
+    "plain": (("positives", "positive"), ("negatives", "negative")),
+}
+
+
+def read_groups(path: StrPath) -> list[Group]:
+    """Read training groups, one a line; the keys tell the format.
+
+    FlagEmbedding: `query`, `pos`, `neg` (lists of strings). Tevatron: `query_id`, `query`, `positive_passages`,
+    `negative_passages` (lists of objects). Plain: `query`, `positive` or `positives`, `negative` or `negatives`. In
+    all of them a passage is a string or an object of `text` and perhaps `id` and `title`, and negatives may be
+    missing. What has no id gets a hash of its content.
+
+    Raises:
+        InputError: the file cannot be opened.
+        FormatError: a line has no query or no positive, the keys of no format or of two, or those of another format
+            than the lines above.
+    """
+    groups = []
+    layout = ""
+    for record in json_lines(path):
+        found = _layout(record)
+        layout = layout or found
+        if found != layout:
+            raise record.error(f"a {found} line, but the lines above are {layout}")
+        positive, negative = _LAYOUTS[layout]
+        positives = _passages(record, positive)
+        if not positives:
+            raise record.error("no positive")
+        groups.append(Group(_query(record), positives, _passages(record, negative)))
+    return groups
+
+
+def write_groups(groups: Iterable[Group], path: StrPath, layout: Literal["flagembedding", "tevatron"]) -> None:
+    """Write training groups, one a line.
+
+    FlagEmbedding has texts only: ids are lost, and a title is set before its text.
+
+    Raises:
+        InputError: the file cannot be made.
+    """
+    write_json_lines(map(_flagembedding if layout == "flagembedding" else _tevatron, groups), path)
+
+
+def read_requests(path: StrPath) -> Iterator[Candidates]:
+    """Yield the requests of rank_llm: `query` {text, qid} and `candidates` [{docid, score, doc}].
+
+    `doc` is a string or an object whose text is called `text`, `contents`, `segment`, `body`, `content` or `passage`.
+
+    Raises:
+        InputError: the file cannot be opened.
+        FormatError: a line is no request, a passage occurs twice in it, or only some passages have a score.
+    """
+    for record in json_lines(path):
+        query = record.child(record.get("query"), "query")
+        candidates = record.children("candidates")
+        passages = tuple(_requested(candidate) for candidate in candidates)
+        if len({passage.id for passage in passages}) < len(passages):
+            raise record.error("a passage occurs twice")
+        scores = tuple(_score(candidate) for candidate in candidates if candidate.has("score"))
+        if len(scores) not in (0, len(passages)):
+            raise record.error(f"{len(scores)} of {len(passages)} passages have a 'score'")
+        yield Candidates(Query(query.id("qid", *QUERY_ID), query.text("text")), passages, scores)
+
+
+def _layout(record: Record) -> str:
+    found = [layout for layout, (positive, _) in _LAYOUTS.items() if record.has(*positive)]
+    if len(found) != 1:
+        keys = ", ".join(" or ".join(repr(name) for name in positive) for positive, _ in _LAYOUTS.values())
+        raise record.error(f"{'several' if found else 'none'} of the keys that tell the format: {keys}")
+    return found[0]
+
+
+def _query(record: Record) -> Query:
+    if isinstance(record.get("query"), dict):
+        record = record.child(record.get("query"), "query")
+    text = record.text("query", "text")
+    return Query(record.id(*QUERY_ID, default=content_id("", text)), text, record.strings("answers"))
+
+
+def _passages(record: Record, names: tuple[str, ...]) -> tuple[Passage, ...]:
+    return tuple(_passage(record, value, f"{names[0]}[{i}]") for i, value in enumerate(record.items(*names)))
+
+
+def _passage(record: Record, value: Any, place: str) -> Passage:
+    child = record.child({"text": value} if isinstance(value, str) else value, place)
+    text, title = child.text(*PASSAGE_TEXT), child.text("title", default="")
+    return Passage(child.id(*PASSAGE_ID, default=content_id(title, text)), text, title)
+
+
+def _requested(candidate: Record) -> Passage:
+    doc = candidate.get("doc")
+    child = candidate.child({"text": doc} if isinstance(doc, str) else doc, "doc")
+    text = child.text(*PASSAGE_TEXT, "segment", "body", "content", "passage")
+    return Passage(candidate.id("docid", *PASSAGE_ID), text, child.text("title", default=""))
+
+
+def _score(candidate: Record) -> float:
+    score = candidate.get("score")
+    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        raise candidate.error(f"score {score!r:.60} is not a finite number")
+    return float(score)
+
+
+def _flagembedding(group: Group) -> dict[str, Any]:
+    def texts(passages: tuple[Passage, ...]) -> list[str]:
+        return [f"{passage.title} {passage.text}".strip() for passage in passages]
+
+    return {"query": group.query.text, "pos": texts(group.positives), "neg": texts(group.negatives)}
+
+
+def _tevatron(group: Group) -> dict[str, Any]:
+    def objects(passages: tuple[Passage, ...]) -> list[dict[str, str]]:
+        return [{"docid": passage.id, "title": passage.title, "text": passage.text} for passage in passages]
+
+    answers = {"answers": list(group.query.answers)} if group.query.answers else {}
+    return {
+        "query_id": group.query.id,
+        "query": group.query.text,
+        **answers,
+        "positive_passages": objects(group.positives),
+        "negative_passages": objects(group.negatives),
+    }

@@ -1,0 +1,190 @@
+"""JSON objects that know where they stand, so that what is wrong with them is said by file and line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qpeft.data.files import StrPath, numbered_lines, open_text, write_text
+from qpeft.errors import FormatError
+from qpeft.types import Passage, Query
+
+PASSAGE_ID = ("_id", "id", "docid", "doc_id", "passage_id", "psg_id")
+QUERY_ID = ("_id", "id", "query_id", "qid")
+PASSAGE_TEXT = ("text", "contents")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A JSON object of a file; `place` narrows down where, if the line does not."""
+
+    fields: dict[str, Any]
+    path: StrPath
+    line: int | None = None
+    place: str = ""
+
+    def error(self, message: str) -> FormatError:
+        """Return an error that says where this object stands."""
+        return FormatError(self.path, self.line, f"{self.place}: {message}" if self.place else message)
+
+    def has(self, *names: str) -> bool:
+        """Whether one of the names is there and not null."""
+        return any(self.fields.get(name) is not None for name in names)
+
+    def get(self, *names: str) -> Any:
+        """Return the value of the first name that is there and not null.
+
+        Raises:
+            FormatError: none of them is.
+        """
+        for name in names:
+            if self.fields.get(name) is not None:
+                return self.fields[name]
+        raise self.error(f"no {' or '.join(repr(name) for name in names)}")
+
+    def text(self, *names: str, default: str | None = None) -> str:
+        """Return a string, or the default.
+
+        Raises:
+            FormatError: it is missing and there is no default, or it is no string.
+        """
+        if default is not None and not self.has(*names):
+            return default
+        value = self.get(*names)
+        if not isinstance(value, str):
+            raise self.error(f"{names[0]!r} is {value!r:.60}, not a string")
+        return value
+
+    def id(self, *names: str, default: str | None = None) -> str:
+        """Return an id: a string, or an integer written as one.
+
+        Raises:
+            FormatError: it is missing and there is no default, or it is empty or of another kind.
+        """
+        if default is not None and not self.has(*names):
+            return default
+        value = self.get(*names)
+        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+            raise self.error(f"the id is {value!r:.60}, not a string or an integer")
+        return str(value)
+
+    def items(self, *names: str) -> list[Any]:
+        """Return a list, empty if missing; a lone string or object is a list of one.
+
+        Raises:
+            FormatError: it is something else.
+        """
+        if not self.has(*names):
+            return []
+        value = self.get(*names)
+        if isinstance(value, str | dict):
+            return [value]
+        if not isinstance(value, list):
+            raise self.error(f"{names[0]!r} is {value!r:.60}, not a list")
+        return value
+
+    def child(self, value: Any, place: str) -> Record:
+        """Return an object that stands inside this one.
+
+        Raises:
+            FormatError: it is no object.
+        """
+        place = f"{self.place}, {place}" if self.place else place
+        if not isinstance(value, dict):
+            raise FormatError(self.path, self.line, f"{place}: {value!r:.60} is not a JSON object")
+        return Record(value, self.path, self.line, place)
+
+    def children(self, *names: str) -> list[Record]:
+        """Return the objects of a list, empty if missing.
+
+        Raises:
+            FormatError: it is no list, or an entry is no object.
+        """
+        return [self.child(value, f"{names[0]}[{i}]") for i, value in enumerate(self.items(*names))]
+
+    def strings(self, *names: str) -> tuple[str, ...]:
+        """Return a list of strings, empty if missing.
+
+        Raises:
+            FormatError: it is no list, or an entry is no string.
+        """
+        values = self.items(*names)
+        for value in values:
+            if not isinstance(value, str):
+                raise self.error(f"{names[0]!r} holds {value!r:.60}, not a string")
+        return tuple(values)
+
+    def passage(self) -> Passage:
+        """Read a passage: an id, a text, perhaps a title.
+
+        Raises:
+            FormatError: a part is missing or of the wrong kind.
+        """
+        return Passage(self.id(*PASSAGE_ID), self.text(*PASSAGE_TEXT), self.text("title", default=""))
+
+    def query(self) -> Query:
+        """Read a query: an id, a text, perhaps answers.
+
+        Raises:
+            FormatError: a part is missing or of the wrong kind.
+        """
+        return Query(self.id(*QUERY_ID), self.text("text"), self.strings("answers"))
+
+
+def json_lines(path: StrPath) -> Iterator[Record]:
+    """Yield the objects of a JSON Lines file; blank lines are skipped.
+
+    Raises:
+        InputError: the file cannot be opened.
+        FormatError: a line is not a JSON object.
+    """
+    for number, line in numbered_lines(path):
+        yield parse_record(line, path, number)
+
+
+def write_json_lines(values: Iterable[Mapping[str, Any]], path: StrPath) -> None:
+    """Write one object a line.
+
+    Raises:
+        InputError: the file cannot be made.
+    """
+    with write_text(path) as file:
+        for value in values:
+            file.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def parse_record(line: str | bytes, path: StrPath, number: int | None) -> Record:
+    """Parse one line.
+
+    Raises:
+        FormatError: it is not a JSON object.
+    """
+    try:
+        value = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FormatError(path, number, f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise FormatError(path, number, f"{value!r:.60} is not a JSON object")
+    return Record(value, path, number)
+
+
+def read_json(path: StrPath) -> Any:
+    """Read a file that is one JSON value.
+
+    Raises:
+        InputError: the file cannot be opened.
+        FormatError: it is not JSON.
+    """
+    with open_text(path) as file:
+        try:
+            return json.load(file)
+        except json.JSONDecodeError as error:
+            raise FormatError(path, error.lineno, f"not JSON: {error.msg}") from error
+
+
+def content_id(title: str, text: str) -> str:
+    """Return an id for what came without one: equal content gets an equal id, in every file."""
+    return hashlib.sha256(f"{title}\n{text}".encode()).hexdigest()[:16]

@@ -1,0 +1,161 @@
+"""TREC run files and relevance judgements (qrels)."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from qpeft.data.files import StrPath, numbered_lines, write_text
+from qpeft.errors import FormatError
+from qpeft.types import ConstantScoresWarning, Qrels, Ranking, Run
+
+# From this magnitude on, rounding to float32 gives infinity.
+_FLOAT32_LIMIT = 2.0**128 - 2.0**103
+_BLANKS = re.compile(r"[ \t]+")
+
+
+def read_run(path: StrPath) -> Run:
+    """Read a TREC run: `query Q0 passage rank score tag`, separated by tabs or spaces.
+
+    Ranks are ignored: passages are sorted by `Ranking.from_scores`. Queries keep the order of the file; the tag is
+    that of the first line, or the file's name if there is none.
+
+    Raises:
+        InputError: the file cannot be opened.
+        FormatError: a line without six columns, a score that is no finite float32, or a passage that a query
+            already has.
+    """
+    tag = ""
+    scores: dict[str, dict[str, float]] = {}
+    for number, line in numbered_lines(path):
+        columns = _columns(line)
+        if len(columns) != 6:
+            raise FormatError(path, number, f"{len(columns)} columns, but a run has 6: query Q0 passage rank score tag")
+        query_id, _, passage_id, _, score, line_tag = columns
+        tag = tag or line_tag
+        ranking = scores.setdefault(query_id, {})
+        if passage_id in ranking:
+            raise FormatError(path, number, f"query {query_id!r} has passage {passage_id!r} twice")
+        ranking[passage_id] = _score(score, path, number)
+    with warnings.catch_warnings():
+        # A tied ranking was reported when it was scored; to read it is no news.
+        warnings.simplefilter("ignore", ConstantScoresWarning)
+        rankings = [Ranking.from_scores(query_id, ranking.items()) for query_id, ranking in scores.items()]
+    return Run(rankings, tag or Path(path).name)
+
+
+def write_run(run: Run, path: StrPath) -> None:
+    """Write a TREC run, separated by spaces, ranks from 1.
+
+    Scores are written with as many digits as it takes to read the same float32 back, and no more.
+
+    Raises:
+        InputError: the file cannot be made.
+        FormatError: an id or the tag is empty or holds white space, so that the line could not be read back.
+    """
+    with write_text(path) as file:
+        line = 0
+        for query_id, ranking in run.items():
+            for rank, hit in enumerate(ranking.hits, start=1):
+                line += 1
+                _check_words(path, line, query_id, hit.passage_id, run.tag)
+                file.write(f"{query_id} Q0 {hit.passage_id} {rank} {np.float32(hit.score)!s} {run.tag}\n")
+
+
+class Judgement(NamedTuple):
+    """A line of a qrels file."""
+
+    line: int
+    query_id: str
+    passage_id: str
+    grade: int
+
+
+def read_qrels(path: StrPath) -> dict[str, dict[str, int]]:
+    """Read relevance judgements: TREC's `query 0 passage grade`, or BEIR's `query passage grade` under a header.
+
+    Which of the two is seen from the first line. A judgement may be repeated, but not contradicted.
+
+    Raises:
+        InputError: the file cannot be opened.
+        FormatError: a wrong number of columns, a grade that is no integer, or two grades for one passage.
+    """
+    qrels: dict[str, dict[str, int]] = {}
+    for line, query_id, passage_id, grade in iter_qrels(path):
+        known = qrels.setdefault(query_id, {}).setdefault(passage_id, grade)
+        if known != grade:
+            raise FormatError(
+                path, line, f"query {query_id!r}, passage {passage_id!r}: grade {grade}, but {known} before"
+            )
+    return qrels
+
+
+def iter_qrels(path: StrPath) -> Iterator[Judgement]:
+    """Yield the judgements of a file with their lines; for formats and errors see `read_qrels`."""
+    width = 0
+    for number, line in numbered_lines(path):
+        columns = _columns(line)
+        if not width:
+            if len(columns) not in (3, 4):
+                raise FormatError(
+                    path, number, f"{len(columns)} columns, but qrels have 4 (query 0 passage grade) or 3 (BEIR)"
+                )
+            width = len(columns)
+            if width == 3 and not _is_integer(columns[2]):
+                continue
+        if len(columns) != width:
+            raise FormatError(path, number, f"{len(columns)} columns, but {width} in the lines above")
+        if not _is_integer(columns[-1]):
+            raise FormatError(path, number, f"grade {columns[-1]!r} is not an integer")
+        yield Judgement(number, columns[0], columns[-2], int(columns[-1]))
+
+
+def write_qrels(qrels: Qrels, path: StrPath, layout: Literal["trec", "beir"] = "trec") -> None:
+    """Write relevance judgements with TREC's four columns, or BEIR's three under a header.
+
+    Raises:
+        InputError: the file cannot be made.
+        FormatError: an id is empty or holds white space, so that the line could not be read back.
+    """
+    with write_text(path) as file:
+        line = 0
+        if layout == "beir":
+            file.write("query-id\tcorpus-id\tscore\n")
+            line = 1
+        for query_id, grades in qrels.items():
+            for passage_id, grade in grades.items():
+                line += 1
+                _check_words(path, line, query_id, passage_id)
+                between = "\t" if layout == "beir" else " 0 "
+                after = "\t" if layout == "beir" else " "
+                file.write(f"{query_id}{between}{passage_id}{after}{grade}\n")
+
+
+def _columns(line: str) -> list[str]:
+    # Not str.split(): an id may hold a no-break space, which trec_eval takes for a letter.
+    return _BLANKS.split(line.strip(" \t"))
+
+
+def _score(text: str, path: StrPath, number: int) -> float:
+    try:
+        score = float(text)
+    except ValueError:
+        raise FormatError(path, number, f"score {text!r} is not a number") from None
+    if not abs(score) < _FLOAT32_LIMIT:
+        raise FormatError(path, number, f"score {text} cannot be ranked")
+    return score
+
+
+def _is_integer(text: str) -> bool:
+    return text.lstrip("+-").isdecimal()
+
+
+def _check_words(path: StrPath, line: int, *words: str) -> None:
+    for word in words:
+        if not word or any(blank in word for blank in " \t\r\n\v\f"):
+            raise FormatError(path, line, f"{word!r} cannot stand in a column: it is empty or holds white space")

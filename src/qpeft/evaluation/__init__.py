@@ -1,0 +1,1 @@
+"""How good a ranking is, whether a difference is more than chance, and what it cost."""

@@ -1,0 +1,187 @@
+"""The only place that opens models."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
+
+from qpeft import methods
+from qpeft.errors import MissingDependencyError, ModelError, OptionError, nearest
+from qpeft.lm import CausalLM, EncoderDecoderLM, LanguageModel
+from qpeft.model_config import EMBEDDED, ModelConfig
+from qpeft.types import Reranker
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_lm(config: ModelConfig) -> LanguageModel:
+    """Open a language model, decoder-only or encoder-decoder.
+
+    Raises:
+        ModelError: the folder is no model, has no weights, or the hub cannot be reached.
+        MissingDependencyError: quantisation without bitsandbytes.
+    """
+    path = model_path(config.model)
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    device = choose_device(config.device)
+    dtype = choose_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
+    try:
+        settings = AutoConfig.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        auto = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
+        model: Any = auto.from_pretrained(path, dtype=dtype, **_quantized(config, device), **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(_explain(config, error)) from error
+    if config.quantization == "none":
+        model = model.to(device)
+    limit = _context_length(settings)
+    if config.max_length is not None:
+        limit = config.max_length if limit is None else min(limit, config.max_length)
+    kind = EncoderDecoderLM if settings.is_encoder_decoder else CausalLM
+    return kind(
+        model,
+        tokenizer,
+        name=config.model,
+        max_length=limit or 512,
+        batch_tokens=config.batch_tokens or (8_192 if device.type == "cpu" else 65_536),
+    )
+
+
+def describe_lm(lm: LanguageModel, config: ModelConfig) -> dict[str, Any]:
+    """Return what provenance says of an opened model."""
+    return {
+        "name": lm.name,
+        "revision": lm.revision,
+        "sha256": model_fingerprint(config.model),
+        "dtype": lm.dtype,
+        "device": str(lm.device),
+        "quantization": config.quantization,
+        "max_length": lm.max_length,
+    }
+
+
+def load_reranker(model: str = EMBEDDED, *, method: str = "query_likelihood", **options: Any) -> Reranker:
+    """Open a model and build a method around it; see `Reranker.from_pretrained`."""
+    module = methods.load(method)
+    of_model = {field.name for field in dataclasses.fields(ModelConfig)} - {"model"}
+    of_method = {field.name for field in dataclasses.fields(module.Config)}
+    for name in options:
+        if name not in of_model | of_method:
+            raise OptionError(f"unknown option {name!r}{nearest(name, of_model | of_method)}")
+    lm = load_lm(ModelConfig(model, **{k: v for k, v in options.items() if k in of_model}))
+    reranker: Reranker = module.build(module.Config(**{k: v for k, v in options.items() if k in of_method}), lm)
+    return reranker
+
+
+def model_path(name: str) -> str:
+    """Return the folder of an embedded or local model, or the hub name as it is.
+
+    Raises:
+        ModelError: an existing folder without configuration or weights.
+    """
+    if name == EMBEDDED:
+        return str(resources.files("qpeft") / "models" / EMBEDDED)
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model folder {name!r} has no config.json")
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+            raise ModelError(f"model folder {name!r} has no weights (*.safetensors or *.bin)")
+        return name
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"model folder {name!r} does not exist")
+    return name
+
+
+def model_fingerprint(name: str) -> str | None:
+    """Return the SHA-256 of a local model's weight files and configuration; None for a name on the hub."""
+    folder = Path(model_path(name))
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name; `auto` takes cuda, then mps, then cpu.
+
+    Raises:
+        OptionError: torch knows no such device, or it is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def choose_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16 where the device computes with it at least as fast as with float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if device.type != "cpu":
+        return torch.float32
+    return torch.bfloat16 if cpu_matmul_seconds(torch.bfloat16) < cpu_matmul_seconds(torch.float32) else torch.float32
+
+
+@functools.cache
+def cpu_matmul_seconds(dtype: torch.dtype) -> float:
+    """Return the best of five timings of a matrix product of a small model's shape, in seconds."""
+    left, right = torch.ones(1024, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _context_length(settings: Any) -> int | None:
+    text = settings.get_text_config() if hasattr(settings, "get_text_config") else settings
+    for name in ("max_position_embeddings", "n_positions", "seq_length"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def _quantized(config: ModelConfig, device: torch.device) -> dict[str, Any]:
+    if config.quantization == "none":
+        return {}
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError("bitsandbytes", "quantized") from error
+    settings: Any = BitsAndBytesConfig(
+        load_in_8bit=config.quantization == "8bit",
+        load_in_4bit=config.quantization == "4bit",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # type: ignore[no-untyped-call]
+    return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def _explain(config: ModelConfig, error: Exception) -> str:
+    if config.model == EMBEDDED or Path(config.model).is_dir():
+        return f"model {config.model!r} cannot be opened: {str(error).splitlines()[0]}"
+    return (
+        f"model {config.model!r} is not a local folder and could not be had from the model hub "
+        f"({type(error).__name__}: {str(error).splitlines()[0]}). Without a network, download it elsewhere and give "
+        "its folder: --model path/to/folder"
+    )

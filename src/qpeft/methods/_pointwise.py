@@ -1,0 +1,61 @@
+"""A scorer of single (query, passage) pairs, made into a reranker."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import final
+
+from qpeft.errors import ScoreError
+from qpeft.types import Candidates, ConstantScoresWarning, Ranking, Reranker, Scorer
+
+
+@final
+class Pointwise(Reranker):
+    """Scores every candidate alone and sorts.
+
+    A scorer says −∞ of a passage that it cannot read (zero tokens). Such passages come last, one below the lowest
+    score of their query, so that they can be written, read and interpolated like any other.
+
+    Args:
+        scorer: gives one score per pair.
+        window: queries whose pairs are scored in one call, so that pairs of similar length meet in a batch.
+    """
+
+    def __init__(self, scorer: Scorer, window: int = 1) -> None:
+        super().__init__()
+        self._scorer = scorer
+        self.window = window
+        self.counts = scorer.counts
+
+    def rerank(self, items: Iterable[Candidates]) -> Iterator[Ranking]:
+        """Yield one ranking per item, lazily and in order; see `Reranker.rerank`."""
+        waiting: list[Candidates] = []
+        for item in items:
+            waiting.append(item)
+            if len(waiting) == self.window:
+                yield from self._rank(waiting)
+                waiting = []
+        if waiting:
+            yield from self._rank(waiting)
+
+    def _rank(self, items: list[Candidates]) -> Iterator[Ranking]:
+        pairs = [(item.query, passage) for item in items for passage in item.passages]
+        scores = iter(self._scorer.score(pairs))
+        for item in items:
+            scored = [(passage.id, next(scores)) for passage in item.passages]
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", ConstantScoresWarning)
+                ranking = Ranking.from_scores(item.query.id, _floor_unreadable(item.query.id, scored))
+            self.counts.constant_queries += len(caught)
+            yield ranking
+
+
+def _floor_unreadable(query_id: str, scored: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    for passage_id, score in scored:
+        if math.isnan(score) or score == math.inf:
+            raise ScoreError(f"query {query_id!r}, passage {passage_id!r}: the model gave the score {score}")
+    readable = [score for _, score in scored if score != -math.inf]
+    floor = min(readable, default=0.0) - 1.0
+    return [(passage_id, floor if score == -math.inf else score) for passage_id, score in scored]

@@ -1,0 +1,31 @@
+"""Options of opening a model; apart from `loading`, so that they can be listed without importing torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+EMBEDDED = "tiny-lm"
+"""The language model that ships with qpeft."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which language model, and how it is held."""
+
+    model: str = EMBEDDED
+    """tiny-lm (embedded), a local folder, or a name on the model hub."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto: bfloat16 on GPUs that have it; on CPUs whichever of bfloat16 and float32 multiplies faster here."""
+    device: str = "auto"
+    """auto (cuda, then mps, then cpu), or a torch device such as cuda:1."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Load weights in 8 or 4 bits (needs bitsandbytes)."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    batch_tokens: int | None = None
+    """Padded tokens in one forward pass; halved for as long as memory runs out."""
+    max_length: int | None = None
+    """Tokens that template, passage and query may have together; default: what the model was made for."""

@@ -1,0 +1,70 @@
+"""What made a file: written beside every output as `<output>.provenance.json`."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("qpeft", "torch", "transformers", "tokenizers", "bm25s", "ir_measures", "sentence-transformers", "numpy")
+
+
+def provenance(**facts: Any) -> dict[str, Any]:
+    """Return `facts` with the time, the versions of what took part, and the machine."""
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **facts,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": {"processor": processor_name(), "cores": os.cpu_count(), "system": platform.system()},
+    }
+
+
+def provenance_path(output: Path) -> Path:
+    """Return where the provenance of `output` stands."""
+    return output.with_name(output.name + ".provenance.json")
+
+
+def write_provenance(output: Path, facts: Mapping[str, Any]) -> None:
+    """Write the provenance of `output` beside it."""
+    path = provenance_path(output)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def file_fingerprint(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(facts: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of facts that JSON can hold, whatever their order."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def processor_name() -> str:
+    """Return the processor's marketing name where the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,1 @@
+"""First stages: from a collection to the candidates that a reranker orders."""

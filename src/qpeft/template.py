@@ -1,0 +1,297 @@
+"""Templates: the words around a passage and a query, and how they become token ids.
+
+A template is a YAML file with two texts. `context` holds `{passage}` and, where trained vectors may stand, `{hint}`;
+`target` holds `{query}`, behind an optional cue. Every literal piece, the passage and the query are tokenised alone and
+never merged, so that the tokens of a query are the same behind every passage:
+
+    [BOS] literal · passage · literal · {hint} · literal | cue · query · [EOS]
+          └────────────────── context ─────────────────┘ └──── target ─────┘
+
+A decoder reads both as one sequence; an encoder-decoder reads the context with its encoder. White space at the end of a
+literal belongs to the piece that follows it, because that is where byte-level tokenizers put it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from qpeft.errors import FormatError, InputError, OptionError, QueryError, nearest
+from qpeft.types import Passage, Query
+
+QuestionMark = Literal["keep", "add", "strip"]
+
+
+@dataclass(frozen=True)
+class Template:
+    """The words of a prompt, and which target tokens count in the score."""
+
+    name: str
+    version: int
+    context: str
+    target: str
+    passage: str = "{title} {text}"
+    description: str = ""
+    question_mark: QuestionMark = "keep"
+    lowercase: bool = False
+    score_cue: bool = False
+    score_end: bool = False
+
+    def __post_init__(self) -> None:
+        for text, field, wanted, allowed in (
+            (self.context, "context", {"passage"}, {"passage", "hint"}),
+            (self.target, "target", {"query"}, {"query"}),
+            (self.passage, "passage", {"text"}, {"title", "text"}),
+        ):
+            found = re.findall(r"\{(\w*)\}", text)
+            if set(found) - allowed or wanted - set(found) or len(found) != len(set(found)):
+                names = " and ".join(f"{{{name}}}" for name in sorted(allowed))
+                must = " and ".join(f"{{{name}}}" for name in sorted(wanted))
+                raise InputError(f"template {self.name!r}: {field} holds {names}, each at most once; {must} is needed")
+        if not self.target.endswith("{query}"):
+            raise InputError(f"template {self.name!r}: target must end with {{query}}")
+        if self.question_mark not in get_args(QuestionMark):
+            raise InputError(f"template {self.name!r}: question_mark is one of {', '.join(get_args(QuestionMark))}")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that can change a score."""
+        facts = {k: v for k, v in dataclasses.asdict(self).items() if k != "description"}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def query_text(self, query: Query) -> str:
+        """Return the query as the model will read it.
+
+        Raises:
+            QueryError: nothing is left of it.
+        """
+        text = " ".join(query.text.split())
+        if self.question_mark != "keep":
+            text = text.rstrip(" ?") + ("?" if self.question_mark == "add" else "")
+        if not text.strip(" ?"):
+            raise QueryError(f"query {query.id!r} is empty")
+        return text.lower() if self.lowercase else text
+
+    def passage_text(self, passage: Passage) -> str:
+        """Return title and text in the template's order, white space folded."""
+        return " ".join(self.passage.format(title=passage.title, text=passage.text).split())
+
+
+def available_templates() -> list[str]:
+    """Return the names of the templates that ship with qpeft."""
+    return sorted(entry.name[: -len(".yaml")] for entry in _folder().iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_template(name: str) -> Template:
+    """Open a template by its name, or by the path of a YAML file.
+
+    Raises:
+        OptionError: neither a known name nor an existing file.
+        FormatError: the file is not a template.
+    """
+    if name in available_templates():
+        return _parse(name, (_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return _parse(name, path.read_text(encoding="utf-8"))
+    raise OptionError(f"unknown template {name!r}{nearest(name, available_templates())} (or the path of a .yaml file)")
+
+
+def _folder() -> Any:
+    return resources.files("qpeft") / "templates"
+
+
+def _parse(path: str, text: str) -> Template:
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise FormatError(path, mark.line + 1 if mark else None, "not valid YAML") from error
+    if not isinstance(content, dict):
+        raise FormatError(path, None, "a template is a mapping of names to values")
+    fields = {field.name: field for field in dataclasses.fields(Template)}
+    for key in content:
+        if key not in fields:
+            raise FormatError(path, None, f"unknown key {key!r}{nearest(str(key), fields)}")
+    missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in content]
+    if missing:
+        raise FormatError(path, None, f"missing: {', '.join(missing)}")
+    for key, value in content.items():
+        kind = {"int": int, "bool": bool}.get(str(fields[key].type), str)
+        if not isinstance(value, kind):
+            raise FormatError(path, None, f"{key} must be a {kind.__name__}, not {value!r}")
+    try:
+        return Template(**content)
+    except InputError as error:
+        raise FormatError(path, None, str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Token ids of one (query, passage) pair.
+
+    `context` and `target` are ids; `scored` says which target tokens count; `passage` is the span of the passage in
+    `context`; `hint` is the place in `context` where trained vectors would stand, if the template has one.
+    """
+
+    context: tuple[int, ...]
+    target: tuple[int, ...]
+    scored: tuple[bool, ...]
+    passage: tuple[int, int]
+    hint: int | None
+    truncated: bool = False
+
+    def __len__(self) -> int:
+        return len(self.context) + len(self.target)
+
+
+class Prompt:
+    """A template bound to a tokenizer and to a budget in tokens.
+
+    Args:
+        template: the words.
+        tokenizer: a Hugging Face tokenizer.
+        max_length: tokens that context and target may have together (for encoder-decoders: each).
+        max_passage_tokens: further bound on the passage.
+        separate_target: the model has an encoder, which reads the context alone.
+    """
+
+    def __init__(
+        self,
+        template: Template,
+        tokenizer: Any,
+        max_length: int,
+        *,
+        max_passage_tokens: int | None = None,
+        separate_target: bool = False,
+    ) -> None:
+        self.template = template
+        self.max_length = max_length
+        self._tokenizer = tokenizer
+        self._separate = separate_target
+        self._max_passage_tokens = max_passage_tokens
+        marked = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
+        self._adds_space = bool(marked) and marked[0].startswith("▁")
+        self._before, self._spaced_passage, self._after, self._hint_offset = self._context_pieces()
+        self._cue, self._spaced_query = self._literal(template.target[: -len("{query}")], previous="")
+        # Without a passage and with a query of no tokens: what is always there.
+        self._end = self._end_ids()
+
+    def rows(
+        self, query: Query, passage: Passage, window: int | None = None, overlap: int = 0, windows: bool = False
+    ) -> list[Row]:
+        """Return the pair as one row, or, with `windows`, as one row per window of the passage.
+
+        Args:
+            query: never cut.
+            passage: cut at its end where it does not fit.
+            window: tokens of the passage in each window; as many as fit where None.
+            overlap: tokens that consecutive windows share.
+            windows: cover the whole passage instead of cutting it.
+
+        Raises:
+            QueryError: the query is empty, or leaves no room for a passage.
+        """
+        target, scored = self._target(query)
+        room = self._room(query, len(target))
+        ids = self._passage_ids(passage)
+        if not windows:
+            return [self._row(ids[:room], target, scored, truncated=len(ids) > room)]
+        width = min(room, window or room)
+        if width <= overlap:
+            raise OptionError(f"windows of {width} tokens cannot overlap by {overlap}")
+        starts = range(0, max(1, len(ids) - overlap), width - overlap)
+        return [self._row(ids[start : start + width], target, scored, truncated=False) for start in starts]
+
+    def _row(self, passage: tuple[int, ...], target: tuple[int, ...], scored: tuple[bool, ...], truncated: bool) -> Row:
+        start = len(self._before)
+        end = start + len(passage)
+        hint = None if self._hint_offset is None else self._hint_place(end)
+        return Row((*self._before, *passage, *self._after), target, scored, (start, end), hint, truncated)
+
+    def _hint_place(self, passage_end: int) -> int:
+        assert self._hint_offset is not None
+        before_passage = self._hint_offset < 0
+        return len(self._before) + self._hint_offset if before_passage else passage_end + self._hint_offset
+
+    @functools.lru_cache(maxsize=65536)  # noqa: B019 — a prompt lives as long as its model
+    def _passage_ids(self, passage: Passage) -> tuple[int, ...]:
+        text = self.template.passage_text(passage)
+        return tuple(self._ids(text, space=self._spaced_passage)) if text else ()
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019
+    def _target(self, query: Query) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+        ids = self._ids(self.template.query_text(query), space=self._spaced_query)
+        if not ids:
+            raise QueryError(f"query {query.id!r} has no tokens: {query.text!r}")
+        scored = [self.template.score_cue] * len(self._cue) + [True] * len(ids) + [True] * len(self._end)
+        return (*self._cue, *ids, *self._end), tuple(scored)
+
+    def _room(self, query: Query, target: int) -> int:
+        fixed = len(self._before) + len(self._after)
+        used = max(fixed, target) if self._separate else fixed + target
+        if used >= self.max_length:
+            raise QueryError(
+                f"query {query.id!r} needs {used} tokens with its template, which leaves no room for a passage; "
+                f"the limit is {self.max_length} (a query is never cut)"
+            )
+        room = self.max_length - (fixed if self._separate else used)
+        return room if self._max_passage_tokens is None else min(room, self._max_passage_tokens)
+
+    def _context_pieces(self) -> tuple[list[int], bool, list[int], int | None]:
+        """Tokenise the literals of the context; return (before, space before passage, after, place of the hint).
+
+        The place counts from the passage's end if it is zero or more, else backwards from its start.
+        """
+        before: list[int] = []
+        after: list[int] = []
+        hint: int | None = None
+        seen_passage = False
+        spaced, spaced_passage = False, False
+        bos = self._tokenizer.bos_token_id
+        if bos is not None and not self._separate:
+            before.append(bos)
+        hint_in_before: int | None = None
+        for piece in re.split(r"(\{passage\}|\{hint\})", self.template.context):
+            if piece == "{passage}":
+                seen_passage, spaced_passage, spaced = True, spaced, False
+            elif piece == "{hint}":
+                if seen_passage:
+                    hint = len(after)
+                else:
+                    hint_in_before = len(before)
+            elif piece:
+                ids, spaced = self._literal(piece, previous=" " if spaced else "")
+                (after if seen_passage else before).extend(ids)
+        if hint_in_before is not None:
+            hint = hint_in_before - len(before)
+            if hint == 0:
+                raise InputError(f"template {self.template.name!r}: a hint before the passage needs text between them")
+        eos = self._tokenizer.eos_token_id
+        if self._separate and eos is not None:
+            after.append(eos)
+        return before, spaced_passage, after, hint
+
+    def _literal(self, text: str, previous: str) -> tuple[list[int], bool]:
+        """Tokenise a literal without the blanks at its end; say whether there were any."""
+        text = previous + text
+        bare = text.rstrip(" ")
+        return (self._ids(bare.lstrip(" "), space=bare.startswith(" ")) if bare else []), bare != text
+
+    def _ids(self, text: str, *, space: bool) -> list[int]:
+        lead = " " if space and not self._adds_space else ""
+        return list(self._tokenizer(lead + text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _end_ids(self) -> Sequence[int]:
+        eos = self._tokenizer.eos_token_id
+        return [eos] if self.template.score_end and eos is not None else []

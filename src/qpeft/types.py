@@ -1,0 +1,264 @@
+"""The records that flow through qpeft, and the two contracts of whatever ranks them.
+
+Score: higher is better, everywhere. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import abc
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NotRequired, Protocol, TypedDict, final
+
+import numpy as np
+
+from qpeft.errors import OptionError, ScoreError
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A question or keyword query; `answers` are the accepted answer strings, where a collection has them."""
+
+    id: str
+    text: str
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A unit of text that can be ranked."""
+
+    id: str
+    text: str
+    title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """A query with the passages to rank, in first-stage order; `scores` are the first stage's, or empty."""
+
+    query: Query
+    passages: tuple[Passage, ...]
+    scores: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.scores and len(self.scores) != len(self.passages):
+            raise ScoreError(
+                f"query {self.query.id!r}: {len(self.passages)} passages but {len(self.scores)} first-stage scores"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One training unit: a query, passages that answer it, and passages that do not."""
+
+    query: Query
+    positives: tuple[Passage, ...]
+    negatives: tuple[Passage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A passage at its place in a ranking."""
+
+    passage_id: str
+    score: float
+
+
+class ConstantScoresWarning(UserWarning):
+    """All candidates of a query received the same score: the order is the tie rule's, not the model's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """The ranked passages of one query, best first."""
+
+    query_id: str
+    hits: tuple[Hit, ...]
+
+    @classmethod
+    def from_scores(cls, query_id: str, scores: Iterable[tuple[str, float]]) -> Ranking:
+        """Sort (passage id, score) pairs: the only sort in qpeft.
+
+        Scores are rounded to float32 and sorted descending, ties by passage id descending: trec_eval's rule
+        (it reads scores as C floats and compares ids as bytes), so that what is printed is what is evaluated.
+
+        Raises:
+            ScoreError: a score is NaN or infinite (also once rounded to float32), or a passage id occurs twice.
+
+        Warns:
+            ConstantScoresWarning: two or more passages, all with one score.
+        """
+        pairs = list(scores)
+        with np.errstate(over="ignore"):
+            values = np.array([score for _, score in pairs], dtype=np.float64).astype(np.float32)
+        for (passage_id, score), value in zip(pairs, values, strict=True):
+            if not np.isfinite(value):
+                raise ScoreError(f"query {query_id!r}, passage {passage_id!r}: score {score} cannot be ranked")
+        seen: set[str] = set()
+        for passage_id, _ in pairs:
+            if passage_id in seen:
+                raise ScoreError(f"query {query_id!r}: passage {passage_id!r} occurs twice")
+            seen.add(passage_id)
+        if len(pairs) > 1 and values.min() == values.max():
+            warnings.warn(
+                f"query {query_id!r}: all {len(pairs)} passages have the score {float(values[0])}",
+                ConstantScoresWarning,
+                stacklevel=2,
+            )
+        hits = [Hit(passage_id, float(value)) for (passage_id, _), value in zip(pairs, values, strict=True)]
+        hits.sort(key=lambda hit: hit.passage_id.encode(), reverse=True)
+        hits.sort(key=lambda hit: hit.score, reverse=True)
+        return cls(query_id, tuple(hits))
+
+
+    def followed_by(self, passage_ids: Iterable[str]) -> Ranking:
+        """Return this ranking with more passages below all of its own, in the order given.
+
+        Each gets a score below the one before it; the steps are large enough to survive float32.
+        """
+        lowest = self.hits[-1].score if self.hits else 0.0
+        step = max(1.0, abs(lowest) * 1e-5)
+        rest = (Hit(passage_id, lowest - step * place) for place, passage_id in enumerate(passage_ids, start=1))
+        return Ranking(self.query_id, (*self.hits, *rest))
+
+
+class Run(Mapping[str, Ranking]):
+    """Rankings by query id, in the order given, under a tag that names the system."""
+
+    def __init__(self, rankings: Iterable[Ranking], tag: str) -> None:
+        self.tag = tag
+        self._rankings: dict[str, Ranking] = {}
+        for ranking in rankings:
+            if ranking.query_id in self._rankings:
+                raise ScoreError(f"run {tag!r}: query {ranking.query_id!r} is ranked twice")
+            self._rankings[ranking.query_id] = ranking
+
+    def __getitem__(self, query_id: str) -> Ranking:
+        return self._rankings[query_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rankings)
+
+    def __len__(self) -> int:
+        return len(self._rankings)
+
+    def __repr__(self) -> str:
+        return f"Run({self.tag!r}, {len(self)} queries)"
+
+
+Qrels = Mapping[str, Mapping[str, int]]
+"""query id → passage id → grade; a grade of 1 or more is relevant."""
+
+
+class RankedPassage(TypedDict):
+    """One entry of `Reranker.rank`, in the shape of sentence-transformers' `CrossEncoder.rank`."""
+
+    corpus_id: int
+    score: float
+    text: NotRequired[str]
+
+
+@dataclass(slots=True)
+class ScoringCounts:
+    """What happened to the input while it was scored; printed at the end and stored in provenance."""
+
+    pairs: int = 0
+    tokens: int = 0
+    truncated_passages: int = 0
+    empty_passages: int = 0
+    constant_queries: int = 0
+
+    def add(self, other: ScoringCounts) -> None:
+        """Add the counts of another stretch of work."""
+        self.pairs += other.pairs
+        self.tokens += other.tokens
+        self.truncated_passages += other.truncated_passages
+        self.empty_passages += other.empty_passages
+        self.constant_queries += other.constant_queries
+
+
+class Scorer(Protocol):
+    """A pointwise method is only this; `counts` grows with every call."""
+
+    counts: ScoringCounts
+
+    def score(self, pairs: Sequence[tuple[Query, Passage]]) -> list[float]:
+        """Return one score per (query, passage) pair, in order."""
+        ...
+
+
+@dataclass
+class Reranker(abc.ABC):
+    """Orders candidates. Implementations define `rerank`; the rest is the same for all."""
+
+    counts: ScoringCounts = field(default_factory=ScoringCounts, init=False)
+    window: int = field(default=1, init=False)
+    """Queries that are worked on together. Scores may depend, in their last bits, on the others of a window."""
+
+    @staticmethod
+    def from_pretrained(model: str = "tiny-lm", *, method: str = "query_likelihood", **options: Any) -> Reranker:
+        """Open a model and build a ranking method around it.
+
+        Args:
+            model: `tiny-lm` (embedded), a local folder, or a name on the model hub.
+            method: name of a file in `qpeft.methods`.
+            options: fields of `qpeft.loading.ModelConfig` and of the method's `Config`.
+
+        Raises:
+            ModelError: the model cannot be opened.
+            OptionError: an option that neither of the two has.
+        """
+        from qpeft.loading import load_reranker  # the one upward import: the front door (docs/decisions.md)
+
+        return load_reranker(model, method=method, **options)
+
+    @abc.abstractmethod
+    def rerank(self, items: Iterable[Candidates]) -> Iterator[Ranking]:
+        """Yield one ranking per item, lazily and in order."""
+
+    @final
+    def predict(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Return a score per (query text, passage text), as sentence-transformers' `CrossEncoder.predict` does.
+
+        Consecutive pairs with the same query are ranked as one list of candidates.
+        """
+        scores: list[float] = []
+        start = 0
+        while start < len(pairs):
+            end = start
+            while end < len(pairs) and pairs[end][0] == pairs[start][0]:
+                end += 1
+            ranked = self._hits(pairs[start][0], [text for _, text in pairs[start:end]])
+            by_position = {int(hit.passage_id): hit.score for hit in ranked}
+            scores += [by_position[i] for i in range(end - start)]
+            start = end
+        return scores
+
+    @final
+    def rank(
+        self, query: str, passages: Sequence[str], *, top_k: int | None = None, return_documents: bool = False
+    ) -> list[RankedPassage]:
+        """Rank texts for one query, best first; equal scores keep the order given.
+
+        Returns:
+            Entries of sentence-transformers' shape: `corpus_id` is the index into `passages`.
+        """
+        if top_k is not None and top_k < 1:
+            raise OptionError(f"top_k is {top_k}; it must be at least 1")
+        hits = sorted(self._hits(query, passages), key=lambda hit: (-hit.score, int(hit.passage_id)))
+        ranked: list[RankedPassage] = []
+        for hit in hits[:top_k]:
+            entry = RankedPassage(corpus_id=int(hit.passage_id), score=hit.score)
+            if return_documents:
+                entry["text"] = passages[int(hit.passage_id)]
+            ranked.append(entry)
+        return ranked
+
+    def _hits(self, query: str, passages: Sequence[str]) -> tuple[Hit, ...]:
+        candidates = Candidates(
+            Query("query", query), tuple(Passage(str(i), text) for i, text in enumerate(passages))
+        )
+        (ranking,) = self.rerank([candidates])
+        return ranking.hits

@@ -1,0 +1,201 @@
+import html.parser
+import re
+
+import numpy as np
+import pytest
+
+from qpeft.analysis.examples import won_and_lost
+from qpeft.analysis.report import write_comparison_report
+from qpeft.errors import OptionError
+from qpeft.evaluation.cost import Cost
+from qpeft.evaluation.measures import evaluate
+from qpeft.evaluation.significance import compare, compare_all_pairs
+from qpeft.types import Passage, Query, Ranking, Run
+
+DEPTH = 20
+VOID = {"meta", "br"}
+
+
+class Page(html.parser.HTMLParser):
+    """Collects what a reader sees, and checks that elements nest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.ids, self.rows, self.text, self.links = [], [], [], [], "", []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        self.links += [v for k, v in attributes.items() if k in ("src", "href", "xlink:href")]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+
+def make_run(tag, seed, skill):
+    rng = np.random.default_rng(seed)
+    return Run(
+        [
+            Ranking.from_scores(
+                f"q{number}",
+                [(f"p{p}", float(rng.normal(skill if p == number % DEPTH else 0.0, 1.0))) for p in range(DEPTH)],
+            )
+            for number in range(40)
+        ],
+        tag,
+    )
+
+
+@pytest.fixture(scope="module")
+def material():
+    runs = [make_run("bm25", 1, 0.8), make_run("ql <b>", 2, 2.5), make_run("random", 3, 0.0)]
+    qrels = {f"q{number}": {f"p{number % DEPTH}": 1} for number in range(40)}
+    evaluations = [evaluate(run, qrels, "RR@10 nDCG@10") for run in runs]
+    return runs, qrels, evaluations, compare(evaluations[0], evaluations[1:], resamples=200)
+
+
+@pytest.fixture
+def page(material, tmp_path):
+    runs, qrels, evaluations, comparisons = material
+    queries = {
+        f"q{n}": Query(f"q{n}", f"<script>alert({n})</script> & 'more'", ("an <i>answer</i>",)) for n in range(40)
+    }
+    passages = {f"p{n}": Passage(f"p{n}", f"text of <img src=x> {n}", f"title {n}") for n in range(DEPTH)}
+    write_comparison_report(
+        tmp_path / "report.html",
+        evaluations,
+        comparisons,
+        runs,
+        qrels,
+        queries,
+        passages,
+        {"collection": "made <up>", "settings": {"seed": 1}},
+        costs={"bm25": Cost(2.0, 40, 800, 64_000)},
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+    return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_no_text_of_the_users_becomes_markup(page):
+    parsed = Page(page)
+    assert "script" not in parsed.tags
+    assert "img" not in parsed.tags
+    assert "&lt;script&gt;alert(" in page
+    assert "<script>alert(" in parsed.text
+    assert "text of <img src=x>" in parsed.text
+    assert "made <up>" in parsed.text
+    assert "ql <b>" in parsed.text
+
+
+def test_it_stands_alone(page):
+    parsed = Page(page)
+    assert all(link.startswith("#") for link in parsed.links)
+    assert not re.search(r"url\((?!#)|@import|https?://(?!www\.w3\.org/)", page)
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert {link[1:] for link in parsed.links} <= set(parsed.ids)
+    assert "#010203" not in page
+
+
+def test_its_numbers_are_the_evaluations(page, material):
+    _, _, evaluations, comparisons = material
+    rows = Page(page).rows
+    assert rows[0] == ["run", "RR@10", "nDCG@10"]
+    significant = {(each.run, each.measure) for each in comparisons if each.significant()}
+    assert 0 < len(significant) < len(comparisons)
+    for each, row in zip(evaluations, rows[1:4], strict=True):
+        assert row[0].split(" baseline")[0] == each.run
+        for measure, cell in zip(each.measures, row[1:], strict=True):
+            mean, low, high = re.fullmatch(r"(\d\.\d{4})[▲▼]?(\d\.\d{3}) … (\d\.\d{3})", cell).groups()
+            assert mean == f"{each.means[measure]:.4f}"
+            assert float(low) < each.means[measure] < float(high)
+            assert bool(re.search("[▲▼]", cell)) == ((each.run, measure) in significant)
+    details = [row for row in rows if len(row) == 8][1:]
+    for each, row in zip(comparisons, details, strict=True):
+        assert row[:3] == [each.run, each.baseline, each.measure]
+        assert float(row[3].strip("▲▼").replace("−", "-")) == pytest.approx(each.difference, abs=5e-5)
+        low, high = (float(bound.replace("−", "-")) for bound in row[4].split(" … "))
+        assert (low, high) == pytest.approx(each.interval, abs=5e-5)
+        assert row[5] == f"{each.wins}/{each.ties}/{each.losses}"
+        expected = each.corrected["t"]
+        assert row[7] == ("<0.001" if expected < 0.001 else f"{expected:.3f}")
+    assert ["bm25", "2.0", "800", "64,000", "20.00", "400.0", "32,000"] in rows
+
+
+def test_figures_and_sections(page):
+    parsed = Page(page)
+    assert parsed.tags.count("svg") == 3  # curves, and bars for two runs
+    assert "CandR@k" in parsed.text
+    assert "All runs order the same candidates" in parsed.text
+    assert "ql <b> against bm25" in parsed.text
+    assert "Won most" in parsed.text
+    assert "Lost most" in parsed.text
+
+
+def test_examples_are_the_largest_differences(material):
+    runs, qrels, evaluations, _ = material
+    won, lost = won_and_lost((evaluations[0], evaluations[1]), (runs[0], runs[1]), qrels, "RR@10", count=3)
+    a, b = evaluations[0].per_query["RR@10"], evaluations[1].per_query["RR@10"]
+    differences = sorted(b[query_id] - a[query_id] for query_id in qrels)
+    assert [example.difference for example in won] == pytest.approx(differences[:-4:-1])
+    assert [example.difference for example in lost] == pytest.approx(differences[:3])
+    example = won[0]
+    assert example.query.text == example.query.id
+    assert [p.id for p in example.run.passages] == [hit.passage_id for hit in runs[1][example.query.id].hits[:3]]
+    assert 1 / example.run.first_relevant == pytest.approx(example.run.value)
+    (relevant,) = [p.rank for p in example.run.passages if p.grade] or [example.run.first_relevant]
+    assert relevant == example.run.first_relevant
+
+
+def test_runs_with_other_candidates_are_not_compared_by_candidate_recall(material, tmp_path):
+    runs, qrels, evaluations, _ = material
+    half = Run((Ranking(q, ranking.hits[: DEPTH // 2]) for q, ranking in runs[1].items()), "half")
+    found = [evaluations[0], evaluate(half, qrels, "RR@10 nDCG@10")]
+    path = tmp_path / "report.html"
+    write_comparison_report(path, found, compare_all_pairs(found, resamples=100), [runs[0], half], qrels)
+    parsed = Page(path.read_text(encoding="utf-8"))
+    assert "Success@k" in parsed.text
+    assert "The runs rank different passages" in parsed.text
+
+
+def test_shallow_runs_one_run_and_missing_queries_still_make_a_report(tmp_path):
+    run = Run([Ranking.from_scores("q1", [("a", 1.0), ("b", 0.5)])], "shallow")
+    other = Run([Ranking.from_scores("q2", [("a", 1.0), ("b", 0.5)])], "other")
+    qrels = {"q1": {"a": 1}, "q2": {"b": 2}}
+    found = [evaluate(run, qrels, "RR@10 CandR_clean@5"), evaluate(other, qrels, "RR@10 CandR_clean@5")]
+    path = tmp_path / "report.html"
+    write_comparison_report(path, found[:1], [], [run], qrels)
+    assert Page(path.read_text(encoding="utf-8")).tags.count("svg") == 0
+    write_comparison_report(path, found, compare(found[0], found[1:]), [run, other], qrels)
+    parsed = Page(path.read_text(encoding="utf-8"))
+    assert parsed.tags.count("svg") == 1
+    assert "nothing ranked" in parsed.text
+    assert "relevant (2)" in parsed.text
+    assert "–" in parsed.text
+
+
+def test_a_run_that_is_not_given_is_named_and_the_old_report_stays(material, tmp_path):
+    runs, qrels, evaluations, comparisons = material
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    with pytest.raises(OptionError, match="'random' is evaluated but not given"):
+        write_comparison_report(path, evaluations, comparisons, runs[:2], qrels)
+    with pytest.raises(OptionError, match="'random' is compared but"):
+        write_comparison_report(path, evaluations[:2], comparisons, runs, qrels)
+    with pytest.raises(OptionError, match="at least one"):
+        write_comparison_report(path, [], [], runs, qrels)
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]

@@ -1,0 +1,113 @@
+import gzip
+import os
+from pathlib import Path
+
+import pytest
+
+from qpeft.data.files import numbered_lines, open_text, replacing, write_text
+from qpeft.errors import FormatError, InputError
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_what_is_written_is_read(tmp_path, name):
+    path = tmp_path / "new" / "folders" / name
+    with write_text(path) as file:
+        file.write("é\r\n\n二\n")
+    with open_text(path) as file:
+        assert file.read() == "é\r\n\n二\n"
+    assert list(numbered_lines(path)) == [(1, "é"), (3, "二")]
+    assert os.listdir(path.parent) == [name]
+
+
+def test_gzip_is_gzip_and_reproducible(tmp_path):
+    for name in ("a.gz", "b.gz"):
+        with write_text(tmp_path / name) as file:
+            file.write("same")
+    assert (tmp_path / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
+    assert gzip.decompress((tmp_path / "a.gz").read_bytes()) == b"same"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_failure_leaves_the_old_file_and_nothing_else(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"old")
+
+    def fail_half_way() -> None:
+        with write_text(path) as file:
+            file.write("half")
+            file.flush()
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail_half_way()
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_nothing_stands_there_before_the_end(tmp_path):
+    path = tmp_path / "a"
+    with write_text(path) as file:
+        file.write("half")
+        assert not path.exists()
+    assert path.read_text() == "half"
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to("real")
+    with write_text(tmp_path / "link") as file:
+        file.write("new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+
+
+def test_a_device_is_written_not_replaced():
+    with replacing("/dev/null") as path:
+        assert path == Path("/dev/null")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a folder"), write_text(tmp_path):
+        pass
+    with pytest.raises(InputError, match="file"), write_text(tmp_path / "file" / "below"):
+        pass
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"none\.txt: No such file"), open_text(tmp_path / "none.txt"):
+        pass
+
+
+def test_byte_order_mark_is_no_content(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes("\ufeffx\n\ufeffy\n".encode())
+    assert list(numbered_lines(path)) == [(1, "x"), (2, "\ufeffy")]
+    with open_text(path) as file:
+        assert file.readline() == "x\n"
+
+
+def test_only_newlines_end_lines(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes("a\u2028b\x0bc\rd\ne".encode())
+    assert list(numbered_lines(path)) == [(1, "a\u2028b\x0bc\rd"), (2, "e")]
+
+
+def test_wrong_encoding_names_the_line(tmp_path):
+    path = tmp_path / "latin"
+    path.write_bytes("ok\ncafé\n".encode("latin-1"))
+    with pytest.raises(FormatError, match=r"latin:2: not UTF-8"):
+        list(numbered_lines(path))
+    with pytest.raises(FormatError, match="not UTF-8"), open_text(path) as file:
+        file.read()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-12], lambda data: b"not gzip", lambda data: data[:10] + b"?" * 99]
+)
+def test_damaged_gzip(tmp_path, damage):
+    path = tmp_path / "a.gz"
+    path.write_bytes(damage(gzip.compress(os.urandom(1000).hex().encode() + b"\n")))
+    with pytest.raises(FormatError, match=r"a\.gz: damaged gzip"):
+        list(numbered_lines(path))

@@ -1,0 +1,88 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qpeft.errors import ScoreError
+from qpeft.types import Candidates, ConstantScoresWarning, Passage, Query, Ranking, Run
+
+pytestmark = pytest.mark.filterwarnings("ignore::qpeft.types.ConstantScoresWarning")
+
+ids = st.text(st.characters(exclude_categories=("Cs",)), max_size=5)
+scored = st.dictionaries(ids, st.floats(-1e30, 1e30) | st.sampled_from([0.0, -0.0, 1.0, 1.0 + 1e-12]), max_size=8).map(
+    lambda scores: list(scores.items())
+)
+
+
+@given(scored, st.randoms())
+def test_the_order_of_arrival_does_not_matter(pairs, random):
+    shuffled = random.sample(pairs, len(pairs))
+    assert Ranking.from_scores("q", shuffled) == Ranking.from_scores("q", pairs)
+
+
+@given(scored)
+def test_every_passage_once_with_its_score_as_float32(pairs):
+    hits = Ranking.from_scores("q", pairs).hits
+    assert sorted(hit.passage_id for hit in hits) == sorted(passage_id for passage_id, _ in pairs)
+    given_scores = dict(pairs)
+    assert all(hit.score == float(np.float32(given_scores[hit.passage_id])) for hit in hits)
+
+
+@given(scored)
+def test_trec_eval_order(pairs):
+    hits = Ranking.from_scores("q", pairs).hits
+    for above, below in itertools.pairwise(hits):
+        assert above.score >= below.score
+        if above.score == below.score:
+            assert above.passage_id.encode() > below.passage_id.encode()
+
+
+@given(scored)
+def test_sorting_again_changes_nothing(pairs):
+    ranking = Ranking.from_scores("q", pairs)
+    again = Ranking.from_scores("q", [(hit.passage_id, hit.score) for hit in ranking.hits])
+    assert again == ranking
+
+
+def test_ids_are_compared_as_bytes():
+    # In UTF-16, and so in some languages' string order, the emoji would come before U+FFFD.
+    hits = Ranking.from_scores("q", [("\ufffd", 1.0), ("😀", 1.0), ("a", 1.0), ("Z", 1.0)]).hits
+    assert [hit.passage_id for hit in hits] == ["😀", "\ufffd", "a", "Z"]
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf"), 1e39])
+def test_scores_that_cannot_be_ranked(score):
+    with pytest.raises(ScoreError, match="'q', passage 'b'"):
+        Ranking.from_scores("q", [("a", 1.0), ("b", score)])
+
+
+def test_a_passage_may_not_occur_twice():
+    with pytest.raises(ScoreError, match="'a' occurs twice"):
+        Ranking.from_scores("q", [("a", 1.0), ("b", 2.0), ("a", 3.0)])
+
+
+@pytest.mark.filterwarnings("error::qpeft.types.ConstantScoresWarning")
+def test_constant_scores_are_reported():
+    Ranking.from_scores("q", [("alone", 1.0)])
+    Ranking.from_scores("q", [])
+    with pytest.warns(ConstantScoresWarning, match="all 2 passages"):
+        # Different as float64, equal as float32.
+        Ranking.from_scores("q", [("a", 1.0), ("b", 1.0 + 1e-9)])
+
+
+def test_a_run_ranks_each_query_once():
+    rankings = [Ranking("q2", ()), Ranking("q1", ())]
+    run = Run(rankings, "t")
+    assert list(run) == ["q2", "q1"]
+    assert run["q1"] is rankings[1]
+    with pytest.raises(ScoreError, match="'q2' is ranked twice"):
+        Run([*rankings, Ranking("q2", ())], "t")
+
+
+def test_candidates_need_all_scores_or_none():
+    passages = (Passage("a", "x"), Passage("b", "y"))
+    assert Candidates(Query("q", "?"), passages).scores == ()
+    with pytest.raises(ScoreError, match="2 passages but 1"):
+        Candidates(Query("q", "?"), passages, (1.0,))
