@@ -6,9 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qpeft.errors import ScoreError
-from qpeft.types import Candidates, ConstantScoresWarning, Passage, Query, Ranking, Run
-
-pytestmark = pytest.mark.filterwarnings("ignore::qpeft.types.ConstantScoresWarning")
+from qpeft.types import Candidates, Passage, Query, Ranking, Run
 
 ids = st.text(st.characters(exclude_categories=("Cs",)), max_size=5)
 scored = st.dictionaries(ids, st.floats(-1e30, 1e30) | st.sampled_from([0.0, -0.0, 1.0, 1.0 + 1e-12]), max_size=8).map(
@@ -63,13 +61,20 @@ def test_a_passage_may_not_occur_twice():
         Ranking.from_scores("q", [("a", 1.0), ("b", 2.0), ("a", 3.0)])
 
 
-@pytest.mark.filterwarnings("error::qpeft.types.ConstantScoresWarning")
-def test_constant_scores_are_reported():
-    Ranking.from_scores("q", [("alone", 1.0)])
-    Ranking.from_scores("q", [])
-    with pytest.warns(ConstantScoresWarning, match="all 2 passages"):
-        # Different as float64, equal as float32.
-        Ranking.from_scores("q", [("a", 1.0), ("b", 1.0 + 1e-9)])
+def test_constant_scores_are_seen():
+    assert not Ranking.from_scores("q", [("alone", 1.0)]).constant
+    assert not Ranking.from_scores("q", []).constant
+    assert not Ranking.from_scores("q", [("a", 1.0), ("b", 1.1), ("c", 1.0)]).constant
+    # Different as float64, equal as float32.
+    assert Ranking.from_scores("q", [("a", 1.0), ("b", 1.0 + 1e-9)]).constant
+
+
+def test_passages_below_keep_their_order_even_as_float32():
+    ranking = Ranking.from_scores("q", [("a", -1e7), ("b", -2e7)])
+    longer = ranking.followed_by(["z", "c", "y"])
+    assert longer.hits[:2] == ranking.hits
+    again = Ranking.from_scores("q", [(hit.passage_id, hit.score) for hit in longer.hits])
+    assert [hit.passage_id for hit in again.hits] == ["a", "b", "z", "c", "y"]
 
 
 def test_a_run_ranks_each_query_once():

@@ -71,8 +71,8 @@ def judged_collection(folder: Path) -> list[Source]:
     ]
 
 
-def written_informal(path: Path) -> list[Source]:
-    """Return the informal passages that were written for this recipe."""
+def written_passages(path: Path) -> list[Source]:
+    """Return passages that were written for this recipe, with their questions."""
     return [
         Source(str(row["title"]), str(row["text"]), tuple(str(q) for q in row["questions"]))  # type: ignore[attr-defined]
         for row in read_jsonl(path)

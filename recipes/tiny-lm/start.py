@@ -1,7 +1,7 @@
 """The two starting points of tiny-lm, both from the MiniLM sentence encoder (22 M parameters, 384-d, WordPiece).
 
 * `bert`: the encoder itself, loaded as a causal language model. The head's transform starts as the identity.
-* `llama`: a Llama-style decoder (RoPE, gated MLP, RMSNorm) of about the same size, random but for MiniLM's token embeddings.
+* `llama`: a Llama-style decoder (RoPE, gated MLP, RMSNorm) of about that size, random but for MiniLM's embeddings.
 """
 
 from __future__ import annotations

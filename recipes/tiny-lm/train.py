@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from passages import QueryMaker, Source, judged_collection, read_jsonl, read_qrels, restyle, textbook, written_informal
+from passages import QueryMaker, Source, judged_collection, read_jsonl, read_qrels, restyle, textbook, written_passages
 from start import STARTS, body_and_head, tokenizer
 from torch.nn.functional import cross_entropy
 
@@ -83,8 +83,8 @@ class Corpus:
         prose, asked = textbook(data / "openstax", questions)
         for name in COLLECTIONS:
             asked += judged_collection(data / name)
-        if questions is not None and (questions / "informal.jsonl").exists():
-            asked += written_informal(questions / "informal.jsonl")
+        for path in sorted(questions.glob("*.jsonl")) if questions is not None else ():
+            asked += written_passages(path)
         return cls(asked, prose, QueryMaker(prose))
 
 

@@ -1,7 +1,7 @@
 """The command line: a verb, and options that are the fields of that verb's dataclasses.
 
-Every field becomes a flag (`--limit-queries`), a key of the YAML file behind `--config` (`limit_queries`), and a line of
-`--help`, whose text is the field's docstring. A field that is a list may be given several times.
+Every field becomes a flag (`--limit-queries`), a key of the YAML file behind `--config` (`limit_queries`), and a line
+of `--help`, whose text is the field's docstring. A field that is a list may be given several times.
 
 Exit codes: 0 done, 2 bad input or usage, 130 interrupted.
 """
@@ -93,7 +93,7 @@ def _overview() -> str:
 
 
 def peek(arguments: Sequence[str], option: str, default: str) -> str:
-    """Return the value of an option before the parser exists that knows it (flags, else the YAML file, else default)."""
+    """Return an option's value before its parser exists: from the flags, else the YAML file, else the default."""
     value = _flag(arguments, option)
     if value is None and (path := _flag(arguments, "config")) is not None:
         import yaml
@@ -157,7 +157,7 @@ def _add_options(parser: Any, config: type[Any]) -> None:
         if get_origin(hint) is tuple:
             options |= {"action": "append", "type": get_args(hint)[0]}
             if not required:
-                options["default"] = list(field.default)
+                options["default"] = list(options["default"])
         elif hint is bool:
             options |= {"action": "store_true"}
         else:

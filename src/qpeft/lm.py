@@ -41,6 +41,21 @@ class LanguageModel(Protocol):
     max_length: int
     has_encoder: bool
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are sent."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Name of the weights' type."""
+        ...
+
+    @property
+    def revision(self) -> str | None:
+        """Commit on the model hub, if the model came from there."""
+        ...
+
     def log_probs(self, rows: Sequence[Row], *, with_passage: bool = False) -> list[RowLogProbs]:
         """Return the log-probabilities of each row's scored tokens, in order."""
         ...
@@ -85,6 +100,17 @@ class _PretrainedLM:
     def device(self) -> torch.device:
         """Where inputs are sent."""
         return torch.device(self.model.device)
+
+    @property
+    def dtype(self) -> str:
+        """Name of the weights' type, as the option `--dtype` spells it."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def revision(self) -> str | None:
+        """Commit on the model hub, if the model came from there."""
+        commit: str | None = getattr(self.model.config, "_commit_hash", None)
+        return commit
 
     @torch.inference_mode()
     def log_probs(self, rows: Sequence[Row], *, with_passage: bool = False) -> list[RowLogProbs]:
@@ -148,7 +174,7 @@ class CausalLM(_PretrainedLM):
         padding_side: PaddingSide = "left",
     ) -> None:
         super().__init__(model, tokenizer, name=name, max_length=max_length, batch_tokens=batch_tokens)
-        self._padding_side = padding_side
+        self.padding_side = padding_side
 
     def _forward(self, rows: Sequence[Row], with_passage: bool) -> list[RowLogProbs]:
         width = max(len(row) for row in rows)
@@ -156,7 +182,7 @@ class CausalLM(_PretrainedLM):
         mask = torch.zeros(len(rows), width, dtype=torch.long)
         predicted = torch.zeros(len(rows), width, dtype=torch.bool)
         for i, row in enumerate(rows):
-            start = width - len(row) if self._padding_side == "left" else 0
+            start = width - len(row) if self.padding_side == "left" else 0
             ids[i, start : start + len(row)] = torch.tensor((*row.context, *row.target))
             mask[i, start : start + len(row)] = 1
             predicted[i, start + len(row.context) : start + len(row)] = torch.tensor(row.scored)

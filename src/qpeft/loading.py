@@ -17,6 +17,7 @@ from qpeft import methods
 from qpeft.errors import MissingDependencyError, ModelError, OptionError, nearest
 from qpeft.lm import CausalLM, EncoderDecoderLM, LanguageModel
 from qpeft.model_config import EMBEDDED, ModelConfig
+from qpeft.passage_cache import CachedCausalLM
 from qpeft.types import Reranker
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,14 +46,17 @@ def load_lm(config: ModelConfig) -> LanguageModel:
     limit = _context_length(settings)
     if config.max_length is not None:
         limit = config.max_length if limit is None else min(limit, config.max_length)
-    kind = EncoderDecoderLM if settings.is_encoder_decoder else CausalLM
-    return kind(
-        model,
-        tokenizer,
-        name=config.model,
-        max_length=limit or 512,
-        batch_tokens=config.batch_tokens or (8_192 if device.type == "cpu" else 65_536),
-    )
+    facts: dict[str, Any] = {
+        "name": config.model,
+        "max_length": limit or 512,
+        "batch_tokens": config.batch_tokens or (8_192 if device.type == "cpu" else 65_536),
+    }
+    if settings.is_encoder_decoder:
+        if config.passage_cache:
+            raise OptionError("--passage-cache is for decoder-only models")
+        return EncoderDecoderLM(model, tokenizer, **facts)
+    lm = CausalLM(model, tokenizer, **facts)
+    return CachedCausalLM(lm, int(config.passage_cache * 2**30)) if config.passage_cache else lm
 
 
 def describe_lm(lm: LanguageModel, config: ModelConfig) -> dict[str, Any]:

@@ -27,5 +27,7 @@ class ModelConfig:
     """Run Python code that comes with the model."""
     batch_tokens: int | None = None
     """Padded tokens in one forward pass; halved for as long as memory runs out."""
+    passage_cache: float = 0.0
+    """GiB of memory for encoded passages, which makes a passage's second query cheap (decoder-only models); 0: none."""
     max_length: int | None = None
     """Tokens that template, passage and query may have together; default: what the model was made for."""

@@ -6,7 +6,6 @@ Score: higher is better, everywhere. Nothing here imports torch.
 from __future__ import annotations
 
 import abc
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, Protocol, TypedDict, final
@@ -66,10 +65,6 @@ class Hit:
     score: float
 
 
-class ConstantScoresWarning(UserWarning):
-    """All candidates of a query received the same score: the order is the tie rule's, not the model's."""
-
-
 @dataclass(frozen=True, slots=True)
 class Ranking:
     """The ranked passages of one query, best first."""
@@ -86,9 +81,6 @@ class Ranking:
 
         Raises:
             ScoreError: a score is NaN or infinite (also once rounded to float32), or a passage id occurs twice.
-
-        Warns:
-            ConstantScoresWarning: two or more passages, all with one score.
         """
         pairs = list(scores)
         with np.errstate(over="ignore"):
@@ -101,17 +93,16 @@ class Ranking:
             if passage_id in seen:
                 raise ScoreError(f"query {query_id!r}: passage {passage_id!r} occurs twice")
             seen.add(passage_id)
-        if len(pairs) > 1 and values.min() == values.max():
-            warnings.warn(
-                f"query {query_id!r}: all {len(pairs)} passages have the score {float(values[0])}",
-                ConstantScoresWarning,
-                stacklevel=2,
-            )
         hits = [Hit(passage_id, float(value)) for (passage_id, _), value in zip(pairs, values, strict=True)]
         hits.sort(key=lambda hit: hit.passage_id.encode(), reverse=True)
         hits.sort(key=lambda hit: hit.score, reverse=True)
         return cls(query_id, tuple(hits))
 
+
+    @property
+    def constant(self) -> bool:
+        """Whether several passages share one score: then the order is the tie rule's, not the model's."""
+        return len(self.hits) > 1 and self.hits[0].score == self.hits[-1].score
 
     def followed_by(self, passage_ids: Iterable[str]) -> Ranking:
         """Return this ranking with more passages below all of its own, in the order given.

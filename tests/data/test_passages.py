@@ -2,6 +2,7 @@ import gzip
 import os
 import pickle
 import shutil
+import sys
 import threading
 import zlib
 from pathlib import Path
@@ -176,6 +177,7 @@ def test_pickling_opens_it_anew(tmp_path):
 
 
 def test_threads_share_a_store(tmp_path):
+    interval = sys.getswitchinterval()
     texts = {str(i): "word " * (i % 97) for i in range(500)}
     passages = PassageStore(write(tmp_path, jsonl(*({"_id": i, "text": text} for i, text in texts.items()))))
     wrong: list[str] = []
@@ -187,10 +189,14 @@ def test_threads_share_a_store(tmp_path):
                 wrong.append(key)
 
     threads = [threading.Thread(target=fetch, args=(start,)) for start in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     assert wrong == []
 
 

@@ -1,7 +1,6 @@
 import gzip
 import math
 import os
-import warnings
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 
 from qpeft.data.trec import read_qrels, read_run, write_qrels, write_run
 from qpeft.errors import FormatError
-from qpeft.types import ConstantScoresWarning, Hit, Ranking, Run
+from qpeft.types import Hit, Ranking, Run
 
 ids = st.text(st.characters(exclude_categories=("Cs",), exclude_characters=" \t\r\n\v\f\ufeff"), min_size=1, max_size=8)
 scores = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -18,9 +17,7 @@ rankings = st.dictionaries(ids, scores, min_size=1, max_size=6)
 
 
 def ranking(query_id, scores):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstantScoresWarning)
-        return Ranking.from_scores(query_id, scores.items())
+    return Ranking.from_scores(query_id, scores.items())
 
 
 @given(st.dictionaries(ids, rankings, max_size=4), ids)
@@ -66,13 +63,6 @@ def test_run_of_others(tmp_path):
     assert list(run) == ["q1", "q2"]
     # The ranks 1, 7, 2 count for nothing; ties go by id, the greater first.
     assert run["q1"].hits == (Hit("d2", 9.25), Hit("d3", 0.5), Hit("d1", 0.5))
-
-
-def test_reading_tied_rankings_does_not_warn(tmp_path):
-    (tmp_path / "r").write_text("q Q0 a 1 1 t\nq Q0 b 2 1 t\n")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert len(read_run(tmp_path / "r")["q"].hits) == 2
 
 
 def test_empty_run_is_named_by_its_file(tmp_path):

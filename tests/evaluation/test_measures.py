@@ -91,6 +91,8 @@ def test_measures_of_gdeval_work_with_any_query_id():
     assert evaluate(run, {"q-one": {"z": 2, "y": 1}}, "ERR@20").means["ERR@20"] == pytest.approx(
         3 / 16 + (13 / 16) * (1 / 16) / 2, abs=1e-5
     )
+    with pytest.raises(OptionError, match="ERR@20"):
+        evaluate(Run([ranked("q", ["a"])], "run"), {"q": {"an id with blanks": 1}}, "ERR@20")
 
 
 def test_candidate_measures_by_hand():

@@ -52,7 +52,7 @@ class Partial:
         """
         header = {"fingerprint": fingerprint, "settings": dict(settings)}
         if self._lines and self._lines[0]["fingerprint"] != fingerprint:
-            raise StateError(f"{self.path} was made with other options, data, model or versions; delete it to start afresh")
+            raise StateError(f"{self.path} was made with other options, data or model; delete it to start afresh")
         finished = self._lines[1:]
         finished = finished[: len(finished) // window * window]
         self.rankings = [

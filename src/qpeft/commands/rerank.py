@@ -75,7 +75,7 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     partial = Partial(Path(config.output), config.resume)
     lm = load_lm(dataclasses.replace(model, dtype=partial.settings.get("dtype", model.dtype)))
     described = describe_lm(lm, model)
-    facts = {
+    facts: dict[str, Any] = {
         "command": "rerank",
         "options": {
             name: value

@@ -1,4 +1,4 @@
-"""Find candidates for the queries of a split: BM25, dense retrieval, or both fused by reciprocal rank."""
+"""Find candidates for the queries of a split with BM25 or dense retrieval."""
 
 from __future__ import annotations
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-import qpeft
 from qpeft.data.beir import BeirCollection
 from qpeft.data.irds import IrdsCollection
 from qpeft.errors import InputError
 from qpeft.types import Passage, Query
 
 EMBEDDED = ("mini",)
+_EMBEDDED_FOLDER = Path(__file__).parents[1] / "collections"
 _IRDS = "ir_datasets:"
 
 
@@ -61,7 +61,7 @@ def open_collection(name: str) -> Collection:
         MissingDependencyError: it needs ir_datasets, which is not installed.
     """
     if name in EMBEDDED:
-        return BeirCollection(Path(qpeft.__path__[0]) / "collections" / name, name)
+        return BeirCollection(_EMBEDDED_FOLDER / name, name)
     if name.startswith(_IRDS):
         return IrdsCollection(name.removeprefix(_IRDS))
     if not Path(name).is_dir():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 
 from qpeft.data.files import StrPath, numbered_lines, write_text
 from qpeft.errors import FormatError
-from qpeft.types import ConstantScoresWarning, Qrels, Ranking, Run
+from qpeft.types import Qrels, Ranking, Run
 
 # From this magnitude on, rounding to float32 gives infinity.
 _FLOAT32_LIMIT = 2.0**128 - 2.0**103
@@ -42,10 +41,7 @@ def read_run(path: StrPath) -> Run:
         if passage_id in ranking:
             raise FormatError(path, number, f"query {query_id!r} has passage {passage_id!r} twice")
         ranking[passage_id] = _score(score, path, number)
-    with warnings.catch_warnings():
-        # A tied ranking was reported when it was scored; to read it is no news.
-        warnings.simplefilter("ignore", ConstantScoresWarning)
-        rankings = [Ranking.from_scores(query_id, ranking.items()) for query_id, ranking in scores.items()]
+    rankings = [Ranking.from_scores(query_id, ranking.items()) for query_id, ranking in scores.items()]
     return Run(rankings, tag or Path(path).name)
 
 

@@ -10,7 +10,6 @@ so w = 0 is the reranker's order and w = 1 the first stage's.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ import numpy.typing as npt
 
 from qpeft.errors import OptionError, ScoreError
 from qpeft.evaluation.measures import evaluate
-from qpeft.types import ConstantScoresWarning, Hit, Qrels, Ranking, Run
+from qpeft.types import Qrels, Ranking, Run
 
 DEFAULT_WEIGHTS = tuple(step / 20 for step in range(21))
 """0, 0.05 … 1."""
@@ -110,16 +109,9 @@ def _mixed(first: Ranking, reranked: Ranking, weight: float, depth: int | None) 
         [upper[hit.passage_id] for hit in both]
     )
     scores = [(hit.passage_id, float(score)) for hit, score in zip(both, mixed, strict=True)]
-    below = _below(first.hits, {hit.passage_id for hit in both}, min((score for _, score in scores), default=0.0))
-    with warnings.catch_warnings():
-        # opposite orders cancel out at some weight: no sign of a broken model
-        warnings.simplefilter("ignore", ConstantScoresWarning)
-        return Ranking.from_scores(first.query_id, scores + below)
-
-
-def _below(hits: Sequence[Hit], mixed: set[str], lowest: float) -> list[tuple[str, float]]:
-    rest = [hit.passage_id for hit in hits if hit.passage_id not in mixed]
-    return [(passage_id, lowest - rank) for rank, passage_id in enumerate(rest, start=1)]
+    done = {hit.passage_id for hit in both}
+    rest = [hit.passage_id for hit in first.hits if hit.passage_id not in done]
+    return Ranking.from_scores(first.query_id, scores).followed_by(rest)
 
 
 def _standardised(scores: Sequence[float]) -> npt.NDArray[np.float64]:

@@ -144,11 +144,11 @@ def _kind(name: str) -> Any:
 def _params(word: str, text: str) -> dict[str, Any]:
     try:
         call = ast.parse(f"dict({text})", mode="eval").body
-        assert isinstance(call, ast.Call)
-        assert not call.args
-        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError, AssertionError):
-        raise OptionError(f"measure {word!r}: parameters are written as name=value, as in P(rel=2)@5") from None
+        if isinstance(call, ast.Call) and not call.args:
+            return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError):
+        pass
+    raise OptionError(f"measure {word!r}: parameters are written as name=value, as in P(rel=2)@5")
 
 
 def _computable(word: str, measure: Measure) -> Measure:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import final
 
 from qpeft.errors import ScoreError
-from qpeft.types import Candidates, ConstantScoresWarning, Ranking, Reranker, Scorer
+from qpeft.types import Candidates, Ranking, Reranker, Scorer
 
 
 @final
@@ -45,10 +44,8 @@ class Pointwise(Reranker):
         scores = iter(self._scorer.score(pairs))
         for item in items:
             scored = [(passage.id, next(scores)) for passage in item.passages]
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", ConstantScoresWarning)
-                ranking = Ranking.from_scores(item.query.id, _floor_unreadable(item.query.id, scored))
-            self.counts.constant_queries += len(caught)
+            ranking = Ranking.from_scores(item.query.id, _floor_unreadable(item.query.id, scored))
+            self.counts.constant_queries += ranking.constant
             yield ranking
 
 

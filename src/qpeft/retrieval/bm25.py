@@ -10,7 +10,7 @@ from typing import Any
 import bm25s
 import Stemmer
 
-from qpeft.errors import OptionError
+from qpeft.errors import OptionError, nearest
 from qpeft.retrieval._index_folder import new_index_folder, read_index_folder
 from qpeft.types import Passage, Query, Ranking
 
@@ -82,7 +82,9 @@ class BM25:
         try:
             stemmer = Stemmer.Stemmer(self.config.stemmer) if self.config.stemmer else None
         except KeyError as error:
-            raise OptionError(f"unknown stemmer {self.config.stemmer!r}; known: {', '.join(Stemmer.algorithms())}") from error
+            raise OptionError(
+                f"unknown stemmer {self.config.stemmer!r}{nearest(str(self.config.stemmer), Stemmer.algorithms())}"
+            ) from error
         return bm25s.tokenize(
             texts,
             stopwords=self.config.stopwords or [],

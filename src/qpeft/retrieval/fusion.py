@@ -6,11 +6,10 @@ score(p) = Σ_runs 1 / (k + rank_run(p))        rank from 1; a run that lacks th
 from __future__ import annotations
 
 import collections
-import warnings
 from collections.abc import Sequence
 
 from qpeft.errors import OptionError
-from qpeft.types import ConstantScoresWarning, Ranking, Run
+from qpeft.types import Ranking, Run
 
 
 def reciprocal_rank_fusion(runs: Sequence[Run], depth: int | None = None, k: int = 60, tag: str | None = None) -> Run:
@@ -36,9 +35,5 @@ def reciprocal_rank_fusion(runs: Sequence[Run], depth: int | None = None, k: int
         for run in runs:
             for rank, hit in enumerate(run[query_id].hits if query_id in run else (), start=1):
                 scores[hit.passage_id] += 1 / (k + rank)
-        with warnings.catch_warnings():
-            # Two runs with opposite orders of two passages tie; that is no fault of a model.
-            warnings.simplefilter("ignore", ConstantScoresWarning)
-            ranking = Ranking.from_scores(query_id, scores.items())
-        fused.append(Ranking(query_id, ranking.hits[:depth]))
+        fused.append(Ranking(query_id, Ranking.from_scores(query_id, scores.items()).hits[:depth]))
     return Run(fused, tag or "rrf(" + ",".join(run.tag for run in runs) + ")")

@@ -1,0 +1,50 @@
+"""What `evaluate` and `compare` share: runs, judgements, measures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from qpeft.data.collection import Collection, open_collection
+from qpeft.data.trec import read_run
+from qpeft.errors import InputError, OptionError
+from qpeft.evaluation.answers import has_answer
+from qpeft.evaluation.candidate_measures import judge
+from qpeft.types import Qrels, Run
+
+Labels = Literal["qrels", "answers"]
+
+
+def read_runs(paths: Sequence[str]) -> list[Run]:
+    """Read runs; where two have the same tag, both are named after their files instead."""
+    runs = [read_run(path) for path in paths]
+    tags = [run.tag for run in runs]
+    named = [Run(run.values(), path) if tags.count(run.tag) > 1 else run for run, path in zip(runs, paths, strict=True)]
+    if len({run.tag for run in named}) < len(named):
+        raise OptionError("the same run is given twice")
+    return named
+
+
+def judgements(collection: str, split: str, labels: Labels, runs: Sequence[Run]) -> tuple[Collection, Qrels]:
+    """Return the collection and the judgements of a split, from its qrels or from its queries' answer strings.
+
+    Raises:
+        InputError: answers are asked for, and a query has none, or a passage of a run is not in the collection.
+    """
+    opened = open_collection(collection)
+    if labels == "qrels":
+        return opened, opened.qrels(split)
+    queries, passages = opened.queries(split), opened.passages
+    without = next((query.id for query in queries.values() if not query.answers), None)
+    if without is not None:
+        raise InputError(f"{collection}: query {without!r} has no answers; use --labels qrels")
+    judged = [Run((ranking for query_id, ranking in run.items() if query_id in queries), run.tag) for run in runs]
+
+    def label(query_id: str, passage_id: str) -> bool:
+        passage = passages.get(passage_id)
+        if passage is None:
+            raise InputError(f"passage {passage_id!r}, ranked for query {query_id!r}, is not in {collection}")
+        return has_answer(passage.text, queries[query_id].answers)
+
+    found = judge(judged, label)
+    return opened, {query_id: found.get(query_id, {}) for query_id in queries}

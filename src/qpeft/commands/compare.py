@@ -1,0 +1,91 @@
+"""Test runs against a baseline: paired tests with Holm's correction, wins and losses, and a report as a web page."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from qpeft.commands._judgements import Labels, judgements, read_runs
+from qpeft.commands.evaluate import DEFAULT_MEASURES
+from qpeft.evaluation.measures import evaluate
+from qpeft.evaluation.significance import Test, compare, compare_all_pairs
+from qpeft.evaluation.table_formats import Format, render
+from qpeft.provenance import file_fingerprint, provenance
+
+
+@dataclass(frozen=True)
+class Config:
+    """Comparison."""
+
+    collection: str
+    """A BEIR folder, mini (embedded), or ir_datasets:ID."""
+    baseline: str
+    """The run to beat."""
+    run: tuple[str, ...]
+    """A run to compare with it; may be given several times."""
+    split: str = "test"
+    """Whose judgements."""
+    measures: str = DEFAULT_MEASURES
+    """Separated by spaces, as for evaluate; the first one is drawn in the report."""
+    labels: Labels = "qrels"
+    """Judge by the collection's qrels, or by whether a passage contains an answer string (DPR's rule)."""
+    test: Test = "t"
+    """Whose p-values mark the table; the JSON format and the report hold all."""
+    alpha: float = 0.05
+    """Level of the marks."""
+    all_pairs: bool = False
+    """Compare every run with every other, and correct for that."""
+    seed: int = 0
+    """Of the permutation test and the bootstrap."""
+    html: str | None = None
+    """Write the report to this file."""
+    format: Format = "text"
+    """How the table is printed."""
+    digits: int = 4
+    """Decimals."""
+
+
+def run(config: Config) -> None:
+    """Compare, print tables, and write the report where asked to."""
+    runs = read_runs([config.baseline, *config.run])
+    collection, qrels = judgements(config.collection, config.split, config.labels, runs)
+    evaluations = [evaluate(each, qrels, config.measures) for each in runs]
+    if config.all_pairs:
+        comparisons = compare_all_pairs(evaluations, seed=config.seed)
+    else:
+        comparisons = compare(evaluations[0], evaluations[1:], seed=config.seed)
+    print(
+        render(
+            evaluations,
+            comparisons,
+            format=config.format,
+            test=config.test,
+            alpha=config.alpha,
+            digits=config.digits,
+        )
+    )
+    if config.html is None:
+        return
+    from qpeft.analysis.report import write_comparison_report
+
+    paths = (config.baseline, *config.run)
+    write_comparison_report(
+        config.html,
+        evaluations,
+        comparisons,
+        runs,
+        qrels,
+        collection.queries(config.split),
+        collection.passages,
+        provenance(
+            collection={"name": collection.name, "split": config.split, "fingerprint": collection.fingerprint()},
+            options=dataclasses.asdict(config),
+            runs={each.tag: file_fingerprint(Path(path)) for each, path in zip(runs, paths, strict=True)},
+        ),
+        test=config.test,
+        alpha=config.alpha,
+        title=f"{collection.name} · {config.split}",
+    )
+    print(f"report: {config.html}", file=sys.stderr)

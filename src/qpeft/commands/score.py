@@ -1,0 +1,78 @@
+"""Score passages for a query and print JSON lines.
+
+Either --query with one or more --passage, or JSON lines on standard input, each with "query" and "passage" (a text) or
+"passages" (a list of texts). One line comes out per passage, in the order given, with its score and its rank.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qpeft import methods
+from qpeft.cli import peek
+from qpeft.data.records import parse_record
+from qpeft.errors import OptionError
+from qpeft.model_config import ModelConfig
+from qpeft.types import Candidates, Passage, Query
+
+
+@dataclass(frozen=True)
+class Config:
+    """Scoring."""
+
+    query: str | None = None
+    """The query."""
+    passage: tuple[str, ...] = ()
+    """A passage; may be given several times."""
+    title: tuple[str, ...] = ()
+    """Titles of the passages, as many as there are passages, or none."""
+    method: str = "query_likelihood"
+    """How passages are scored; its own options are listed below."""
+
+
+def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
+    """Return this command's options, those of the model and those of the method."""
+    return Config, ModelConfig, methods.load(peek(arguments, "method", Config.method)).Config
+
+
+def run(config: Config, model: ModelConfig, method: Any) -> None:
+    """Score and print."""
+    if config.query is None and sys.stdin.isatty():
+        raise OptionError("give --query and --passage, or JSON lines on standard input")
+    if config.query is not None and not config.passage:
+        raise OptionError("--query needs at least one --passage")
+    if config.title and len(config.title) != len(config.passage):
+        raise OptionError(f"{len(config.passage)} passages but {len(config.title)} titles")
+    from qpeft.loading import load_lm
+
+    items = _from_options(config) if config.query is not None else _from_input()
+    reranker = methods.load(config.method).build(method, load_lm(model))
+    for query, passages in items:
+        candidates = Candidates(
+            Query("query", query), tuple(Passage(str(i), text, title) for i, (title, text) in enumerate(passages))
+        )
+        (ranking,) = reranker.rerank([candidates])
+        placed = {int(hit.passage_id): (rank, hit.score) for rank, hit in enumerate(ranking.hits, start=1)}
+        for index, (_, text) in enumerate(passages):
+            rank, score = placed[index]
+            line = {"query": query, "index": index, "rank": rank, "score": score, "passage": text}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def _from_options(config: Config) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    assert config.query is not None
+    titles = config.title or ("",) * len(config.passage)
+    yield config.query, list(zip(titles, config.passage, strict=True))
+
+
+def _from_input() -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    for number, line in enumerate(sys.stdin, start=1):
+        if not line.strip():
+            continue
+        record = parse_record(line, "standard input", number)
+        texts = record.strings("passages") if record.has("passages") else (record.text("passage"),)
+        yield record.text("query"), [("", text) for text in texts]
