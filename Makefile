@@ -22,7 +22,6 @@ check: lint types test
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/passage_store.py
-	$(BIN)/python benchmarks/scoring.py
 
 clean:
 	rm -rf $(VENV) build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -21,9 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STOPWORDS = frozenset(
-    "a an and are as at be been but by can did do does for from had has have he her his how i in into is it its may me "
-    "more my no not of on or our she so some such than that the their them then there these they this those to was we "
-    "were what when where which while who whom whose why will with would you your about after also between during".split()
+    re.findall(
+        r"\w+",
+        "a an and are as at be been but by can did do does for from had has have he her his how i in into is it its may me "
+        "more my no not of on or our she so some such than that the their them then there these they this those to was we "
+        "were what when where which while who whom whose why will with would you your about after also between during",
+    )
 )
 GENERIC_HEADINGS = re.compile(
     r"^(introduction|preface|glossary|handbook|conclusion|summary|key |chapter|appendix|about |connection|review|"
@@ -31,7 +34,9 @@ GENERIC_HEADINGS = re.compile(
     re.IGNORECASE,
 )
 DEFINITION = re.compile(r"^(?:The |A |An )?([A-Za-z][\w’'-]*(?: [\w’'-]+){0,3}?) (is|are|was|were|refers? to|means?) ")
-PRONOUNS = frozenset("it this that they these those there he she we you i one what which who most many some".split())
+PRONOUNS = frozenset(
+    re.findall(r"\w+", "it this that they these those there he she we you i one what which who most many some")
+)
 
 
 @dataclass(frozen=True)

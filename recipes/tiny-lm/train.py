@@ -166,7 +166,9 @@ def query_losses(
     return nll, scored, prose
 
 
-def training_loss(model: Any, rows: list[Row], args: argparse.Namespace, rng: torch.Generator) -> tuple[torch.Tensor, ...]:
+def training_loss(
+    model: Any, rows: list[Row], args: argparse.Namespace, rng: torch.Generator
+) -> tuple[torch.Tensor, ...]:
     """Return the loss of a batch, and its query part and prose part for the log."""
     pairs = [(i, ids) for i, row in enumerate(rows) for ids, _, _ in row.queries]
     cue = torch.tensor([length for row in rows for _, length, _ in row.queries])

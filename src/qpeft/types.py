@@ -98,7 +98,6 @@ class Ranking:
         hits.sort(key=lambda hit: hit.score, reverse=True)
         return cls(query_id, tuple(hits))
 
-
     @property
     def constant(self) -> bool:
         """Whether several passages share one score: then the order is the tie rule's, not the model's."""
@@ -248,8 +247,6 @@ class Reranker(abc.ABC):
         return ranked
 
     def _hits(self, query: str, passages: Sequence[str]) -> tuple[Hit, ...]:
-        candidates = Candidates(
-            Query("query", query), tuple(Passage(str(i), text) for i, text in enumerate(passages))
-        )
+        candidates = Candidates(Query("query", query), tuple(Passage(str(i), text) for i, text in enumerate(passages)))
         (ranking,) = self.rerank([candidates])
         return ranking.hits

@@ -81,9 +81,7 @@ def run(config: Config) -> None:
 def _pairs() -> list[tuple[Query, Passage]]:
     collection = open_collection("mini")
     queries = list(collection.queries("dev").values())
-    return [
-        (queries[i % len(queries)], passage) for i, passage in enumerate(islice(collection.passages.values(), 64))
-    ]
+    return [(queries[i % len(queries)], passage) for i, passage in enumerate(islice(collection.passages.values(), 64))]
 
 
 def _rows(lm: Any, pairs: Sequence[tuple[Query, Passage]]) -> list[Row]:
