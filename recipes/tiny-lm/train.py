@@ -55,6 +55,7 @@ class Encoder:
         self.prompts = [tuple(self.ids(piece) for piece in prompt) for prompt in PROMPTS]
 
     def ids(self, text: str) -> list[int]:
+        """Return a text's token ids, without special tokens."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def row(self, title: str, text: str, queries: list[tuple[str, float]], prompt: int, crop: int) -> Row:
@@ -80,6 +81,7 @@ class Corpus:
 
     @classmethod
     def read(cls, data: Path, questions: Path | None) -> Corpus:
+        """Read all sources, without what was written for the recipe if `questions` is None."""
         prose, asked = textbook(data / "openstax", questions)
         for name in COLLECTIONS:
             asked += judged_collection(data / name)
@@ -270,20 +272,19 @@ def train(args: argparse.Namespace) -> None:
     output.mkdir(parents=True, exist_ok=True)
     (output / "settings.json").write_text(json.dumps(vars(args), indent=2), encoding="utf-8")
     encoder = Encoder(args.passage_tokens)
-    questions = None if args.without_written_questions else HERE / "questions"
-    corpus = Corpus.read(Path(args.data), questions)
+    corpus = Corpus.read(Path(args.data), None if args.without_written_questions else HERE / "questions")
     dev = DevSet(Path(args.data), encoder, args.dev_queries, args.dev_depth)
     model = STARTS[args.start]()
     optimiser = optimiser_of(model, args)
     first = 0
-    if args.initial:
-        model.load_state_dict(torch.load(args.initial, weights_only=True)["model"])
     checkpoint = output / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         first = state["step"]
+    elif args.initial:
+        model.load_state_dict(torch.load(args.initial, weights_only=True)["model"])
     model.train()
     log = (output / "log.jsonl").open("a", encoding="utf-8", buffering=1)
     log.write(json.dumps({"asked": len(corpus.asked), "prose": len(corpus.prose), "from": first}) + "\n")
@@ -307,14 +308,9 @@ def train(args: argparse.Namespace) -> None:
         done = step + 1
         if done % args.log_every == 0:
             seconds = time.time() - started
-            entry = {
-                "step": done,
-                "query": round(sums[0] / args.log_every, 4),
-                "prose": round(sums[1] / args.log_every, 4),
-                "tokens/s": round(tokens / seconds),
-                "seconds": round(seconds),
-            }
-            log.write(json.dumps(entry) + "\n")
+            means = [round(value / args.log_every, 4) for value in sums]
+            rates = {"tokens/s": round(tokens / seconds), "seconds": round(seconds)}
+            log.write(json.dumps({"step": done, "query": means[0], "prose": means[1], **rates}) + "\n")
             sums = [0.0, 0.0]
         if done % args.save_every == 0 or done == args.steps:
             save(checkpoint, {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": done})

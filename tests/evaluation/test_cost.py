@@ -17,5 +17,6 @@ def test_impossible_costs_are_refused(values):
 
 def test_as_dict_holds_work_and_rates():
     facts = Cost(seconds=2.0, queries=4, pairs=100, tokens=9000).as_dict()
-    assert (facts["queries_per_second"], facts["passages_per_second"], facts["tokens_per_second"]) == (2.0, 50.0, 4500.0)
+    assert facts["queries_per_second"] == 2.0
+    assert (facts["passages_per_second"], facts["tokens_per_second"]) == (50.0, 4500.0)
     assert (facts["seconds"], facts["queries"], facts["pairs"], facts["tokens"]) == (2.0, 4, 100, 9000)
