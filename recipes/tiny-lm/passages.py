@@ -23,10 +23,10 @@ from pathlib import Path
 STOPWORDS = frozenset(
     re.findall(
         r"\w+",
-        "a about after also an and are as at be been between but by can did do does during for from had has have he her "
-        "his how i in into is it its may me more my no not of on or our she so some such than that the their them then "
-        "there these they this those to was we were what when where which while who whom whose why will with would you "
-        "your",
+        "a about after also an and are as at be been between but by can did do does during for from had has "
+        "have he her his how i in into is it its may me more my no not of on or our she so some such than "
+        "that the their them then there these they this those to was we were what when where which while who "
+        "whom whose why will with would you your",
     )
 )
 GENERIC_HEADINGS = re.compile(

@@ -265,6 +265,20 @@ def optimiser_of(model: Any, args: argparse.Namespace) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), fused=True)
 
 
+def restored(checkpoint: Path, args: argparse.Namespace) -> tuple[Any, torch.optim.AdamW, int]:
+    """Return model, optimiser and the number of steps done: from the checkpoint, else an earlier stage, else new."""
+    model = STARTS[args.start]()
+    optimiser = optimiser_of(model, args)
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        return model, optimiser, int(state["step"])
+    if args.initial:
+        model.load_state_dict(torch.load(args.initial, weights_only=True)["model"])
+    return model, optimiser, 0
+
+
 def train(args: argparse.Namespace) -> None:
     """Train, measure on dev, keep the latest checkpoint and the exported model."""
     torch.manual_seed(args.seed)
@@ -274,17 +288,8 @@ def train(args: argparse.Namespace) -> None:
     encoder = Encoder(args.passage_tokens)
     corpus = Corpus.read(Path(args.data), None if args.without_written_questions else HERE / "questions")
     dev = DevSet(Path(args.data), encoder, args.dev_queries, args.dev_depth)
-    model = STARTS[args.start]()
-    optimiser = optimiser_of(model, args)
-    first = 0
     checkpoint = output / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        first = state["step"]
-    elif args.initial:
-        model.load_state_dict(torch.load(args.initial, weights_only=True)["model"])
+    model, optimiser, first = restored(checkpoint, args)
     model.train()
     log = (output / "log.jsonl").open("a", encoding="utf-8", buffering=1)
     log.write(json.dumps({"asked": len(corpus.asked), "prose": len(corpus.prose), "from": first}) + "\n")
