@@ -9,7 +9,7 @@ runs at the scored positions only, which keeps the memory small and soft-capped 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -61,29 +61,6 @@ class LanguageModel(Protocol):
         ...
 
 
-@dataclass
-class _Batching:
-    """Fills batches up to a token budget; the budget halves when memory runs out and grows back."""
-
-    budget: int
-    limit: int
-
-    def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Yield indices of rows of similar length, longest first, `rows × longest ≤ budget` tokens in each."""
-        order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-        start = 0
-        while start < len(order):
-            count = max(1, self.budget // max(1, lengths[order[start]]))
-            yield order[start : start + count]
-            start += count
-
-    def shrink(self) -> None:
-        self.budget = max(1, self.budget // 2)
-
-    def grow(self) -> None:
-        self.budget = min(self.limit, self.budget * 2)
-
-
 class _PretrainedLM:
     """What decoder-only and encoder-decoder models share: batches, memory, order."""
 
@@ -94,7 +71,8 @@ class _PretrainedLM:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.model = model.eval().requires_grad_(False)
-        self._batching = _Batching(batch_tokens, batch_tokens)
+        self._batch_tokens = batch_tokens
+        self._budget = batch_tokens  # halved when memory runs out, grows back afterwards
 
     @property
     def device(self) -> torch.device:
@@ -124,25 +102,25 @@ class _PretrainedLM:
             ModelError: a single row does not fit in memory.
         """
         results: list[RowLogProbs | None] = [None] * len(rows)
-        waiting = [list(range(len(rows)))]
+        # Longest first, so that what does not fit shows right away.
+        waiting = sorted(range(len(rows)), key=lambda i: (len(rows[i]), -i))
         while waiting:
-            indices = waiting.pop()
-            for batch in self._batching.batches([len(rows[i]) for i in indices]):
-                chosen = [indices[i] for i in batch]
-                try:
-                    values = self._forward([rows[i] for i in chosen], with_passage)
-                except torch.OutOfMemoryError as error:
-                    if len(chosen) == 1:
-                        raise ModelError(
-                            f"{len(rows[chosen[0]])} tokens do not fit in the memory of {self.device}"
-                        ) from error
-                    torch.cuda.empty_cache()
-                    self._batching.shrink()
-                    waiting.append(chosen)
-                    continue
-                for i, value in zip(chosen, values, strict=True):
-                    results[i] = value
-            self._batching.grow()
+            count = min(len(waiting), max(1, self._budget // max(1, len(rows[waiting[-1]]))))
+            chosen = waiting[-count:][::-1]
+            try:
+                values = self._forward([rows[i] for i in chosen], with_passage)
+            except torch.OutOfMemoryError as error:
+                if count == 1:
+                    raise ModelError(
+                        f"{len(rows[chosen[0]])} tokens do not fit in the memory of {self.device}"
+                    ) from error
+                torch.cuda.empty_cache()
+                self._budget = count * len(rows[chosen[0]]) // 2
+                continue
+            del waiting[-count:]
+            for i, value in zip(chosen, values, strict=True):
+                results[i] = value
+        self._budget = min(self._batch_tokens, self._budget * 2)
         return [result for result in results if result is not None]
 
     def _forward(self, rows: Sequence[Row], with_passage: bool) -> list[RowLogProbs]:
@@ -242,7 +220,7 @@ def _pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def token_log_probs(logits: Tensor, tokens: Tensor, chunk: int = 1024) -> Tensor:
+def token_log_probs(logits: Tensor, tokens: Tensor, chunk: int = 128) -> Tensor:
     """Return `log softmax(logits)[tokens]` in float32.
 
     Args:

@@ -42,7 +42,7 @@ class CachedCausalLM:
         self._capacity = capacity
         self._batch_tokens = batch_tokens
         self._kept: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
-        self._bytes = 0
+        self.bytes_kept = 0
         self.hits = 0
         self.misses = 0
         self.name = lm.name
@@ -138,10 +138,10 @@ class CachedCausalLM:
         if encoded.nbytes > self._capacity:
             return
         self._kept[ids] = encoded
-        self._bytes += encoded.nbytes
-        while self._bytes > self._capacity:
+        self.bytes_kept += encoded.nbytes
+        while self.bytes_kept > self._capacity:
             _, oldest = self._kept.popitem(last=False)
-            self._bytes -= oldest.nbytes
+            self.bytes_kept -= oldest.nbytes
 
 
 def _cache(stacked: Tensor) -> Any:

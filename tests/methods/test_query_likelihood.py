@@ -1,0 +1,90 @@
+import pytest
+import torch
+
+from qpeft.errors import OptionError, ScoreError
+from qpeft.methods.query_likelihood import Config, QueryLikelihood, build
+from qpeft.template import Prompt, load_template
+from qpeft.types import Candidates, Passage, Query
+from reference import naive_log_probs
+
+QUERY = Query("q", "why is the sky blue?")
+PASSAGE = Passage("p", "the light of the moon and the old red king of the salty sea")
+
+
+def score(lm, passage=PASSAGE, **options):
+    return QueryLikelihood(Config(**options), lm, load_template("plain")).score([(QUERY, passage)])[0]
+
+
+@pytest.fixture(scope="module")
+def lm(make_lm):
+    return make_lm("qwen3")
+
+
+def test_mean_and_sum_equal_the_reference(lm):
+    row = Prompt(load_template("plain"), lm.tokenizer, 128).rows(QUERY, PASSAGE)[0]
+    target, passage = naive_log_probs(lm.model, row)
+    assert score(lm) == pytest.approx(sum(target) / len(target), abs=1e-4)
+    assert score(lm, normalize="sum") == pytest.approx(sum(target), abs=1e-3)
+    prior = sum(passage) / len(passage)
+    assert score(lm, document_prior=0.25) == pytest.approx(sum(target) / len(target) + 0.25 * prior, abs=1e-4)
+
+
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_windows_equal_scoring_each_alone(lm, pool):
+    prompt = Prompt(load_template("plain"), lm.tokenizer, 128)
+    rows = prompt.rows(QUERY, PASSAGE, window=6, overlap=2, windows=True)
+    assert len(rows) > 2
+    each = [sum(target) / len(target) for target, _ in (naive_log_probs(lm.model, row) for row in rows)]
+    expected = max(each) if pool == "max" else sum(each) / len(each)
+    assert score(lm, windows=6, window_overlap=2, window_pool=pool) == pytest.approx(expected, abs=1e-4)
+
+
+def test_unreadable_passages_come_last_one_below_the_lowest(lm):
+    passages = (Passage("none", "  "), Passage("a", "the sky"), Passage("b", "sea"))
+    reranker = build(Config(), lm)
+    (ranking,) = reranker.rerank([Candidates(QUERY, passages)])
+    assert ranking.hits[-1].passage_id == "none"
+    assert ranking.hits[-1].score == pytest.approx(ranking.hits[-2].score - 1)
+    assert reranker.counts.empty_passages == 1
+
+
+def test_counts(lm):
+    reranker = build(Config(max_passage_tokens=3), lm)
+    passages = (Passage("a", "the sky is blue"), Passage("b", "sea"), Passage("c", ""))
+    list(reranker.rerank([Candidates(QUERY, passages), Candidates(Query("r", "who"), passages[:1])]))
+    assert reranker.counts.pairs == 4
+    assert reranker.counts.truncated_passages == 2
+    assert reranker.counts.empty_passages == 1
+    assert reranker.counts.constant_queries == 0
+    prompt = Prompt(load_template("plain"), lm.tokenizer, 128, max_passage_tokens=3)
+    pairs = [(QUERY, passages[0]), (QUERY, passages[1]), (Query("r", "who"), passages[0])]
+    assert reranker.counts.tokens == sum(len(prompt.rows(*pair)[0]) for pair in pairs)
+
+
+def test_constant_scores_are_counted(lm):
+    reranker = build(Config(), lm)
+    (ranking,) = reranker.rerank([Candidates(QUERY, (Passage("a", "the sky"), Passage("b", "the sky")))])
+    assert ranking.constant
+    assert reranker.counts.constant_queries == 1
+
+
+def test_a_model_that_says_nan_is_stopped(make_lm):
+    lm = make_lm("llama")
+    with torch.no_grad():
+        next(iter(lm.model.parameters())).fill_(float("nan"))
+    with pytest.raises(ScoreError, match=r"query 'q', passage 'p'.*nan"):
+        list(build(Config(), lm).rerank([Candidates(QUERY, (PASSAGE,))]))
+
+
+def test_contradicting_options(lm, t5):
+    with pytest.raises(OptionError, match="window_overlap 8"):
+        build(Config(windows=8, window_overlap=8), lm)
+    with pytest.raises(OptionError, match="decoder-only"):
+        build(Config(document_prior=0.1), t5)
+
+
+def test_encoder_decoders_rank_too(t5):
+    reranker = build(Config(template="upr"), t5)
+    (ranking,) = reranker.rerank([Candidates(QUERY, (Passage("a", "the sky"), PASSAGE))])
+    assert len(ranking.hits) == 2
+    assert not ranking.constant

@@ -1,0 +1,113 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qpeft import Reranker
+from qpeft.errors import MissingDependencyError, ModelError, OptionError, QueryError
+from qpeft.loading import describe_lm, load_lm, model_fingerprint
+from qpeft.model_config import ModelConfig
+
+PASSAGES = ["the sky is blue", "the sea is salty", "the old king", "the sky is blue"]
+
+
+def test_rank_and_predict_have_the_shapes_of_sentence_transformers(saved_model):
+    reranker = Reranker.from_pretrained(str(saved_model), dtype="float32")
+    ranked = reranker.rank("why is the sky blue?", PASSAGES)
+    assert sorted(entry["corpus_id"] for entry in ranked) == [0, 1, 2, 3]
+    assert [entry["score"] for entry in ranked] == sorted((entry["score"] for entry in ranked), reverse=True)
+    same = [entry["corpus_id"] for entry in ranked if entry["corpus_id"] in (0, 3)]
+    assert same == [0, 3], "equal scores keep the order given"
+    top = reranker.rank("why is the sky blue?", PASSAGES, top_k=2, return_documents=True)
+    assert [entry["text"] for entry in top] == [PASSAGES[entry["corpus_id"]] for entry in ranked[:2]]
+    pairs = [("why is the sky blue?", text) for text in PASSAGES] + [("who", PASSAGES[0])]
+    scores = reranker.predict(pairs)
+    assert scores[:4] == pytest.approx([s for _, s in sorted((e["corpus_id"], e["score"]) for e in ranked)], abs=1e-5)
+    assert len(scores) == 5
+    with pytest.raises(OptionError, match="top_k is 0"):
+        reranker.rank("why", PASSAGES, top_k=0)
+
+
+def test_options_reach_model_and_method(saved_model):
+    lm = load_lm(ModelConfig(str(saved_model), dtype="bfloat16", max_length=32))
+    assert (lm.dtype, lm.max_length) == ("bfloat16", 32)
+    facts = describe_lm(lm, ModelConfig(str(saved_model)))
+    assert facts["sha256"] == model_fingerprint(str(saved_model))
+    assert facts["device"] in ("cpu", "cuda:0", "mps:0")
+    cut = Reranker.from_pretrained(str(saved_model), max_length=25, template="qpeft")
+    with pytest.raises(QueryError, match="the limit is 25"):
+        cut.rank("why is the sky blue and who was the old king of the salty sea?", PASSAGES)
+    with pytest.raises(OptionError, match="did you mean 'template'"):
+        Reranker.from_pretrained(str(saved_model), templat="upr")
+
+
+def test_float32_is_chosen_by_measurement_or_by_name(saved_model):
+    assert load_lm(ModelConfig(str(saved_model), dtype="float32")).dtype == "float32"
+    assert load_lm(ModelConfig(str(saved_model))).dtype in ("float32", "bfloat16", "float16")
+
+
+def test_the_passage_cache_gives_the_same_ranking(saved_model):
+    plain = Reranker.from_pretrained(str(saved_model), dtype="float32").rank("why", PASSAGES)
+    cached = Reranker.from_pretrained(str(saved_model), dtype="float32", passage_cache=0.1).rank("why", PASSAGES)
+    assert [e["corpus_id"] for e in plain] == [e["corpus_id"] for e in cached]
+    assert [e["score"] for e in plain] == pytest.approx([e["score"] for e in cached], abs=1e-4)
+
+
+def test_folders_that_are_no_models(tmp_path):
+    with pytest.raises(ModelError, match="no config.json"):
+        load_lm(ModelConfig(str(tmp_path)))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="no weights"):
+        load_lm(ModelConfig(str(tmp_path)))
+    with pytest.raises(ModelError, match="does not exist"):
+        load_lm(ModelConfig(str(tmp_path / "nowhere")))
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ModelError, match="cannot be opened"):
+        load_lm(ModelConfig(str(tmp_path)))
+
+
+def test_a_hub_name_without_network_says_what_to_do():
+    code = "from qpeft.loading import load_lm; from qpeft.model_config import ModelConfig; load_lm(ModelConfig('some/model'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert "ModelError: model 'some/model' is not a local folder" in last
+    assert "--model path/to/folder" in last
+
+
+def test_quantisation_needs_bitsandbytes(saved_model):
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        with pytest.raises(MissingDependencyError, match=r"qpeft\[quantized\]"):
+            load_lm(ModelConfig(str(saved_model), quantization="4bit"))
+
+
+def test_unknown_device(saved_model):
+    with pytest.raises(OptionError, match="--device"):
+        load_lm(ModelConfig(str(saved_model), device="gpu7"))
+
+
+def test_the_embedded_model_loads_with_transformers_alone_and_ranks():
+    from transformers import AutoModelForCausalLM
+
+    from qpeft.loading import model_path
+
+    model = AutoModelForCausalLM.from_pretrained(model_path("tiny-lm"), dtype="auto")
+    assert model.dtype == torch.bfloat16
+    ranked = Reranker.from_pretrained().rank(
+        "what makes sea water salty",
+        [
+            "Bread rises because yeast gives off carbon dioxide.",
+            "Rivers wash minerals out of rocks and carry them to the sea, where the salt stays when water evaporates.",
+            "Sea water freezes at about minus two degrees.",
+        ],
+    )
+    assert ranked[0]["corpus_id"] == 1
+    assert ranked[-1]["corpus_id"] == 0

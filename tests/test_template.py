@@ -1,0 +1,162 @@
+import dataclasses
+
+import pytest
+
+from conftest import TOKENIZERS
+from qpeft.errors import FormatError, OptionError, QueryError
+from qpeft.template import Prompt, Template, available_templates, load_template
+from qpeft.types import Passage, Query
+
+QUERY = Query("q1", "why is the sky blue?")
+PASSAGE = Passage("p", "the light of the moon", "moon")
+
+
+@pytest.fixture(params=sorted(TOKENIZERS))
+def tokenizer(request):
+    return TOKENIZERS[request.param]()
+
+
+@pytest.mark.parametrize("template", available_templates())
+def test_a_query_has_the_same_tokens_behind_every_passage(tokenizer, template):
+    prompt = Prompt(load_template(template), tokenizer, 512)
+    texts = ["x", "the sea.", "ends in a space ", "éàü", "who"]
+    assert len({prompt.rows(QUERY, Passage("p", text))[0].target for text in texts}) == 1
+
+
+def test_spaces_stand_where_each_tokenizer_puts_them():
+    texts = {}
+    for name, make in TOKENIZERS.items():
+        tokenizer = make()
+        row = Prompt(load_template("plain"), tokenizer, 512).rows(QUERY, Passage("p", "the sea"))[0]
+        texts[name] = tokenizer.convert_ids_to_tokens([*row.context, *row.target])
+    assert "Ġwhy" in texts["bytes"], "a byte-level word carries the space before it"
+    assert "▁why" in texts["metaspace"]
+    assert not any(a == b == "▁" for a, b in zip(texts["metaspace"], texts["metaspace"][1:], strict=False))
+    assert texts["wordpiece"][0] == "[CLS]"
+    assert texts["metaspace"][0] == "<s>"
+    assert "<eos>" not in texts["bytes"], "no BOS where the tokenizer has none"
+
+
+def test_only_the_query_is_scored_unless_the_template_says_so(tokenizer):
+    plain = Prompt(load_template("plain"), tokenizer, 512).rows(QUERY, PASSAGE)[0]
+    upr = Prompt(load_template("upr"), tokenizer, 512).rows(QUERY, PASSAGE)[0]
+    assert not plain.scored[0]
+    assert plain.scored[-1]
+    assert plain.target[-1] != tokenizer.eos_token_id
+    assert all(upr.scored)
+    assert upr.target[-1] == tokenizer.eos_token_id
+
+
+def test_passages_are_cut_at_their_end_and_nothing_else_is(tokenizer):
+    long = Passage("p", " ".join(["the light of the old red moon"] * 40))
+    whole = Prompt(load_template("qpeft"), tokenizer, 100_000).rows(QUERY, long)[0]
+    limit = 300
+    cut = Prompt(load_template("qpeft"), tokenizer, limit).rows(QUERY, long)[0]
+    assert (whole.truncated, cut.truncated) == (False, True)
+    assert len(cut) == limit
+    assert cut.target == whole.target
+    end = cut.passage[1]
+    assert cut.context[:end] == whole.context[:end]
+    assert cut.context[end:] == whole.context[whole.passage[1] :]
+    bounded = Prompt(load_template("qpeft"), tokenizer, 100_000, max_passage_tokens=7).rows(QUERY, long)[0]
+    assert bounded.passage[1] - bounded.passage[0] == 7
+
+
+def test_a_query_that_leaves_no_room_is_an_error(tokenizer):
+    fixed = len(Prompt(load_template("plain"), tokenizer, 512).rows(QUERY, Passage("p", ""))[0])
+    assert Prompt(load_template("plain"), tokenizer, fixed + 1).rows(QUERY, PASSAGE)[0].truncated
+    with pytest.raises(QueryError, match="'q1' needs .* never cut"):
+        Prompt(load_template("plain"), tokenizer, fixed).rows(QUERY, PASSAGE)
+
+
+@pytest.mark.parametrize("text", ["", "   ", "?", " ? ?"])
+def test_empty_queries(tokenizer, text):
+    with pytest.raises(QueryError, match="'q9' is empty"):
+        Prompt(load_template("plain"), tokenizer, 512).rows(Query("q9", text), PASSAGE)
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "expected"),
+    [
+        ("keep", "Who was it ?", "Who was it ?"),
+        ("add", "Who was it", "Who was it?"),
+        ("add", "Who was it ?", "Who was it?"),
+        ("strip", "Who was it??", "Who was it"),
+    ],
+)
+def test_question_mark(option, text, expected):
+    template = dataclasses.replace(load_template("plain"), question_mark=option)
+    assert template.query_text(Query("q", text)) == expected
+    lower = dataclasses.replace(template, lowercase=True)
+    assert lower.query_text(Query("q", text)) == expected.lower()
+
+
+@pytest.mark.parametrize(("window", "overlap"), [(10, 0), (10, 3), (7, 6), (1000, 5)])
+def test_windows_cover_the_passage_with_the_stated_overlap(tokenizer, window, overlap):
+    prompt = Prompt(load_template("plain"), tokenizer, 100_000)
+    passage = Passage("p", "the light of the old red moon on the salty sea was blue and long")
+    whole = prompt.rows(QUERY, passage)[0]
+    tokens = whole.context[slice(*whole.passage)]
+    pieces = [
+        row.context[slice(*row.passage)]
+        for row in prompt.rows(QUERY, passage, window=window, overlap=overlap, windows=True)
+    ]
+    rebuilt = list(pieces[0])
+    for before, piece in zip(pieces, pieces[1:], strict=False):
+        assert overlap == 0 or before[-overlap:] == piece[:overlap]
+        rebuilt += piece[overlap:]
+    assert tuple(rebuilt) == tokens
+    assert all(len(piece) <= window for piece in pieces)
+    with pytest.raises(OptionError, match="cannot overlap"):
+        prompt.rows(QUERY, passage, window=5, overlap=5, windows=True)
+
+
+def test_place_of_the_hint(tokenizer):
+    suffix = Prompt(load_template("qpeft"), tokenizer, 512).rows(QUERY, PASSAGE)[0]
+    assert suffix.passage[1] <= suffix.hint < len(suffix.context)
+    template = Template("prefix", 1, "Hints: {hint} Passage: {passage}", "{query}")
+    prefix = Prompt(template, tokenizer, 512).rows(QUERY, PASSAGE)[0]
+    assert 0 < prefix.hint < prefix.passage[0]
+    assert Prompt(Template("none", 1, "a {passage}", "{query}"), tokenizer, 512).rows(QUERY, PASSAGE)[0].hint is None
+
+
+def test_fingerprint_changes_with_what_can_change_a_score():
+    template = load_template("plain")
+    assert dataclasses.replace(template, description="other words").fingerprint == template.fingerprint
+    changes = {"version": 2, "context": "x {passage}", "target": "{query}", "passage": "{text}", "lowercase": True}
+    changes |= {"question_mark": "add", "score_cue": True, "score_end": True}
+    prints = {dataclasses.replace(template, **{field: value}).fingerprint for field, value in changes.items()}
+    assert len(prints | {template.fingerprint}) == len(changes) + 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b", "mapping"),
+        ("name: [", "not valid YAML"),
+        ("name: a\nversion: 1\ncontext: '{passage}'", "missing: target"),
+        ("name: a\nversion: 1\ncontext: '{passage}'\ntarget: '{query}'\ntargte: x", "did you mean 'target'"),
+        ("name: a\nversion: x\ncontext: '{passage}'\ntarget: '{query}'", "version must be a int"),
+        ("name: a\nversion: 1\ncontext: 'no place'\ntarget: '{query}'", "{passage} is needed"),
+        ("name: a\nversion: 1\ncontext: '{passage} {query}'\ntarget: '{query}'", "context holds"),
+        ("name: a\nversion: 1\ncontext: '{passage}'\ntarget: '{query} ?'", "must end with"),
+        (
+            "name: a\nversion: 1\ncontext: '{passage}'\ntarget: '{query}'\nquestion_mark: maybe",
+            "question_mark is one of",
+        ),
+    ],
+)
+def test_malformed_templates(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(FormatError, match="mine.yaml") as error:
+        load_template(str(path))
+    assert message in str(error.value)
+
+
+def test_user_template_and_unknown_name(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\nversion: 3\ncontext: 'Text: {passage}'\ntarget: 'Q: {query}'\nlowercase: true\n")
+    assert load_template(str(path)) == Template("mine", 3, "Text: {passage}", "Q: {query}", lowercase=True)
+    with pytest.raises(OptionError, match="did you mean 'plain'"):
+        load_template("plian")
