@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import pytest
 
@@ -65,7 +66,7 @@ def test_passages_are_cut_at_their_end_and_nothing_else_is(tokenizer):
 def test_a_query_that_leaves_no_room_is_an_error(tokenizer):
     fixed = len(Prompt(load_template("plain"), tokenizer, 512).rows(QUERY, Passage("p", ""))[0])
     assert Prompt(load_template("plain"), tokenizer, fixed + 1).rows(QUERY, PASSAGE)[0].truncated
-    with pytest.raises(QueryError, match="'q1' needs .* never cut"):
+    with pytest.raises(QueryError, match=r"'q1' needs .* never cut"):
         Prompt(load_template("plain"), tokenizer, fixed).rows(QUERY, PASSAGE)
 
 
@@ -102,7 +103,7 @@ def test_windows_cover_the_passage_with_the_stated_overlap(tokenizer, window, ov
         for row in prompt.rows(QUERY, passage, window=window, overlap=overlap, windows=True)
     ]
     rebuilt = list(pieces[0])
-    for before, piece in zip(pieces, pieces[1:], strict=False):
+    for before, piece in itertools.pairwise(pieces):
         assert overlap == 0 or before[-overlap:] == piece[:overlap]
         rebuilt += piece[overlap:]
     assert tuple(rebuilt) == tokens
@@ -149,7 +150,7 @@ def test_fingerprint_changes_with_what_can_change_a_score():
 def test_malformed_templates(tmp_path, text, message):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    with pytest.raises(FormatError, match="mine.yaml") as error:
+    with pytest.raises(FormatError, match=r"mine\.yaml") as error:
         load_template(str(path))
     assert message in str(error.value)
 

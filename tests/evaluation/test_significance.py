@@ -161,3 +161,11 @@ def test_what_cannot_be_compared_is_refused():
         compare(a, [evaluation("b", n=[0.1, 0.2])])
     with pytest.raises(OptionError, match="resamples"):
         compare(a, [evaluation("b", m=[0.1, 0.2])], resamples=0)
+
+
+def test_permutation_of_thousands_of_queries_is_sampled():
+    rng = np.random.default_rng(3)
+    differences = rng.normal(0.0, 1.0, 4000)
+    assert permutation(differences, resamples=500, seed=1) == pytest.approx(
+        float(stats.ttest_1samp(differences, 0.0).pvalue), abs=0.1
+    )

@@ -141,7 +141,7 @@ def permutation(differences: Floats, *, resamples: int = 10_000, seed: int = 0) 
     if not changed.size:
         return 1.0 if differences.size else None
     reached = abs(changed.sum()) - TIE
-    if 2.0**changed.size <= resamples:
+    if changed.size < 63 and 2**changed.size <= resamples:
         flips = np.arange(2**changed.size)[:, None] >> np.arange(changed.size) & 1
         return float(np.mean(np.abs((2.0 * flips - 1) @ changed) >= reached))
     rng = np.random.default_rng(seed)
