@@ -8,7 +8,6 @@ Exit codes: 0 done, 2 bad input or usage, 130 interrupted.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import os
@@ -90,27 +89,6 @@ def _overview() -> str:
             "qpeft COMMAND --help lists a command's options; --config FILE reads them from YAML.",
         ]
     )
-
-
-def peek(arguments: Sequence[str], option: str, default: str) -> str:
-    """Return an option's value before its parser exists: from the flags, else the YAML file, else the default."""
-    value = _flag(arguments, option)
-    if value is None and (path := _flag(arguments, "config")) is not None:
-        import yaml
-
-        with contextlib.suppress(OSError, yaml.YAMLError), open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-            value = content.get(option) if isinstance(content, dict) else None
-    return str(value or default)
-
-
-def _flag(arguments: Sequence[str], option: str) -> str | None:
-    for position, argument in enumerate(arguments):
-        if argument.startswith(f"--{option}="):
-            return argument.split("=", 1)[1]
-        if argument == f"--{option}" and position + 1 < len(arguments):
-            return arguments[position + 1]
-    return None
 
 
 def parse(name: str, description: str, configs: Sequence[type[Any]], arguments: Sequence[str]) -> list[Any]:

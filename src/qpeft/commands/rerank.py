@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from qpeft import methods
-from qpeft.cli import peek
 from qpeft.commands._partial import Partial
+from qpeft.commands._peek import peek
 from qpeft.commands._progress import progress_bar
 from qpeft.data.candidates import candidates_from_run, check_run
 from qpeft.data.collection import open_collection

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpeft.cli import peek
+from qpeft.commands._peek import peek
 from qpeft.commands._progress import progress_bar
 from qpeft.data.collection import Collection, open_collection
 from qpeft.data.trec import write_run

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qpeft import methods
-from qpeft.cli import peek
+from qpeft.commands._peek import peek
 from qpeft.data.records import parse_record
 from qpeft.errors import OptionError
 from qpeft.model_config import ModelConfig

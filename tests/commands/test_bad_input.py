@@ -1,0 +1,120 @@
+import json
+import shutil
+
+import pytest
+
+from qpeft.cli import main
+
+
+def fails(arguments, capsys, folder, *words):
+    """Assert exit code 2, one line on standard error that holds the words, and no output."""
+    before = sorted(folder.iterdir())
+    assert main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qpeft: error:")]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0]
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("q1 Q0 sky-0 1 2.0 t\nq1 Q0 sky-1\n", ["bad.trec:2", "3 columns"]),
+        ("q1 Q0 sky-0 1 abc t\n", ["bad.trec:1", "abc"]),
+        ("q1 Q0 sky-0 1 nan t\n", ["bad.trec:1"]),
+        ("q1 Q0 sky-0 1 2.0 t\nq1 Q0 sky-0 2 1.0 t\n", ["bad.trec:2", "'sky-0' twice"]),
+        ("q1 Q0 nowhere 1 2.0 t\n", ["'nowhere' is not in the collection"]),
+        ("q99 Q0 sky-0 1 2.0 t\n", ["'q99' is unknown"]),
+    ],
+)
+def test_bad_runs(rerank_arguments, tmp_path, capsys, text, words):
+    run = tmp_path / "bad.trec"
+    run.write_text(text)
+    fails(rerank_arguments(tmp_path / "out.trec", run=run), capsys, tmp_path, *words)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--dpeth", "5"], ["unknown option --dpeth", "did you mean 'depth'"]),
+        (["--depth", "many"], ["depth", "many"]),
+        (["--depth", "0"], ["--depth is 0"]),
+        (["--template", "plian"], ["did you mean 'plain'"]),
+        (["--method", "query-likelyhood"], ["unknown method", "query_likelihood"]),
+        (["--split", "tset"], ["tset", "test"]),
+        (["--max-length", "20"], ["a query is never cut"]),
+        (["--device", "gpu7"], ["--device"]),
+        (["--normalize", "median"], ["normalize"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--windows", "8", "--window-overlap", "9"], ["window_overlap 9"]),
+    ],
+)
+def test_bad_options(rerank_arguments, tmp_path, capsys, more, words):
+    arguments = rerank_arguments(tmp_path / "out.trec")
+    fails(arguments + more, capsys, tmp_path, *words)
+
+
+def test_missing_option_and_unknown_commands(capsys, tmp_path):
+    fails(["rerank", "--run", "x"], capsys, tmp_path, "collection")
+    fails(["rernak"], capsys, tmp_path, "did you mean 'rerank'")
+    fails(["data"], capsys, tmp_path, "data info, data convert")
+
+
+def test_unknown_key_in_a_config_file(rerank_arguments, tmp_path, capsys):
+    (tmp_path / "options.yaml").write_text("dpeth: 3\n")
+    arguments = [*rerank_arguments(tmp_path / "out.trec"), "--config", str(tmp_path / "options.yaml")]
+    fails(arguments, capsys, tmp_path, "dpeth", "did you mean 'depth'")
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "words"),
+    [
+        ("corpus.jsonl", '{"_id": "x", "text": ', ["corpus.jsonl:13"]),
+        ("corpus.jsonl", '{"_id": "sky-0", "text": "again"}', ["corpus.jsonl:13", "'sky-0' occurs twice"]),
+        ("queries.jsonl", '{"text": 3}', ["queries.jsonl:7"]),
+    ],
+)
+def test_bad_collections(toy, tmp_path, capsys, name, line, words):
+    folder = tmp_path / "collection"
+    shutil.copytree(toy, folder)
+    with (folder / name).open("a") as file:
+        file.write(line + "\n")
+    arguments = ["retrieve", "--collection", str(folder), "--output", str(tmp_path / "out.trec")]
+    fails(arguments, capsys, tmp_path, *words)
+
+
+def test_an_empty_query(toy, tmp_path, capsys, saved_model):
+    folder = tmp_path / "collection"
+    shutil.copytree(toy, folder)
+    queries = [json.loads(line) for line in (folder / "queries.jsonl").read_text().splitlines()]
+    queries[2]["text"] = " ? "
+    (folder / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
+    (tmp_path / "run.trec").write_text("q3 Q0 sky-0 1 2.0 t\nq3 Q0 sky-1 2 1.0 t\n")
+    before = sorted(tmp_path.iterdir())
+    output = str(tmp_path / "out.trec")
+    arguments = ["rerank", "--collection", str(folder), "--run", str(tmp_path / "run.trec"), "--output", output]
+    assert main([*arguments, "--model", str(saved_model)]) == 2
+    assert "query 'q3' is empty" in capsys.readouterr().err
+    assert not (tmp_path / "out.trec").exists()
+    assert len(sorted(tmp_path.iterdir())) <= len(before) + 1  # what was finished before it may be resumed
+
+
+def test_models_that_are_not_there(toy, toy_run, tmp_path, capsys, start_process):
+    arguments = ["rerank", "--collection", str(toy), "--run", str(toy_run), "--output", str(tmp_path / "out.trec")]
+    (tmp_path / "model").mkdir()
+    fails([*arguments, "--model", str(tmp_path / "model")], capsys, tmp_path, "no config.json")
+    process = start_process([*arguments, "--model", "some/model"], stderr=-1, text=True)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "is not a local folder" in errors
+    assert "Traceback" not in errors
+
+
+def test_unknown_measures_and_missing_files(toy, toy_run, tmp_path, capsys):
+    fails(
+        ["evaluate", "--collection", str(toy), "--run", str(toy_run), "--measures", "nDGC@10"],
+        capsys, tmp_path, "nDGC@10", "nDCG",
+    )  # fmt: skip
+    fails(["evaluate", "--collection", str(toy), "--run", str(tmp_path / "none")], capsys, tmp_path, "none")
+    fails(["evaluate", "--collection", str(tmp_path / "nothing"), "--run", str(toy_run)], capsys, tmp_path, "nothing")

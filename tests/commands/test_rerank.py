@@ -1,0 +1,116 @@
+import gzip
+import json
+import signal
+import time
+
+import pytest
+
+from qpeft.cli import main
+from qpeft.data.trec import read_run
+
+
+def test_only_the_runs_passages_are_ranked_and_those_below_the_depth_keep_their_order(
+    rerank_arguments, toy_run, tmp_path, capsys
+):
+    output = tmp_path / "ql.trec"
+    assert main(rerank_arguments(output, "--depth", "3", "--tag", "mine")) == 0
+    first, reranked = read_run(toy_run), read_run(output)
+    assert reranked.tag == "mine"
+    assert list(reranked) == list(first)
+    for query, ranking in first.items():
+        before = [hit.passage_id for hit in ranking.hits]
+        after = [hit.passage_id for hit in reranked[query].hits]
+        assert sorted(after[:3]) == sorted(before[:3])
+        assert after[3:] == before[3:]
+    assert any(reranked[q].hits[0].passage_id != first[q].hits[0].passage_id for q in first)
+    assert "passages/s" in capsys.readouterr().err
+
+
+def test_provenance_says_what_made_the_run(rerank_arguments, tmp_path):
+    output = tmp_path / "ql.trec"
+    assert main(rerank_arguments(output, "--template", "upr")) == 0
+    facts = json.loads((tmp_path / "ql.trec.provenance.json").read_text())
+    assert facts["template"]["name"] == "upr"
+    assert facts["counts"]["pairs"] == sum(len(ranking.hits) for ranking in read_run(output).values())
+    assert facts["model"]["dtype"] == "float32"
+    assert all(len(facts[part]["sha256"]) == 64 for part in ("model", "first_stage"))
+    assert len(facts["collection"]["fingerprint"]) == 64
+    assert {"python", "torch", "transformers"} <= set(facts["versions"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ql.trec", "ql.trec.provenance.json"]
+
+
+def test_gzip_samples_and_interpolation(rerank_arguments, tmp_path, toy_run):
+    packed = tmp_path / "ql.trec.gz"
+    assert main(rerank_arguments(packed, "--limit-queries", "3", "--seed", "4")) == 0
+    assert gzip.open(packed).read(2)
+    again = tmp_path / "again.trec"
+    assert main(rerank_arguments(again, "--limit_queries", "3", "--seed=4")) == 0
+    assert list(read_run(packed)) == list(read_run(again))
+    assert len(read_run(again)) == 3
+    first_only = tmp_path / "first.trec"
+    assert main(rerank_arguments(first_only, "--interpolate", "1.0")) == 0
+    for query, ranking in read_run(first_only).items():
+        scores = {hit.passage_id: hit.score for hit in read_run(toy_run)[query].hits}
+        ordered = [scores[hit.passage_id] for hit in ranking.hits]
+        assert ordered == sorted(ordered, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("--queries-per-batch", "2"), ("--passage-cache", "0.01")], ids=["plain", "windows", "cache"]
+)
+def test_a_killed_run_resumes_to_the_same_bytes(rerank_arguments, start_process, tmp_path, more):
+    whole = tmp_path / "whole.trec"
+    assert main(rerank_arguments(whole, *more)) == 0
+    output, partial = tmp_path / "killed.trec", tmp_path / "killed.trec.partial"
+    for finished in (1, 3):
+        process = start_process(rerank_arguments(output, *more, "--resume"))
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            if partial.exists() and partial.read_text().count("\n") > finished:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.wait()
+    if not output.exists():
+        with partial.open("a") as file:
+            file.write('{"query": "q6", "hi')
+        assert main(rerank_arguments(output, *more, "--resume")) == 0
+    assert output.read_bytes() == whole.read_bytes()
+    assert not partial.exists()
+
+
+def unfinished(rerank_arguments, output):
+    """Leave an unfinished run of two queries, as a killed process does."""
+    whole = output.with_name("whole.trec")
+    from qpeft.commands import _partial
+
+    kept = _partial.Partial.remove
+    _partial.Partial.remove = lambda self: None
+    try:
+        assert main(rerank_arguments(whole)) == 0
+    finally:
+        _partial.Partial.remove = kept
+    lines = whole.with_name("whole.trec.partial").read_text().splitlines(keepends=True)
+    partial = output.with_name(output.name + ".partial")
+    partial.write_text("".join(lines[:3]))
+    return partial, whole
+
+
+def test_unfinished_runs_are_neither_lost_nor_mixed(rerank_arguments, tmp_path, capsys):
+    output = tmp_path / "ql.trec"
+    partial, whole = unfinished(rerank_arguments, output)
+    before = partial.read_text()
+    assert main(rerank_arguments(output)) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(rerank_arguments(output, "--resume", "--template", "upr")) == 2
+    assert "other options" in capsys.readouterr().err
+    assert partial.read_text() == before
+    assert not output.exists()
+    assert main(rerank_arguments(output, "--resume")) == 0
+    assert output.read_bytes() == whole.read_bytes()
+    counts = [json.loads((tmp_path / f"{n}.provenance.json").read_text())["counts"] for n in ("ql.trec", "whole.trec")]
+    assert counts[0] == counts[1]
+
+
+def test_cuts_are_shown(rerank_arguments, tmp_path, capsys):
+    assert main(rerank_arguments(tmp_path / "ql.trec", "--max-passage-tokens", "1")) == 0
+    assert "passages were cut" in capsys.readouterr().err

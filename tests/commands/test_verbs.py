@@ -1,0 +1,159 @@
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from qpeft.cli import COMMANDS, main
+from qpeft.data.collection import open_collection
+from qpeft.data.trec import read_run
+from qpeft.evaluation.interpolation import choose_weight, interpolate
+from qpeft.evaluation.measures import evaluate
+
+
+def test_an_index_is_kept_and_found_again(toy, toy_run, tmp_path):
+    index, output = tmp_path / "index", tmp_path / "a.trec"
+    arguments = ["retrieve", "--collection", str(toy), "--output", str(output), "--depth", "8", "--index", str(index)]
+    assert main([*arguments, "--stopwords="]) == 0
+    made = (index / "passage_ids.json").stat().st_mtime_ns
+    assert output.read_bytes() == toy_run.read_bytes()
+    assert main([*arguments, "--stopwords="]) == 0
+    assert (index / "passage_ids.json").stat().st_mtime_ns == made
+    assert output.read_bytes() == toy_run.read_bytes()
+    assert main([*arguments, "--stopwords=", "--k1", "0.9"]) == 0
+    assert (index / "passage_ids.json").stat().st_mtime_ns != made
+
+
+def test_fuse_and_interpolate(toy, toy_run, rerank_arguments, tmp_path, capsys):
+    reranked, fused, mixed = (tmp_path / name for name in ("ql.trec", "fused.trec", "mixed.trec"))
+    assert main(rerank_arguments(reranked)) == 0
+    assert main(["fuse", "--run", str(toy_run), "--run", str(reranked), "--output", str(fused), "--depth", "2"]) == 0
+    assert all(len(ranking.hits) == 2 for ranking in read_run(fused).values())
+    dev = ["--collection", str(toy), "--dev-first", str(toy_run), "--dev-run", str(reranked)]
+    arguments = ["interpolate", "--first", str(toy_run), "--run", str(reranked), "--output", str(mixed), "--tag", "m"]
+    assert main([*arguments, *dev]) == 0
+    first, second = read_run(toy_run), read_run(reranked)
+    choice = choose_weight(first, second, open_collection(str(toy)).qrels("dev"), "RR@10")
+    facts = json.loads((tmp_path / "mixed.trec.provenance.json").read_text())
+    assert facts["weight"] == choice.weight
+    assert dict(read_run(mixed)) == dict(interpolate(first, second, choice.weight))
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "--dev-run" in capsys.readouterr().err
+
+
+def test_score_from_options_and_from_standard_input(saved_model, capsys, monkeypatch):
+    model = ["--model", str(saved_model), "--dtype", "float32"]
+    assert main(["score", *model, "--query", "why", "--passage", "the sky", "--passage", "the sea"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["index"] for line in lines] == [0, 1]
+    assert {line["rank"] for line in lines} == {1, 2}
+    best = min(lines, key=lambda line: line["rank"])
+    assert best["score"] == max(line["score"] for line in lines)
+    texts = '{"query": "why", "passages": ["the sky", "the sea"]}\n\n{"query": "why", "passage": "the sky"}\n'
+    monkeypatch.setattr(sys, "stdin", io.StringIO(texts))
+    assert main(["score", *model]) == 0
+    again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert again[:2] == lines
+    assert again[2]["score"] == pytest.approx(lines[0]["score"], abs=1e-5)
+    monkeypatch.setattr(sys, "stdin", io.StringIO('{"query": "why"}\n'))
+    assert main(["score", *model]) == 2
+    assert "standard input:1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["text", "json", "markdown", "latex", "csv"])
+@pytest.mark.parametrize("labels", ["qrels", "answers"])
+def test_evaluate(toy, toy_run, tmp_path, capsys, form, labels):
+    values = tmp_path / "values.jsonl"
+    arguments = ["evaluate", "--collection", str(toy), "--run", str(toy_run), "--measures", "RR@10 CandHit@5"]
+    assert main([*arguments, "--format", form, "--labels", labels, "--per-query", str(values)]) == 0
+    out = capsys.readouterr().out
+    lines = [json.loads(line) for line in values.read_text().splitlines()]
+    mean = sum(line["value"] for line in lines if line["measure"] == "RR@10") / 6
+    assert str(round(mean, 4))[:5] in out
+    if labels == "qrels":
+        expected = evaluate(read_run(toy_run), open_collection(str(toy)).qrels("test"), "RR@10").means["RR@10"]
+        assert mean == pytest.approx(expected)
+
+
+def test_compare_writes_a_report(toy, toy_run, rerank_arguments, tmp_path, capsys):
+    reranked, report = tmp_path / "ql.trec", tmp_path / "report.html"
+    assert main(rerank_arguments(reranked)) == 0
+    arguments = ["compare", "--collection", str(toy), "--baseline", str(toy_run), "--run", str(reranked)]
+    assert main([*arguments, "--html", str(report)]) == 0
+    page = report.read_text()
+    assert "query_likelihood" in page
+    assert "<script" not in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert main([*arguments, "--all-pairs", "--format", "json"]) == 0
+    assert "Holm" in capsys.readouterr().out
+
+
+def test_data_info_and_convert(tmp_path, capsys):
+    squad = {
+        "data": [
+            {
+                "title": "Sky",
+                "paragraphs": [
+                    {
+                        "context": "The sky is blue.",
+                        "qas": [
+                            {"id": "q", "question": "what colour", "answers": [{"text": "blue", "answer_start": 11}]}
+                        ],
+                    }
+                ],
+            }
+        ]
+    }
+    (tmp_path / "squad.json").write_text(json.dumps(squad))
+    folder = tmp_path / "beir"
+    source = ["--source", str(tmp_path / "squad.json"), "--output", str(folder)]
+    assert main(["data", "convert", *source, "--format", "squad", "--split", "dev"]) == 0
+    capsys.readouterr()
+    assert main(["data", "info", "--collection", str(folder)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["passages"], facts["splits"]["dev"]["queries"]) == (1, 1)
+
+
+def test_a_config_file_equals_flags(toy, toy_run, tmp_path):
+    output = tmp_path / "b.trec"
+    options = {"collection": str(toy), "output": str(output), "depth": 8, "stopwords": "", "first_stage": "bm25"}
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump(options))
+    assert main(["retrieve", "--config", str(tmp_path / "options.yaml")]) == 0
+    assert output.read_bytes() == toy_run.read_bytes()
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys, contextlib, io\n"
+        "from qpeft.cli import COMMANDS, main\n"
+        "for name in ['', *COMMANDS]:\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:\n"
+        "        main([*name.split(), '--help'])\n"
+        "    assert 'usage: qpeft' in out.getvalue(), name\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_every_command_has_help_of_its_own(capsys):
+    for name in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([*name.split(), "--help"])
+        assert f"usage: qpeft {name}" in capsys.readouterr().out
+
+
+def test_doctor_checks_the_scorer(capsys):
+    assert main(["doctor", "--seconds", "0.1"]) == 0
+    out = capsys.readouterr().out
+    assert "self-check             passed" in out
+    assert "passages/s" in out
+
+
+def test_demo_goes_the_whole_way(tmp_path, capsys):
+    assert main(["demo", "--output", str(tmp_path / "demo"), "--limit-queries", "2", "--depth", "3"]) == 0
+    assert "query_likelihood+bm25" in capsys.readouterr().out
+    assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
