@@ -158,7 +158,7 @@ def _frozen(value: Any) -> Any:
 def _one_line(message: str, known: Sequence[str]) -> str:
     """Fold the parser's message into one line, and offer the nearest option for an unknown one."""
     text = " ".join(message.split())
-    unknown = re.search(r"(?:[Uu]nrecognized arguments:|Key|key) [\"']?-{0,2}([\w-]+)", text)
+    unknown = re.search(r"(?:[Uu]nrecognized arguments:|Key|key|Option) [\"']?-{0,2}([\w-]+)", text)
     if unknown and unknown.group(1).replace("-", "_") not in known:
         word = unknown.group(1).replace("-", "_")
         offer = nearest(word, known) if "did you mean" in nearest(word, known) else ""

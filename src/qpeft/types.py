@@ -174,6 +174,10 @@ class Scorer(Protocol):
 
     counts: ScoringCounts
 
+    def check(self, query: Query) -> None:
+        """Raise QueryError for a query that cannot be scored."""
+        ...
+
     def score(self, pairs: Sequence[tuple[Query, Passage]]) -> list[float]:
         """Return one score per (query, passage) pair, in order."""
         ...
@@ -203,6 +207,14 @@ class Reranker(abc.ABC):
         from qpeft.loading import load_reranker  # the one upward import: the front door (docs/decisions.md)
 
         return load_reranker(model, method=method, **options)
+
+    @abc.abstractmethod
+    def check(self, query: Query) -> None:
+        """Raise the error that ranking this query would end in, so that it shows before the work and not in its midst.
+
+        Raises:
+            QueryError: the query is empty or does not fit.
+        """
 
     @abc.abstractmethod
     def rerank(self, items: Iterable[Candidates]) -> Iterator[Ranking]:

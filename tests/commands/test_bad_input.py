@@ -43,7 +43,7 @@ def test_bad_runs(rerank_arguments, tmp_path, capsys, text, words):
         (["--template", "plian"], ["did you mean 'plain'"]),
         (["--method", "query-likelyhood"], ["unknown method", "query_likelihood"]),
         (["--split", "tset"], ["tset", "test"]),
-        (["--max-length", "20"], ["a query is never cut"]),
+        (["--max-length", "12"], ["a query is never cut"]),
         (["--device", "gpu7"], ["--device"]),
         (["--normalize", "median"], ["normalize"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
@@ -91,13 +91,9 @@ def test_an_empty_query(toy, tmp_path, capsys, saved_model):
     queries[2]["text"] = " ? "
     (folder / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
     (tmp_path / "run.trec").write_text("q3 Q0 sky-0 1 2.0 t\nq3 Q0 sky-1 2 1.0 t\n")
-    before = sorted(tmp_path.iterdir())
     output = str(tmp_path / "out.trec")
     arguments = ["rerank", "--collection", str(folder), "--run", str(tmp_path / "run.trec"), "--output", output]
-    assert main([*arguments, "--model", str(saved_model)]) == 2
-    assert "query 'q3' is empty" in capsys.readouterr().err
-    assert not (tmp_path / "out.trec").exists()
-    assert len(sorted(tmp_path.iterdir())) <= len(before) + 1  # what was finished before it may be resumed
+    fails([*arguments, "--model", str(saved_model)], capsys, tmp_path, "query 'q3' is empty")
 
 
 def test_models_that_are_not_there(toy, toy_run, tmp_path, capsys, start_process):
@@ -114,7 +110,7 @@ def test_models_that_are_not_there(toy, toy_run, tmp_path, capsys, start_process
 def test_unknown_measures_and_missing_files(toy, toy_run, tmp_path, capsys):
     fails(
         ["evaluate", "--collection", str(toy), "--run", str(toy_run), "--measures", "nDGC@10"],
-        capsys, tmp_path, "nDGC@10", "nDCG",
+        capsys, tmp_path, "nDGC", "did you mean 'nDCG'",
     )  # fmt: skip
     fails(["evaluate", "--collection", str(toy), "--run", str(tmp_path / "none")], capsys, tmp_path, "none")
     fails(["evaluate", "--collection", str(tmp_path / "nothing"), "--run", str(toy_run)], capsys, tmp_path, "nothing")

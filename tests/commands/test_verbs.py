@@ -99,9 +99,7 @@ def test_data_info_and_convert(tmp_path, capsys):
                 "paragraphs": [
                     {
                         "context": "The sky is blue.",
-                        "qas": [
-                            {"id": "q", "question": "what colour", "answers": [{"text": "blue", "answer_start": 11}]}
-                        ],
+                        "qas": [{"id": "q", "question": "colour", "answers": [{"text": "blue", "answer_start": 11}]}],
                     }
                 ],
             }

@@ -84,10 +84,14 @@ class Partial:
         total.add(counts)
         return total
 
-    def remove(self) -> None:
-        """Delete the file, once the output is in place."""
+    def close(self) -> None:
+        """Stop appending; the file stays."""
         if self._file is not None:
             self._file.close()
+
+    def remove(self) -> None:
+        """Delete the file, once the output is in place."""
+        self.close()
         self.path.unlink(missing_ok=True)
 
 

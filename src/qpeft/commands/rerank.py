@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,12 +94,14 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
         "template": _template_facts(method),
     }
     reranker = methods.load(config.method).build(method, lm)
+    for query_id in first:
+        reranker.check(queries[query_id])
     partial.open(fingerprint(facts), {"dtype": described["dtype"]}, reranker.window)
     started = time.perf_counter()
     items = candidates_from_run(first, queries, collection.passages, config.depth)
     rankings = [ranking for ranking, _ in zip(partial.rankings, items, strict=False)]
     resumed_at = len(rankings)
-    with progress_bar(config.method, len(first), resumed_at) as bar:
+    with closing(partial), progress_bar(config.method, len(first), resumed_at) as bar:
         for ranking in reranker.rerank(items):
             rankings.append(ranking)
             partial.add(ranking, reranker.counts)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import final
 
 from qpeft.errors import ScoreError
-from qpeft.types import Candidates, Ranking, Reranker, Scorer
+from qpeft.types import Candidates, Query, Ranking, Reranker, Scorer
 
 
 @final
@@ -27,6 +27,10 @@ class Pointwise(Reranker):
         self._scorer = scorer
         self.window = window
         self.counts = scorer.counts
+
+    def check(self, query: Query) -> None:
+        """Raise QueryError for a query that the scorer cannot score."""
+        self._scorer.check(query)
 
     def rerank(self, items: Iterable[Candidates]) -> Iterator[Ranking]:
         """Yield one ranking per item, lazily and in order; see `Reranker.rerank`."""

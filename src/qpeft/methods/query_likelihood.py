@@ -79,6 +79,10 @@ class QueryLikelihood:
             separate_target=lm.has_encoder,
         )
 
+    def check(self, query: Query) -> None:
+        """Raise QueryError for a query that is empty or leaves no room for a passage."""
+        self._prompt.rows(query, Passage("", ""))
+
     def score(self, pairs: Sequence[tuple[Query, Passage]]) -> list[float]:
         """Return the score of each pair, −∞ for a passage of zero tokens."""
         rows: list[Row] = []
