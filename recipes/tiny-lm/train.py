@@ -85,7 +85,7 @@ class Corpus:
         prose, asked = textbook(data / "openstax", questions)
         for name in COLLECTIONS:
             asked += judged_collection(data / name)
-        for path in sorted(questions.glob("*.jsonl")) if questions is not None else ():
+        for path in sorted(questions.glob("part-*.jsonl")) if questions is not None else ():
             asked += written_passages(path)
         return cls(asked, prose, QueryMaker(prose))
 

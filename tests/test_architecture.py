@@ -1,0 +1,70 @@
+"""The order of the house: imports at module level point down this list only."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qpeft
+
+ROOT = Path(qpeft.__file__).parent
+LAYERS = [
+    {"errors"},
+    {"types"},
+    {"provenance", "model_config"},
+    {"template"},
+    {"data", "retrieval"},
+    {"evaluation"},
+    {"lm"},
+    {"passage_cache"},
+    {"methods"},
+    {"analysis"},
+    {"loading"},
+    {"commands"},
+    {"cli"},
+    {"__main__"},
+]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def room(path):
+    parts = path.relative_to(ROOT).parts
+    return parts[0].removesuffix(".py")
+
+
+def imported_rooms(path):
+    """Yield the rooms that a file imports at module level, outside `if TYPE_CHECKING`."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "qpeft":
+            parts = node.module.split(".")[1:]
+            yield from [parts[0]] if parts else [alias.name for alias in node.names]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    if path == ROOT / "__init__.py":
+        return
+    own = room(path)
+    assert own in LEVEL, f"{own} has no place in LAYERS"
+    for other in imported_rooms(path):
+        assert other == own or LEVEL[other] < LEVEL[own], f"{own} imports {other}, which stands above it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_one_idea_one_file(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_torch_is_imported_only_when_there_is_work():
+    rooms = ["qpeft.data.collection", "qpeft.data.convert", "qpeft.retrieval.bm25", "qpeft.retrieval.dense"]
+    rooms += ["qpeft.retrieval.fusion", "qpeft.evaluation.interpolation", "qpeft.methods.query_likelihood", "qpeft.cli"]
+    code = f"import sys, {', '.join(rooms)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_public_names_are_sorted_and_importable():
+    assert qpeft.__all__ == sorted(qpeft.__all__)
+    assert all(hasattr(qpeft, name) for name in qpeft.__all__)
