@@ -74,8 +74,8 @@ def test_passage_without_bos_leaves_out_its_first_token(make_lm):
     torch.testing.assert_close(value.target.double(), torch.tensor(target).double(), atol=1e-4, rtol=0)
 
 
-def test_bfloat16_stays_near_float32(make_lm):
-    exact, rounded = make_lm("llama"), make_lm("llama", dtype=torch.bfloat16)
+def test_bfloat16_stays_near_float32(family, make_lm):
+    exact, rounded = make_lm(family), make_lm(family, dtype=torch.bfloat16)
     for lm in (exact, rounded):
         with torch.no_grad():
             for parameter in lm.model.parameters():
@@ -103,13 +103,15 @@ class ForgetfulModel(torch.nn.Module):
 
     def __init__(self, model, most):
         super().__init__()
-        self.model, self.most, self.refused = model, most, 0
+        self.model, self.most, self.refused, self.rows = model, most, 0, 0
         self.device, self.dtype, self.config = model.device, model.dtype, model.config
+        self._is_stateful = model._is_stateful
 
     def forward(self, **inputs):
         if len(inputs["input_ids"]) > self.most:
             self.refused += 1
             raise torch.OutOfMemoryError("out of memory")
+        self.rows = len(inputs["input_ids"])
         return self.model(**inputs)
 
 
@@ -120,7 +122,13 @@ def test_batches_shrink_when_memory_runs_out(make_lm):
     lm = CausalLM(model, plain.tokenizer, name="small machine", max_length=128, batch_tokens=4096)
     for value, reference in zip(lm.log_probs(rows), plain.log_probs(rows), strict=True):
         torch.testing.assert_close(value.target, reference.target, atol=1e-4, rtol=0)
-    assert model.refused > 0
+    refused = model.refused
+    assert refused > 0
+    model.most = len(rows)
+    for _ in range(4):
+        lm.log_probs(rows)
+    assert model.refused == refused
+    assert model.rows == len(rows), "batches grow back"
 
 
 def test_a_row_that_never_fits_is_an_error(make_lm):

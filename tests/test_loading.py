@@ -1,8 +1,10 @@
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification, BertLMHeadModel
 
 from qpeft import Reranker
 from qpeft.errors import MissingDependencyError, ModelError, OptionError, QueryError
@@ -65,6 +67,57 @@ def test_folders_that_are_no_models(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ModelError, match="cannot be opened"):
         load_lm(ModelConfig(str(tmp_path)))
+
+
+@pytest.fixture
+def broken(saved_model, tmp_path):
+    """Return a copy of the saved model, to be damaged."""
+    return shutil.copytree(saved_model, tmp_path / "broken")
+
+
+def test_half_a_file_of_weights(broken):
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot be opened"):
+        load_lm(ModelConfig(str(broken)))
+
+
+def test_weights_of_another_size(broken):
+    config = broken / "config.json"
+    config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 64'))
+    with pytest.raises(ModelError, match="cannot be opened"):
+        load_lm(ModelConfig(str(broken)))
+
+
+BERT = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_classifier_has_no_likelihoods(broken):
+    BertForSequenceClassification(BertConfig(**BERT)).save_pretrained(broken)
+    with pytest.raises(ModelError, match="is no language model"):
+        load_lm(ModelConfig(str(broken)))
+
+
+def test_a_model_that_sees_the_query_is_refused(broken):
+    BertLMHeadModel(BertConfig(**BERT, initializer_range=0.5)).save_pretrained(broken)
+    with pytest.raises(ModelError, match="reads in both directions"):
+        load_lm(ModelConfig(str(broken)))
+    BertLMHeadModel(BertConfig(**BERT, initializer_range=0.5, is_decoder=True)).save_pretrained(broken)
+    assert not load_lm(ModelConfig(str(broken))).has_encoder
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalize": "average"}, "normalize is 'average'; known: mean, sum"),
+        ({"dtype": "float61"}, "did you mean 'float16'"),
+        ({"max_length": 0}, "max-length is 0"),
+    ],
+)
+def test_values_that_no_option_has(saved_model, options, message):
+    with pytest.raises(OptionError, match=message):
+        Reranker.from_pretrained(str(saved_model), **options)
 
 
 def test_a_hub_name_without_network_says_what_to_do():

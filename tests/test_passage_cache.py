@@ -1,10 +1,13 @@
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
+from qpeft.errors import ModelError
+from qpeft.lm import CausalLM
 from qpeft.passage_cache import CachedCausalLM
 from qpeft.template import Prompt, load_template
 from qpeft.types import Query
-from test_lm import PASSAGES, QUERY, rows_for
+from test_lm import PASSAGES, QUERY, ForgetfulModel, rows_for
 
 ENOUGH = 1 << 30
 
@@ -61,3 +64,20 @@ def test_small_batches(make_lm, batch_tokens):
     cached = CachedCausalLM(lm, ENOUGH, batch_tokens)
     for value, reference in zip(cached.log_probs(rows), lm.log_probs(rows), strict=True):
         torch.testing.assert_close(value.target, reference.target, atol=1e-4, rtol=0)
+
+
+def test_batches_shrink_when_memory_runs_out(make_lm):
+    plain = make_lm("llama")
+    rows = rows_for(plain)
+    model = ForgetfulModel(plain.model, most=2)
+    lm = CausalLM(model, plain.tokenizer, name="small machine", max_length=128, batch_tokens=4096)
+    for value, reference in zip(CachedCausalLM(lm, ENOUGH).log_probs(rows), plain.log_probs(rows), strict=True):
+        torch.testing.assert_close(value.target, reference.target, atol=1e-4, rtol=0)
+    assert model.refused > 0
+
+
+def test_a_model_that_remembers_otherwise_is_refused():
+    config = MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1, state_size=4)
+    lm = CausalLM(MambaForCausalLM(config), None, name="a mamba", max_length=128, batch_tokens=4096)
+    with pytest.raises(ModelError, match="a mamba: the passage cache"):
+        CachedCausalLM(lm, ENOUGH)

@@ -3,18 +3,12 @@ import itertools
 
 import pytest
 
-from conftest import TOKENIZERS
 from qpeft.errors import FormatError, OptionError, QueryError
 from qpeft.template import Prompt, Template, available_templates, load_template
 from qpeft.types import Passage, Query
 
 QUERY = Query("q1", "why is the sky blue?")
 PASSAGE = Passage("p", "the light of the moon", "moon")
-
-
-@pytest.fixture(params=sorted(TOKENIZERS))
-def tokenizer(request):
-    return TOKENIZERS[request.param]()
 
 
 @pytest.mark.parametrize("template", available_templates())
@@ -24,10 +18,9 @@ def test_a_query_has_the_same_tokens_behind_every_passage(tokenizer, template):
     assert len({prompt.rows(QUERY, Passage("p", text))[0].target for text in texts}) == 1
 
 
-def test_spaces_stand_where_each_tokenizer_puts_them():
+def test_spaces_stand_where_each_tokenizer_puts_them(tokenizers):
     texts = {}
-    for name, make in TOKENIZERS.items():
-        tokenizer = make()
+    for name, tokenizer in tokenizers.items():
         row = Prompt(load_template("plain"), tokenizer, 512).rows(QUERY, Passage("p", "the sea"))[0]
         texts[name] = tokenizer.convert_ids_to_tokens([*row.context, *row.target])
     assert "Ġwhy" in texts["bytes"], "a byte-level word carries the space before it"
@@ -36,6 +29,22 @@ def test_spaces_stand_where_each_tokenizer_puts_them():
     assert texts["wordpiece"][0] == "[CLS]"
     assert texts["metaspace"][0] == "<s>"
     assert "<eos>" not in texts["bytes"], "no BOS where the tokenizer has none"
+
+
+def test_a_blank_between_context_and_target_is_not_lost(tokenizers):
+    template = Template("blank", 1, "Text: {passage} {hint} ", "{query}")
+    for name, first in (("bytes", "Ġwhy"), ("metaspace", "▁why"), ("wordpiece", "why")):
+        tokenizer = tokenizers[name]
+        row = Prompt(template, tokenizer, 512).rows(QUERY, PASSAGE)[0]
+        assert tokenizer.convert_ids_to_tokens(row.target[0]) == first
+    # An encoder ends its text there, so that the decoder begins without.
+    apart = Prompt(template, tokenizers["bytes"], 512, separate_target=True).rows(QUERY, PASSAGE)[0]
+    assert tokenizers["bytes"].convert_ids_to_tokens(apart.target[0]) == "why"
+
+
+def test_braces_are_only_text():
+    template = Template("braces", 1, "{passage}", "{query}", passage="{ {title}: {text} }")
+    assert template.passage_text(Passage("p", "a {title} {0}", "{text}")) == "{ {text}: a {title} {0} }"
 
 
 def test_only_the_query_is_scored_unless_the_template_says_so(tokenizer):

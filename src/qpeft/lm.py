@@ -61,7 +61,7 @@ class LanguageModel(Protocol):
         ...
 
 
-class _PretrainedLM:
+class PretrainedLM:
     """What decoder-only and encoder-decoder models share: batches, memory, order."""
 
     has_encoder: bool
@@ -127,7 +127,7 @@ class _PretrainedLM:
         raise NotImplementedError
 
 
-class CausalLM(_PretrainedLM):
+class CausalLM(PretrainedLM):
     """Any decoder-only model of the transformers library.
 
     Args:
@@ -185,7 +185,7 @@ class CausalLM(_PretrainedLM):
         return out
 
 
-class EncoderDecoderLM(_PretrainedLM):
+class EncoderDecoderLM(PretrainedLM):
     """Any encoder-decoder model of the transformers library (T5, T0, Flan-T5, BART …), as UPR uses them.
 
     Source: Sachan et al. 2022, arXiv 2204.07496.

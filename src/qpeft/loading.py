@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import hashlib
 import time
+import typing
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
 
 from qpeft import methods
@@ -27,7 +29,7 @@ def load_lm(config: ModelConfig) -> LanguageModel:
     """Open a language model, decoder-only or encoder-decoder.
 
     Raises:
-        ModelError: the folder is no model, has no weights, or the hub cannot be reached.
+        ModelError: the folder is no model, has no weights, is no language model, or the hub cannot be reached.
         MissingDependencyError: quantisation without bitsandbytes.
     """
     path = model_path(config.model)
@@ -38,11 +40,18 @@ def load_lm(config: ModelConfig) -> LanguageModel:
         settings = AutoConfig.from_pretrained(path, **options)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         auto = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
-        model: Any = auto.from_pretrained(path, dtype=dtype, **_quantized(config, device), **options)
-    except (OSError, ValueError) as error:
+        opened: Any = auto.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, **_quantized(config, device), **options
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(_explain(config, error)) from error
+    model, info = opened
+    if info["missing_keys"]:
+        raise ModelError(f"model {config.model!r} is no language model: {min(info['missing_keys'])} has no weights")
     if config.quantization == "none":
         model = model.to(device)
+    if config.max_length is not None and config.max_length < 1:
+        raise OptionError(f"--max-length is {config.max_length}; it must be at least 1")
     limit = _context_length(settings)
     if config.max_length is not None:
         limit = config.max_length if limit is None else min(limit, config.max_length)
@@ -55,8 +64,11 @@ def load_lm(config: ModelConfig) -> LanguageModel:
         if config.passage_cache:
             raise OptionError("--passage-cache is for decoder-only models")
         return EncoderDecoderLM(model, tokenizer, **facts)
+    _check_causal(model, config.model)
     lm = CausalLM(model, tokenizer, **facts)
-    return CachedCausalLM(lm, int(config.passage_cache * 2**30)) if config.passage_cache else lm
+    if not config.passage_cache:
+        return lm
+    return CachedCausalLM(lm, int(config.passage_cache * 2**30), config.batch_tokens or 32_768)
 
 
 def describe_lm(lm: LanguageModel, config: ModelConfig) -> dict[str, Any]:
@@ -80,8 +92,11 @@ def load_reranker(model: str = EMBEDDED, *, method: str = "query_likelihood", **
     for name in options:
         if name not in of_model | of_method:
             raise OptionError(f"unknown option {name!r}{nearest(name, of_model | of_method)}")
-    lm = load_lm(ModelConfig(model, **{k: v for k, v in options.items() if k in of_model}))
-    reranker: Reranker = module.build(module.Config(**{k: v for k, v in options.items() if k in of_method}), lm)
+    model_config = ModelConfig(model, **{k: v for k, v in options.items() if k in of_model})
+    method_config = module.Config(**{k: v for k, v in options.items() if k in of_method})
+    _check_choices(model_config)
+    _check_choices(method_config)
+    reranker: Reranker = module.build(method_config, load_lm(model_config))
     return reranker
 
 
@@ -155,6 +170,22 @@ def cpu_matmul_seconds(dtype: torch.dtype) -> float:
         left @ right
         best = min(best, time.perf_counter() - start)
     return best
+
+
+def _check_choices(config: Any) -> None:
+    for name, kind in typing.get_type_hints(type(config)).items():
+        choices = typing.get_args(kind)
+        if typing.get_origin(kind) is typing.Literal and getattr(config, name) not in choices:
+            value = getattr(config, name)
+            raise OptionError(f"{name} is {value!r}{nearest(str(value), choices)}")
+
+
+@torch.inference_mode()
+def _check_causal(model: Any, name: str) -> None:
+    """Refuse a model that reads in both directions, such as plain BERT: it would see the query that it should guess."""
+    first = model(input_ids=torch.tensor([[1, 2], [1, 3]], device=model.device), use_cache=False).logits[:, 0].float()
+    if not torch.allclose(first[0], first[1], rtol=1e-2, atol=1e-2):
+        raise ModelError(f"model {name!r} reads in both directions, so it gives no likelihoods")
 
 
 def _context_length(settings: Any) -> int | None:

@@ -22,49 +22,37 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from qpeft.lm import CausalLM, RowLogProbs, token_log_probs
+from qpeft.errors import ModelError
+from qpeft.lm import CausalLM, PretrainedLM, RowLogProbs, token_log_probs
 from qpeft.template import Row
 
 
-class CachedCausalLM:
+class CachedCausalLM(PretrainedLM):
     """A `CausalLM` with a least-recently-used store of encoded contexts.
 
     Args:
         lm: does the work.
         capacity: bytes of keys and values that may be kept.
         batch_tokens: padded tokens (context and suffix) that one forward pass over cached contexts may span.
+
+    Raises:
+        ModelError: what the model remembers of a context is more than keys and values (Mamba and the like).
     """
 
     has_encoder = False
 
     def __init__(self, lm: CausalLM, capacity: int, batch_tokens: int = 32_768) -> None:
+        kinds = getattr(lm.model.config.get_text_config(), "layer_types", None) or ()
+        if lm.model._is_stateful or not set(kinds) <= {"full_attention", "sliding_attention"}:
+            raise ModelError(f"{lm.name}: the passage cache is for models whose layers are all attention")
+        super().__init__(lm.model, lm.tokenizer, name=lm.name, max_length=lm.max_length, batch_tokens=batch_tokens)
         self._lm = lm
         self._capacity = capacity
-        self._batch_tokens = batch_tokens
         self._kept: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         self.bytes_kept = 0
         self.hits = 0
         self.misses = 0
-        self.name = lm.name
-        self.tokenizer = lm.tokenizer
-        self.max_length = lm.max_length
 
-    @property
-    def device(self) -> torch.device:
-        """Where inputs are sent."""
-        return self._lm.device
-
-    @property
-    def dtype(self) -> str:
-        """Name of the weights' type."""
-        return self._lm.dtype
-
-    @property
-    def revision(self) -> str | None:
-        """Commit on the model hub, if the model came from there."""
-        return self._lm.revision
-
-    @torch.inference_mode()
     def log_probs(self, rows: Sequence[Row], *, with_passage: bool = False) -> list[RowLogProbs]:
         """Return the log-probabilities of each row's scored tokens, in order; see `CausalLM.log_probs`.
 
@@ -72,18 +60,9 @@ class CachedCausalLM:
         """
         if with_passage or any(len(row.context) < 2 for row in rows):
             return self._lm.log_probs(rows, with_passage=with_passage)
-        results: list[RowLogProbs | None] = [None] * len(rows)
-        order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-        start = 0
-        while start < len(order):
-            count = max(1, self._batch_tokens // len(rows[order[start]]))
-            chosen = order[start : start + count]
-            for i, value in zip(chosen, self._forward([rows[i] for i in chosen]), strict=True):
-                results[i] = value
-            start += count
-        return [result for result in results if result is not None]
+        return super().log_probs(rows)
 
-    def _forward(self, rows: Sequence[Row]) -> list[RowLogProbs]:
+    def _forward(self, rows: Sequence[Row], with_passage: bool) -> list[RowLogProbs]:
         device = self.device
         contexts = [self._context(row.context[:-1]) for row in rows]
         past = max(context.shape[-2] for context in contexts)

@@ -84,7 +84,8 @@ class Template:
 
     def passage_text(self, passage: Passage) -> str:
         """Return title and text in the template's order, white space folded."""
-        return " ".join(self.passage.format(title=passage.title, text=passage.text).split())
+        text = re.sub(r"\{(title|text)\}", lambda place: str(getattr(passage, place[1])), self.passage)
+        return " ".join(text.split())
 
 
 def available_templates() -> list[str]:
@@ -182,8 +183,8 @@ class Prompt:
         self._max_passage_tokens = max_passage_tokens
         marked = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
         self._adds_space = bool(marked) and marked[0].startswith("▁")
-        self._before, self._spaced_passage, self._after, self._hint_offset = self._context_pieces()
-        self._cue, self._spaced_query = self._literal(template.target[: -len("{query}")], previous="")
+        self._before, self._spaced_passage, self._after, self._hint_offset, blank = self._context_pieces()
+        self._cue, self._spaced_query = self._literal(template.target[: -len("{query}")], previous=blank)
         # Without a passage and with a query of no tokens: what is always there.
         self._end = self._end_ids()
 
@@ -209,7 +210,7 @@ class Prompt:
             return [self._row(ids[:room], target, scored, truncated=len(ids) > room)]
         width = min(room, window or room)
         if width <= overlap:
-            raise OptionError(f"windows of {width} tokens cannot overlap by {overlap}")
+            raise OptionError(f"query {query.id!r}: windows of {width} tokens cannot overlap by {overlap}")
         starts = range(0, max(1, len(ids) - overlap), width - overlap)
         return [self._row(ids[start : start + width], target, scored, truncated=False) for start in starts]
 
@@ -248,10 +249,11 @@ class Prompt:
         room = self.max_length - (fixed if self._separate else used)
         return room if self._max_passage_tokens is None else min(room, self._max_passage_tokens)
 
-    def _context_pieces(self) -> tuple[list[int], bool, list[int], int | None]:
-        """Tokenise the literals of the context; return (before, space before passage, after, place of the hint).
+    def _context_pieces(self) -> tuple[list[int], bool, list[int], int | None, str]:
+        """Tokenise the literals of the context.
 
-        The place counts from the passage's end if it is zero or more, else backwards from its start.
+        Return (before, space before passage, after, place of the hint, blank that the target begins with). The place
+        counts from the passage's end if it is zero or more, else backwards from its start.
         """
         before: list[int] = []
         after: list[int] = []
@@ -280,7 +282,8 @@ class Prompt:
         eos = self._tokenizer.eos_token_id
         if self._separate and eos is not None:
             after.append(eos)
-        return before, spaced_passage, after, hint
+        blank = " " if spaced and not self._separate else ""
+        return before, spaced_passage, after, hint, blank
 
     def _literal(self, text: str, previous: str) -> tuple[list[int], bool]:
         """Tokenise a literal without the blanks at its end; say whether there were any."""

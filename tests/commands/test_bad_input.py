@@ -43,7 +43,7 @@ def test_bad_runs(rerank_arguments, tmp_path, capsys, text, words):
         (["--template", "plian"], ["did you mean 'plain'"]),
         (["--method", "query-likelyhood"], ["unknown method", "query_likelihood"]),
         (["--split", "tset"], ["tset", "test"]),
-        (["--max-length", "12"], ["a query is never cut"]),
+        (["--max-length", "10"], ["a query is never cut"]),
         (["--device", "gpu7"], ["--device"]),
         (["--normalize", "median"], ["normalize"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qpeft.errors import OptionError, ScoreError
+from qpeft.errors import OptionError, QueryError, ScoreError
 from qpeft.methods.query_likelihood import Config, QueryLikelihood, build
 from qpeft.template import Prompt, load_template
 from qpeft.types import Candidates, Passage, Query
@@ -74,6 +74,35 @@ def test_a_model_that_says_nan_is_stopped(make_lm):
         next(iter(lm.model.parameters())).fill_(float("nan"))
     with pytest.raises(ScoreError, match=r"query 'q', passage 'p'.*nan"):
         list(build(Config(), lm).rerank([Candidates(QUERY, (PASSAGE,))]))
+
+
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_no_window_hides_a_nan(make_lm, pool):
+    lm = make_lm("llama")
+    with torch.no_grad():
+        lm.model.get_input_embeddings().weight[lm.tokenizer.convert_tokens_to_ids("sea")] = float("nan")
+    options = {"windows": 5, "window_overlap": 1, "window_pool": pool}
+    without = Passage("p", PASSAGE.text.removesuffix("sea"))
+    assert score(lm, without, **options) < 0
+    with pytest.raises(ScoreError, match=r"query 'q', passage 'p'.*nan"):
+        list(build(Config(**options), lm).rerank([Candidates(QUERY, (PASSAGE,))]))
+
+
+def test_check_finds_what_ranking_would_end_in(make_lm):
+    small = make_lm("llama", max_length=16)
+    build(Config(), small).check(QUERY)
+    with pytest.raises(QueryError, match="'long'"):
+        build(Config(), small).check(Query("long", "why " * 16))
+    with pytest.raises(OptionError, match=r"query 'q': windows of \d tokens cannot overlap by 8"):
+        build(Config(windows=9, window_overlap=8), small).check(QUERY)
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_passage_tokens": 0}, {"windows": 9, "window_overlap": -1}, {"queries_per_batch": 0}]
+)
+def test_numbers_that_make_no_sense(lm, options):
+    with pytest.raises(OptionError, match=f"--{list(options)[-1]} is .* at least"):
+        build(Config(**options), lm)
 
 
 def test_contradicting_options(lm, t5):

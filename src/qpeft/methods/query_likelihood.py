@@ -60,6 +60,10 @@ def build(config: Config, lm: LanguageModel) -> Reranker:
         raise OptionError(f"--window_overlap {config.window_overlap} must be below --windows {config.windows}")
     if config.document_prior and lm.has_encoder:
         raise OptionError("--document_prior needs a decoder-only model")
+    for name, least in (("max_passage_tokens", 1), ("windows", 0), ("window_overlap", 0), ("queries_per_batch", 1)):
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise OptionError(f"--{name} is {value}; it must be at least {least}")
     return Pointwise(QueryLikelihood(config, lm, load_template(config.template)), config.queries_per_batch)
 
 
@@ -81,7 +85,7 @@ class QueryLikelihood:
 
     def check(self, query: Query) -> None:
         """Raise QueryError for a query that is empty or leaves no room for a passage."""
-        self._prompt.rows(query, Passage("", ""))
+        self._rows(query, Passage("", ""))
 
     def score(self, pairs: Sequence[tuple[Query, Passage]]) -> list[float]:
         """Return the score of each pair, −∞ for a passage of zero tokens."""
@@ -116,6 +120,8 @@ class QueryLikelihood:
     def _pool(self, scores: list[float]) -> float:
         if not scores:
             return -math.inf
+        if not all(map(math.isfinite, scores)):
+            return math.nan  # no window may hide it, and −∞ means a passage of zero tokens
         return max(scores) if self._config.window_pool == "max" else sum(scores) / len(scores)
 
     def _count(self, pairs: Sequence[tuple[Query, Passage]], rows: list[Row], owners: list[int]) -> None:
