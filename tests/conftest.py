@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from qpeft.lm import CausalLM, EncoderDecoderLM
-from tiny_models import FAMILIES, VOCABULARY, build_family, wordpiece_tokenizer
+from tiny_models import FAMILIES, TOKENIZERS, VOCABULARY, build_family, wordpiece_tokenizer
 
 
 @pytest.fixture(scope="session", params=sorted(FAMILIES))
@@ -61,3 +61,15 @@ def saved_model(tmp_path_factory):
     build_family("llama").save_pretrained(folder)
     wordpiece_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizers():
+    """One tokenizer of each kind."""
+    return {name: make() for name, make in TOKENIZERS.items()}
+
+
+@pytest.fixture(scope="session", params=sorted(TOKENIZERS))
+def tokenizer(request, tokenizers):
+    """A tokenizer of each kind in turn."""
+    return tokenizers[request.param]

@@ -152,15 +152,3 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
 
 
 TOKENIZERS = {"wordpiece": wordpiece_tokenizer, "bytes": byte_level_tokenizer, "metaspace": metaspace_tokenizer}
-
-
-@pytest.fixture(scope="session")
-def tokenizers():
-    """One tokenizer of each kind."""
-    return {name: make() for name, make in TOKENIZERS.items()}
-
-
-@pytest.fixture(scope="session", params=sorted(TOKENIZERS))
-def tokenizer(request, tokenizers):
-    """A tokenizer of each kind in turn."""
-    return tokenizers[request.param]
