@@ -65,7 +65,7 @@ def start_process():
     """Return a function that runs the command line in a process of its own."""
 
     def start(arguments, **options):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         return subprocess.Popen([sys.executable, "-m", "qpeft", *arguments], env=environment, **options)
 
     return start
