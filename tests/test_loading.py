@@ -9,6 +9,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertLMHeadMo
 from qpeft import Reranker
 from qpeft.errors import MissingDependencyError, ModelError, OptionError, QueryError
 from qpeft.loading import describe_lm, load_lm, model_fingerprint
+from qpeft.methods import query_likelihood
 from qpeft.model_config import ModelConfig
 
 PASSAGES = ["the sky is blue", "the sea is salty", "the old king", "the sky is blue"]
@@ -21,6 +22,8 @@ def test_rank_and_predict_have_the_shapes_of_sentence_transformers(saved_model):
     assert [entry["score"] for entry in ranked] == sorted((entry["score"] for entry in ranked), reverse=True)
     same = [entry["corpus_id"] for entry in ranked if entry["corpus_id"] in (0, 3)]
     assert same == [0, 3], "equal scores keep the order given"
+    many = reranker.rank("why", ["the sea"] * 12)
+    assert [entry["corpus_id"] for entry in many] == list(range(12)), "also beyond the tenth"
     top = reranker.rank("why is the sky blue?", PASSAGES, top_k=2, return_documents=True)
     assert [entry["text"] for entry in top] == [PASSAGES[entry["corpus_id"]] for entry in ranked[:2]]
     pairs = [("why is the sky blue?", text) for text in PASSAGES] + [("who", PASSAGES[0])]
@@ -54,6 +57,15 @@ def test_the_passage_cache_gives_the_same_ranking(saved_model):
     cached = Reranker.from_pretrained(str(saved_model), dtype="float32", passage_cache=0.1).rank("why", PASSAGES)
     assert [e["corpus_id"] for e in plain] == [e["corpus_id"] for e in cached]
     assert [e["score"] for e in plain] == pytest.approx([e["score"] for e in cached], abs=1e-4)
+
+
+def test_the_passage_cache_keeps_to_the_batch_size(saved_model):
+    lm = load_lm(ModelConfig(str(saved_model), passage_cache=0.1, batch_tokens=1))
+    reranker = query_likelihood.build(query_likelihood.Config(), lm)
+    sizes = []
+    lm.model.register_forward_hook(lambda module, inputs, output: sizes.append(len(output.logits)))
+    reranker.rank("why", PASSAGES)
+    assert set(sizes) == {1}
 
 
 def test_folders_that_are_no_models(tmp_path):

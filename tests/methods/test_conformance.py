@@ -40,8 +40,12 @@ def test_one_ranking_per_query_in_order_with_each_passage_once(method, lm):
 
 
 def test_rankings_come_lazily(method, lm):
-    endless = (candidates(str(number)) for number in itertools.count())
-    rankings = build(method, lm).rerank(endless)
+    def endless():
+        for number in itertools.count():
+            assert number < 10, "reads ahead"
+            yield candidates(str(number))
+
+    rankings = build(method, lm).rerank(endless())
     assert [ranking.query_id for ranking in itertools.islice(rankings, 2)] == ["0", "1"]
 
 
