@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from qpeft.lm import CausalLM, EncoderDecoderLM
+from qpeft.encoder_decoder import EncoderDecoderLM
+from qpeft.lm import CausalLM
 from tiny_models import FAMILIES, TOKENIZERS, VOCABULARY, build_family, wordpiece_tokenizer
 
 

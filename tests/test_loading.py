@@ -8,9 +8,10 @@ from transformers import BertConfig, BertForSequenceClassification, BertLMHeadMo
 
 from qpeft import Reranker
 from qpeft.errors import MissingDependencyError, ModelError, OptionError, QueryError
-from qpeft.loading import describe_lm, load_lm, model_fingerprint
+from qpeft.loading import describe_lm, load_lm
 from qpeft.methods import query_likelihood
 from qpeft.model_config import ModelConfig
+from qpeft.provenance import weights_fingerprint
 
 PASSAGES = ["the sky is blue", "the sea is salty", "the old king", "the sky is blue"]
 
@@ -38,7 +39,7 @@ def test_options_reach_model_and_method(saved_model):
     lm = load_lm(ModelConfig(str(saved_model), dtype="bfloat16", max_length=32))
     assert (lm.dtype, lm.max_length) == ("bfloat16", 32)
     facts = describe_lm(lm, ModelConfig(str(saved_model)))
-    assert facts["sha256"] == model_fingerprint(str(saved_model))
+    assert facts["sha256"] == weights_fingerprint(saved_model)
     assert facts["device"] in ("cpu", "cuda:0", "mps:0")
     cut = Reranker.from_pretrained(str(saved_model), max_length=25, template="qpeft")
     with pytest.raises(QueryError, match="the limit is 25"):

@@ -27,7 +27,6 @@ import torch
 from passages import QueryMaker, Source, judged_collection, read_jsonl, read_qrels, restyle, textbook, written_passages
 from start import STARTS, body_and_head, tokenizer
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).parent
 COLLECTIONS = ("squad", "wiki-shift", "nq-mini")
@@ -268,15 +267,14 @@ def optimiser_of(model: Any, args: argparse.Namespace) -> torch.optim.AdamW:
 
 def restored(checkpoint: Path, args: argparse.Namespace) -> tuple[Any, torch.optim.AdamW, int]:
     """Return model, optimiser and the number of steps done: from the checkpoint, else an earlier stage, else new."""
-    folder = Path(args.initial) if args.initial and Path(args.initial).is_dir() else None
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) if folder else STARTS[args.start]()
+    model = STARTS[args.start]()
     optimiser = optimiser_of(model, args)
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         return model, optimiser, int(state["step"])
-    if args.initial and folder is None:
+    if args.initial:
         model.load_state_dict(torch.load(args.initial, weights_only=True)["model"])
     return model, optimiser, 0
 

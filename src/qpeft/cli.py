@@ -22,6 +22,7 @@ from qpeft.errors import OptionError, QpeftError, nearest
 COMMANDS = {
     "retrieve": "find candidates with a first stage",
     "rerank": "order the candidates of a run with a language model",
+    "train": "train an adapter: the language model stays frozen",
     "fuse": "merge several runs by reciprocal rank",
     "interpolate": "mix a reranked run with its first stage, the weight chosen on dev",
     "score": "score passages for a query, or JSON lines on standard input",

@@ -7,6 +7,7 @@
     │   └── QueryError        … an empty query, or one that does not fit the model
     ├── OptionError           an unknown option, or options that contradict each other
     ├── ModelError            a model that cannot be found, opened or used
+    ├── AdapterError          an adapter folder that is damaged, or made for another model
     ├── ScoreError            scores that cannot be ranked: NaN, infinite, duplicate ids
     ├── StateError            an unfinished or foreign file stands where output should go
     └── MissingDependencyError  an optional package is needed; says which extra brings it
@@ -53,6 +54,10 @@ class OptionError(QpeftError):
 
 class ModelError(QpeftError):
     """A model that cannot be found, opened or used for what was asked."""
+
+
+class AdapterError(QpeftError):
+    """An adapter that is not one, is damaged, or was made for another model."""
 
 
 class ScoreError(QpeftError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import time
 import typing
 from importlib import resources
@@ -16,10 +15,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
 
 from qpeft import methods
+from qpeft.context_store import ContextStore
+from qpeft.encoder_decoder import EncoderDecoderLM
 from qpeft.errors import MissingDependencyError, ModelError, OptionError, nearest
-from qpeft.lm import CausalLM, EncoderDecoderLM, LanguageModel
+from qpeft.lm import CausalLM, LanguageModel
 from qpeft.model_config import EMBEDDED, ModelConfig
-from qpeft.passage_cache import CachedCausalLM
 from qpeft.types import Reranker
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,18 +57,24 @@ def load_lm(config: ModelConfig) -> LanguageModel:
         limit = config.max_length if limit is None else min(limit, config.max_length)
     facts: dict[str, Any] = {
         "name": config.model,
+        "folder": Path(path) if Path(path).is_dir() else None,
         "max_length": limit or 512,
-        "batch_tokens": config.batch_tokens or (8_192 if device.type == "cpu" else 65_536),
+        # Over encoded contexts, only the tokens behind them are computed.
+        "batch_tokens": config.batch_tokens
+        or (65_536 if device.type != "cpu" else 32_768 if config.passage_cache else 8_192),
     }
     if settings.is_encoder_decoder:
         if config.passage_cache:
             raise OptionError("--passage-cache is for decoder-only models")
         return EncoderDecoderLM(model, tokenizer, **facts)
     _check_causal(model, config.model)
-    lm = CausalLM(model, tokenizer, **facts)
-    if not config.passage_cache:
-        return lm
-    return CachedCausalLM(lm, int(config.passage_cache * 2**30), config.batch_tokens or 32_768)
+    store = None
+    if config.passage_cache:
+        store = ContextStore(int(config.passage_cache * 2**30))
+        if device.type == "cpu":
+            # A few tokens against a long context: here the fused kernel is the slower one (docs/decisions.md).
+            model.set_attn_implementation("eager")
+    return CausalLM(model, tokenizer, store=store, **facts)
 
 
 def describe_lm(lm: LanguageModel, config: ModelConfig) -> dict[str, Any]:
@@ -76,7 +82,7 @@ def describe_lm(lm: LanguageModel, config: ModelConfig) -> dict[str, Any]:
     return {
         "name": lm.name,
         "revision": lm.revision,
-        "sha256": model_fingerprint(config.model),
+        "sha256": lm.sha256,
         "dtype": lm.dtype,
         "device": str(lm.device),
         "quantization": config.quantization,
@@ -120,19 +126,6 @@ def model_path(name: str) -> str:
     return name
 
 
-def model_fingerprint(name: str) -> str | None:
-    """Return the SHA-256 of a local model's weight files and configuration; None for a name on the hub."""
-    folder = Path(model_path(name))
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def choose_device(name: str) -> torch.device:
     """Return the device of that name; `auto` takes cuda, then mps, then cpu.
 
@@ -170,6 +163,12 @@ def cpu_matmul_seconds(dtype: torch.dtype) -> float:
         left @ right
         best = min(best, time.perf_counter() - start)
     return best
+
+
+def _batch_tokens(device: torch.device, config: ModelConfig) -> int:
+    if device.type != "cpu":
+        return 65_536
+    return 32_768 if config.passage_cache else 8_192  # over encoded contexts, few of the tokens are computed
 
 
 def _check_choices(config: Any) -> None:

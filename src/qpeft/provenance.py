@@ -44,6 +44,16 @@ def file_fingerprint(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_fingerprint(folder: Path) -> str:
+    """Return the SHA-256 of a model folder's weight files and configuration."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
 def fingerprint(facts: Mapping[str, Any]) -> str:
     """Return the SHA-256 of facts that JSON can hold, whatever their order."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

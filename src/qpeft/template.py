@@ -18,7 +18,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -142,7 +142,8 @@ class Row:
     """Token ids of one (query, passage) pair.
 
     `context` and `target` are ids; `scored` says which target tokens count; `passage` is the span of the passage in
-    `context`; `hint` is the place in `context` where trained vectors would stand, if the template has one.
+    `context`; `hint` is the place in `context` where trained vectors would stand, if the template has one; `query` are
+    the ids that an adapter reads as the query.
     """
 
     context: tuple[int, ...]
@@ -150,6 +151,7 @@ class Row:
     scored: tuple[bool, ...]
     passage: tuple[int, int]
     hint: int | None
+    query: tuple[int, ...] = ()
     truncated: bool = False
 
     def __len__(self) -> int:
@@ -164,6 +166,7 @@ class Prompt:
         tokenizer: a Hugging Face tokenizer.
         max_length: tokens that context and target may have together (for encoder-decoders: each).
         max_passage_tokens: further bound on the passage.
+        hint_length: vectors that an adapter writes for a query of so many tokens; room is kept for them.
         separate_target: the model has an encoder, which reads the context alone.
     """
 
@@ -174,13 +177,17 @@ class Prompt:
         max_length: int,
         *,
         max_passage_tokens: int | None = None,
+        hint_length: Callable[[int], int] | None = None,
         separate_target: bool = False,
     ) -> None:
+        if hint_length is not None and "{hint}" not in template.context:
+            raise OptionError(f"template {template.name!r} has no place for a hint: {{hint}} is missing in its context")
         self.template = template
         self.max_length = max_length
         self._tokenizer = tokenizer
         self._separate = separate_target
         self._max_passage_tokens = max_passage_tokens
+        self._hint_length = hint_length
         marked = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
         self._adds_space = bool(marked) and marked[0].startswith("▁")
         self._before, self._spaced_passage, self._after, self._hint_offset, blank = self._context_pieces()
@@ -189,7 +196,14 @@ class Prompt:
         self._end = self._end_ids()
 
     def rows(
-        self, query: Query, passage: Passage, window: int | None = None, overlap: int = 0, windows: bool = False
+        self,
+        query: Query,
+        passage: Passage,
+        *,
+        window: int | None = None,
+        overlap: int = 0,
+        windows: bool = False,
+        hint_query: Query | None = None,
     ) -> list[Row]:
         """Return the pair as one row, or, with `windows`, as one row per window of the passage.
 
@@ -199,26 +213,31 @@ class Prompt:
             window: tokens of the passage in each window; as many as fit where None.
             overlap: tokens that consecutive windows share.
             windows: cover the whole passage instead of cutting it.
+            hint_query: what an adapter reads instead of the query (a control: hints that belong to another query).
 
         Raises:
             QueryError: the query is empty, or leaves no room for a passage.
         """
-        target, scored = self._target(query)
-        room = self._room(query, len(target))
+        target, scored, read = self._target(query)
+        if hint_query is not None:
+            read = self._target(hint_query)[2]
+        room = self._room(query, len(target) + (self._hint_length(len(read)) if self._hint_length else 0))
         ids = self._passage_ids(passage)
+
+        def row(some: tuple[int, ...], truncated: bool) -> Row:
+            start = len(self._before)
+            end = start + len(some)
+            hint = None if self._hint_offset is None else self._hint_place(end)
+            context = (*self._before, *some, *self._after)
+            return Row(context, target, scored, (start, end), hint, read, truncated)
+
         if not windows:
-            return [self._row(ids[:room], target, scored, truncated=len(ids) > room)]
+            return [row(ids[:room], len(ids) > room)]
         width = min(room, window or room)
         if width <= overlap:
             raise OptionError(f"query {query.id!r}: windows of {width} tokens cannot overlap by {overlap}")
         starts = range(0, max(1, len(ids) - overlap), width - overlap)
-        return [self._row(ids[start : start + width], target, scored, truncated=False) for start in starts]
-
-    def _row(self, passage: tuple[int, ...], target: tuple[int, ...], scored: tuple[bool, ...], truncated: bool) -> Row:
-        start = len(self._before)
-        end = start + len(passage)
-        hint = None if self._hint_offset is None else self._hint_place(end)
-        return Row((*self._before, *passage, *self._after), target, scored, (start, end), hint, truncated)
+        return [row(ids[start : start + width], False) for start in starts]
 
     def _hint_place(self, passage_end: int) -> int:
         assert self._hint_offset is not None
@@ -231,12 +250,13 @@ class Prompt:
         return tuple(self._ids(text, space=self._spaced_passage)) if text else ()
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019
-    def _target(self, query: Query) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    def _target(self, query: Query) -> tuple[tuple[int, ...], tuple[bool, ...], tuple[int, ...]]:
+        """Return the ids after the context, which of them are scored, and those of the query alone."""
         ids = self._ids(self.template.query_text(query), space=self._spaced_query)
         if not ids:
             raise QueryError(f"query {query.id!r} has no tokens: {query.text!r}")
         scored = [self.template.score_cue] * len(self._cue) + [True] * len(ids) + [True] * len(self._end)
-        return (*self._cue, *ids, *self._end), tuple(scored)
+        return (*self._cue, *ids, *self._end), tuple(scored), tuple(ids)
 
     def _room(self, query: Query, target: int) -> int:
         fixed = len(self._before) + len(self._after)

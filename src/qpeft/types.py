@@ -170,9 +170,10 @@ class ScoringCounts:
 
 
 class Scorer(Protocol):
-    """A pointwise method is only this; `counts` grows with every call."""
+    """A pointwise method is only this; `counts` grows with every call, `facts` are what provenance says of it."""
 
     counts: ScoringCounts
+    facts: dict[str, Any]
 
     def check(self, query: Query) -> None:
         """Raise QueryError for a query that cannot be scored."""
@@ -188,6 +189,8 @@ class Reranker(abc.ABC):
     """Orders candidates. Implementations define `rerank`; the rest is the same for all."""
 
     counts: ScoringCounts = field(default_factory=ScoringCounts, init=False)
+    facts: dict[str, Any] = field(default_factory=dict, init=False)
+    """What provenance says of the method: its template, its adapter."""
     window: int = field(default=1, init=False)
     """Queries that are worked on together. Scores may depend, in their last bits, on the others of a window."""
 

@@ -91,9 +91,9 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
         },
         "first_stage": {"tag": first.tag, "sha256": file_fingerprint(Path(config.run))},
         "model": described,
-        "template": _template_facts(method),
     }
     reranker = methods.load(config.method).build(method, lm)
+    facts |= reranker.facts
     for query_id in first:
         reranker.check(queries[query_id])
     partial.open(fingerprint(facts), {"dtype": described["dtype"]}, reranker.window)
@@ -141,16 +141,6 @@ def _with_rest(first: Run, rankings: list[Ranking], config: Config) -> Run:
     if config.interpolate is None:
         return whole
     return interpolate(first, whole, config.interpolate, depth=config.depth, tag=tag)
-
-
-def _template_facts(method: Any) -> dict[str, Any] | None:
-    name = getattr(method, "template", None)
-    if name is None:
-        return None
-    from qpeft.template import load_template
-
-    template = load_template(name)
-    return {"name": template.name, "version": template.version, "fingerprint": template.fingerprint}
 
 
 def _say(config: Config, counts: ScoringCounts, cost: Cost) -> None:

@@ -27,6 +27,7 @@ class Pointwise(Reranker):
         self._scorer = scorer
         self.window = window
         self.counts = scorer.counts
+        self.facts = scorer.facts
 
     def check(self, query: Query) -> None:
         """Raise QueryError for a query that the scorer cannot score."""

@@ -14,10 +14,11 @@ Two options for what plain likelihood does badly:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qpeft.errors import OptionError
 from qpeft.methods._pointwise import Pointwise
@@ -25,6 +26,7 @@ from qpeft.template import Prompt, Row, Template, load_template
 from qpeft.types import Passage, Query, Reranker, ScoringCounts
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
+    from qpeft.hints import HintWriter
     from qpeft.lm import LanguageModel, RowLogProbs
 
 
@@ -32,8 +34,10 @@ if TYPE_CHECKING:  # so that options can be listed without importing torch
 class Config:
     """Options of query likelihood."""
 
-    template: str = "plain"
-    """Name of a template (plain, upr, qpeft) or path of a YAML file."""
+    template: str | None = None
+    """Name of a template (plain, upr, qpeft …) or path of a YAML file; by default the adapter's, else plain."""
+    adapter: str | None = None
+    """Folder of a trained adapter."""
     normalize: Literal["mean", "sum"] = "mean"
     """Mean or sum of the log-probabilities of the scored tokens."""
     max_passage_tokens: int | None = None
@@ -64,22 +68,45 @@ def build(config: Config, lm: LanguageModel) -> Reranker:
         value = getattr(config, name)
         if value is not None and value < least:
             raise OptionError(f"--{name} is {value}; it must be at least {least}")
-    return Pointwise(QueryLikelihood(config, lm, load_template(config.template)), config.queries_per_batch)
+    template = load_template(config.template or "plain")
+    if config.adapter is None:
+        return Pointwise(QueryLikelihood(config, lm, template), config.queries_per_batch)
+    if lm.has_encoder:
+        raise OptionError("--adapter needs a decoder-only model")
+    from qpeft.adapters._folder import load_adapter
+
+    opened = load_adapter(config.adapter, lm)  # type: ignore[arg-type]
+    if config.template is not None and template.fingerprint != opened.template.fingerprint:
+        raise OptionError(
+            f"--template {config.template}: adapter {config.adapter!r} was trained with {opened.template.name!r}"
+        )
+    if config.max_passage_tokens is None:
+        config = dataclasses.replace(config, max_passage_tokens=opened.max_passage_tokens)
+    scorer = QueryLikelihood(config, lm, opened.template, opened.adapter)
+    scorer.facts["adapter"] = {"name": opened.name, "sha256": opened.sha256}
+    return Pointwise(scorer, config.queries_per_batch)
 
 
 class QueryLikelihood:
     """Scores (query, passage) pairs by the log-likelihood of the query."""
 
-    def __init__(self, config: Config, lm: LanguageModel, template: Template) -> None:
+    def __init__(
+        self, config: Config, lm: LanguageModel, template: Template, adapter: HintWriter | None = None
+    ) -> None:
         self.counts = ScoringCounts()
+        self.facts: dict[str, Any] = {
+            "template": {"name": template.name, "version": template.version, "fingerprint": template.fingerprint}
+        }
         self.template = template
         self._config = config
         self._lm = lm
+        self._adapter = adapter
         self._prompt = Prompt(
             template,
             lm.tokenizer,
             lm.max_length,
             max_passage_tokens=config.max_passage_tokens,
+            hint_length=None if adapter is None else adapter.hint_length,
             separate_target=lm.has_encoder,
         )
 
@@ -98,7 +125,7 @@ class QueryLikelihood:
                     owners.append(index)
         self._count(pairs, rows, owners)
         pooled: list[list[float]] = [[] for _ in pairs]
-        values = self._lm.log_probs(rows, with_passage=bool(self._config.document_prior))
+        values = self._lm.log_probs(rows, with_passage=bool(self._config.document_prior), adapters=self._adapter)
         for owner, value in zip(owners, values, strict=True):
             pooled[owner].append(self._row_score(value))
         return [self._pool(scores) for scores in pooled]

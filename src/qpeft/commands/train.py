@@ -1,0 +1,271 @@
+"""Train an adapter: a small module that writes into the input of the frozen language model.
+
+Takes a collection with judgements (negatives are mined with BM25, or taken from --run) or a file of groups
+(--train-file, JSON Lines as of FlagEmbedding or Tevatron, or DPR's JSON). The best state by a dev ranking is kept. After
+an interruption, --resume continues at the last checkpoint, and the result is the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qpeft import adapters
+from qpeft.commands._peek import peek
+from qpeft.data.candidates import candidates_from_run
+from qpeft.data.collection import Collection, open_collection
+from qpeft.data.trec import read_run
+from qpeft.errors import OptionError, StateError, nearest
+from qpeft.model_config import ModelConfig
+from qpeft.provenance import fingerprint, provenance
+from qpeft.retrieval.bm25 import BM25
+from qpeft.template import load_template
+from qpeft.training import config as training_config
+from qpeft.training.config import TrainingConfig
+from qpeft.training.groups import MiningCounts, groups_from_collection, groups_from_jsonl
+from qpeft.types import Candidates, Group, Run
+
+PRESETS = ("stable", "authors")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Data and output."""
+
+    output: str
+    """The adapter folder to write."""
+    adapter: str = "qpeft_a"
+    """What is trained; its own options are listed below."""
+    preset: str = "stable"
+    """stable, or authors: the defaults of the published code."""
+    collection: str | None = None
+    """A BEIR folder, mini (embedded), or ir_datasets:ID."""
+    split: str = "train"
+    """Whose queries are trained on."""
+    dev_split: str | None = "dev"
+    """Whose queries decide which state is kept."""
+    train_file: str | None = None
+    """A file of groups, instead of the collection's training split."""
+    run: str | None = None
+    """Where negatives are taken from; by default BM25 on the collection."""
+    dev_run: str | None = None
+    """Candidates of the dev queries; by default BM25 on the collection."""
+    train_queries: int | None = None
+    """Train on a random sample of so many queries."""
+    dev_queries: int = 100
+    """Dev queries that are ranked at each evaluation."""
+    dev_depth: int = 20
+    """Their candidates."""
+    negative_depth: int = 50
+    """Negatives are drawn from so many of the first candidates."""
+    seed: int = 0
+    """Of samples, order and initialisation."""
+    template: str | None = None
+    """Name of a template or path of a YAML file, with {hint}; by default plain, or qpeft_authors under that preset."""
+    max_passage_tokens: int | None = None
+    """Cut passages to this many tokens, in training and later."""
+    teacher: str | None = None
+    """A run whose scores are learned by margin_mse and plackett_luce."""
+    resume: bool = False
+    """Continue an interrupted training."""
+    report: bool = False
+    """Write curves of loss and dev measure as a picture."""
+
+
+def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
+    """Return this command's options, those of training, of the model and of the adapter."""
+    preset = peek(arguments, "preset", Config.preset)
+    if preset not in PRESETS:
+        raise OptionError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}")
+    module = adapters.load(peek(arguments, "adapter", Config.adapter))
+    if preset == "stable":
+        return Config, TrainingConfig, ModelConfig, module.Config
+    if not hasattr(module, "Authors"):
+        raise OptionError(f"adapter {module.__name__.rpartition('.')[2]!r} has no preset 'authors'")
+    return Config, training_config.Authors, ModelConfig, module.Authors
+
+
+def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_config: Any) -> None:
+    """Train, keep the best state, write the adapter folder."""
+    output = Path(config.output)
+    checkpoints = output.with_name(output.name + ".checkpoints")
+    _check_state(output, checkpoints, config)
+    collection = open_collection(config.collection) if config.collection else None
+    if collection is None and config.train_file is None:
+        raise OptionError("give --collection, or --train-file")
+    groups, counts = _groups(config, training, collection)
+    dev = _dev_candidates(config, collection)
+    template = load_template(config.template or ("qpeft_authors" if config.preset == "authors" else "plain"))
+
+    import torch
+
+    from qpeft.adapters._folder import base_identity, save_adapter
+    from qpeft.loading import load_lm
+    from qpeft.template import Prompt
+    from qpeft.training.dev import DevRanking
+    from qpeft.training.trainer import Collator, fit
+
+    if not model.passage_cache:
+        model = dataclasses.replace(model, passage_cache=4.0)
+    lm: Any = load_lm(model)
+    if lm.has_encoder:
+        raise OptionError("training needs a decoder-only model")
+    torch.manual_seed(config.seed)
+    adapter = adapters.load(config.adapter).build(adapter_config, lm)
+    parameters = adapter.count_parameters()
+    total = sum(p.numel() for p in lm.model.parameters())
+    _say(f"{config.adapter}: {parameters:,} trained parameters, {100 * parameters / total:.2f} % of {lm.name}")
+    _say_counts(counts)
+    prompt = Prompt(
+        template,
+        lm.tokenizer,
+        lm.max_length,
+        max_passage_tokens=config.max_passage_tokens,
+        hint_length=adapter.hint_length,
+    )
+    facts = {
+        "command": "train",
+        "options": {
+            name: value
+            for part in (config, training, model, adapter_config)
+            for name, value in dataclasses.asdict(part).items()
+            if name not in ("resume", "output", "report")
+        },
+        "collection": collection and {"name": collection.name, "fingerprint": collection.fingerprint()},
+        "model": base_identity(lm),
+        "template": template.fingerprint,
+    }
+    _claim(checkpoints, fingerprint(facts), config)
+    teacher = _teacher(config, training)
+    qrels = collection.qrels(config.dev_split) if collection and config.dev_split and dev else {}
+    fitted = fit(
+        lm,
+        adapter,
+        groups,
+        Collator(prompt, training, config.seed, teacher),
+        training,
+        checkpoints=checkpoints,
+        seed=config.seed,
+        dev=DevRanking(lm, prompt, dev, qrels, training.measure) if dev else None,
+        resume=config.resume,
+        progress=sys.stderr.isatty(),
+    )
+    made = provenance(
+        **facts,
+        mining=dataclasses.asdict(counts),
+        training={
+            "queries": len(groups),
+            "seconds": round(fitted.seconds, 1),
+            "steps": fitted.steps,
+            "trained_parameters": parameters,
+        },
+        dev={"measure": training.measure, "queries": len(dev), "depth": config.dev_depth, **fitted.dev}
+        if dev
+        else None,
+        history=fitted.history,
+    )
+    save_adapter(
+        output, config.adapter, adapter, lm, template, max_passage_tokens=config.max_passage_tokens, provenance=made
+    )
+    if config.report:
+        from qpeft.analysis.plots import training_curves
+
+        training_curves(fitted.history, training.measure, fitted.dev, output / "training.png")
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    _say(f"{output}: trained on {len(groups):,} queries in {fitted.seconds:,.0f} s, {fitted.steps:,} steps")
+    if dev:
+        values = "  ".join(
+            f"{name.replace('_', '-')} {value:.4f}" for name, value in fitted.dev.items() if value is not None
+        )
+        _say(f"  dev {training.measure}, {len(dev)} queries × {config.dev_depth}: {values}")
+
+
+def _check_state(output: Path, checkpoints: Path, config: Config) -> None:
+    if output.exists() and not (output / "adapter_config.json").is_file():
+        raise StateError(f"{output} exists and is no adapter folder")
+    if checkpoints.exists() and not config.resume:
+        raise StateError(
+            f"{checkpoints} is an unfinished training: continue it with --resume, or delete it to start afresh"
+        )
+
+
+def _claim(checkpoints: Path, mark: str, config: Config) -> None:
+    """Leave a mark of the options beside the checkpoints, or compare with the one that is there."""
+    path = checkpoints / "options.sha256"
+    if config.resume and path.is_file() and path.read_text(encoding="utf-8") != mark:
+        raise StateError(f"{checkpoints} was made with other options, data or model; delete it to start afresh")
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    path.write_text(mark, encoding="utf-8")
+
+
+def _groups(
+    config: Config, training: TrainingConfig, collection: Collection | None
+) -> tuple[list[Group], MiningCounts]:
+    if config.train_file is None:
+        assert collection is not None
+        return groups_from_collection(
+            collection,
+            config.split,
+            negatives=training.negatives,
+            seed=config.seed,
+            queries=config.train_queries,
+            run=read_run(config.run) if config.run else None,
+            depth=config.negative_depth,
+        )
+    groups, counts = groups_from_jsonl(config.train_file)
+    if config.train_queries is not None and config.train_queries < len(groups):
+        groups = random.Random(config.seed).sample(groups, config.train_queries)
+    return groups, counts
+
+
+def _dev_candidates(config: Config, collection: Collection | None) -> list[Candidates]:
+    """Return the dev queries with their candidates, those first of a seeded order that have a relevant one."""
+    if collection is None or config.dev_split is None:
+        return []
+    queries, qrels = collection.queries(config.dev_split), collection.qrels(config.dev_split)
+    if config.dev_run:
+        run = read_run(config.dev_run)
+    else:
+        ordered = sorted(queries)
+        random.Random(config.seed).shuffle(ordered)
+        chosen = [queries[query_id] for query_id in ordered[: 2 * config.dev_queries]]
+        index = BM25(collection.passages.values())
+        run = Run(index.retrieve(chosen, config.dev_depth), "bm25")
+    found = [
+        item
+        for item in candidates_from_run(run, queries, collection.passages, config.dev_depth)
+        if any(qrels[item.query.id].get(passage.id, 0) > 0 for passage in item.passages)
+    ]
+    return found[: config.dev_queries]
+
+
+def _teacher(config: Config, training: TrainingConfig) -> dict[tuple[str, str], float] | None:
+    if config.teacher is None:
+        return None
+    return {
+        (ranking.query_id, hit.passage_id): hit.score
+        for ranking in read_run(config.teacher).values()
+        for hit in ranking.hits
+    }
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _say_counts(counts: MiningCounts) -> None:
+    notes = {
+        "queries have no positive passage and were left out": counts.without_positive,
+        "queries have no negatives of their own": counts.without_negative,
+        "candidates hold an answer and were not taken as negatives": counts.dropped_as_answer,
+        "negatives say the same as a positive and were dropped": counts.dropped_as_positive,
+    }
+    for what, count in notes.items():
+        if count:
+            _say(f"  note: {count:,} {what}")

@@ -1,0 +1,81 @@
+"""What a prompt adapter reads and writes, so that the language model can use any adapter without knowing it.
+
+Shapes: `B` rows, `n` query tokens, `m` passage tokens, `L` hint vectors, `d` hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """A batch of (query, passage) pairs as an adapter reads them.
+
+    `query` `[B, n]` and `passage` `[B, m]` are token ids, right-padded, with masks of the same shapes. `states`
+    `[B, m, d]` are the frozen model's hidden states at the passage's tokens, for adapters that ask for them.
+    """
+
+    query: Tensor
+    query_mask: Tensor
+    passage: Tensor
+    passage_mask: Tensor
+    states: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """Vectors that stand in the input, `[B, L, d]`, and which of them count, `[B, L]`.
+
+    For explanations, what an adapter knows of the reasons: `chosen` `[B, k]` positions of the passage (−1: none), or
+    `attention` `[B, n, m]` from query tokens to passage tokens.
+    """
+
+    vectors: Tensor
+    mask: Tensor
+    chosen: Tensor | None = None
+    attention: Tensor | None = None
+
+
+class HintWriter(Protocol):
+    """What the language model needs of an adapter."""
+
+    reads_layer: int | None
+    """Which hidden states are to be passed as `Pairs.states`: an index into the model's layers; None: none."""
+    reads_template: bool
+    """Whether the words of the template count as passage."""
+
+    def hint_length(self, query_tokens: int) -> int:
+        """Return the largest number of vectors for a query of so many tokens."""
+        ...
+
+    def __call__(self, pairs: Pairs) -> Hints:
+        """Write the hints of a batch."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """The hints of a batch without padding: `vectors` `[Σ lengths, d]`, row by row."""
+
+    vectors: Tensor
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, hints: Hints) -> Slots:
+        """Drop what is masked."""
+        return cls(hints.vectors[hints.mask], hints.mask.sum(1).tolist())
+
+    @classmethod
+    def merge(cls, parts: list[tuple[list[int], Slots]], rows: int) -> Slots:
+        """Put the hints of several adapters together; each part says which rows it is for. Other rows have none."""
+        pieces: list[Tensor | None] = [None] * rows
+        for places, part in parts:
+            for place, piece in zip(places, torch.split(part.vectors, part.lengths), strict=True):
+                pieces[place] = piece
+        lengths = [0 if piece is None else len(piece) for piece in pieces]
+        return cls(torch.cat([piece for piece in pieces if piece is not None]), lengths)

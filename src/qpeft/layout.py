@@ -1,0 +1,79 @@
+"""How the rows of a batch become rectangles.
+
+A row is   context[:hint] · hint vectors · context[hint:] · target.   Its first `start` context tokens may already be
+encoded; then the rectangle holds only what follows them. A token is predicted by the state before it, so the last one
+is a label and no input.
+
+Shapes: `B` rows, `S` positions of the rectangle, `N` scored tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qpeft.template import Row
+
+PaddingSide = Literal["left", "right"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The inputs of a batch.
+
+    `ids` `[B, S]` are tokens, of which `mask` `[B, S]` are real; hint vectors replace those at `slots` `[B, S]`. The
+    states at `predicting` `[B, S]` predict `labels` `[N]`, row by row; `counts` says how many each row has.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    slots: Tensor
+    predicting: Tensor
+    labels: Tensor
+    counts: list[int]
+
+
+def lay_out(
+    rows: Sequence[Row],
+    *,
+    starts: Sequence[int],
+    hints: Sequence[int],
+    with_passage: bool = False,
+    padding_side: PaddingSide = "right",
+) -> Layout:
+    """Return the rectangle of a batch.
+
+    Args:
+        rows: token ids.
+        starts: context tokens of each row that are left out because they are encoded already.
+        hints: vectors of each row.
+        with_passage: the passage's tokens are scored too, before the target's.
+        padding_side: where short rows are padded.
+    """
+    lengths = [len(row) + hint - start - 1 for row, hint, start in zip(rows, hints, starts, strict=True)]
+    shape = len(rows), max(lengths)
+    ids = torch.zeros(shape, dtype=torch.long)
+    mask, slots, predicting = torch.zeros(3, *shape, dtype=torch.bool)
+    labels: list[int] = []
+    counts = []
+    for i, (row, start, hint, length) in enumerate(zip(rows, starts, hints, lengths, strict=True)):
+        first = shape[1] - length if padding_side == "left" else 0
+        own = slice(first, first + length)
+        place = len(row.context) if row.hint is None else row.hint
+        tokens = [*row.context[start:place], *[0] * hint, *row.context[place:], *row.target]
+        scored = [False] * (len(tokens) - len(row.target)) + list(row.scored)
+        if with_passage:
+            shift = hint if place <= row.passage[0] else 0
+            for position in range(row.passage[0] + shift, row.passage[1] + shift):
+                scored[position] = position > 0  # without BOS, the first token has nothing to be predicted from
+        ids[i, own] = torch.tensor(tokens[:-1])
+        mask[i, own] = True
+        slots[i, first + place - start : first + place - start + hint] = True
+        predicting[i, own] = torch.tensor(scored[1:])
+        labels += [token for token, wanted in zip(tokens, scored, strict=True) if wanted]
+        counts.append(sum(scored))
+    return Layout(ids, mask, slots, predicting, torch.tensor(labels), counts)

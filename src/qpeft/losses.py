@@ -1,0 +1,190 @@
+"""Losses on the scores of groups: pure functions of tensors, differentiable, computed in float32 or better.
+
+Shapes: `B` groups, `G` columns; a column is one passage of the group's query. `scores [B, G]` are mean log-likelihoods
+in nats per query token, higher is better. `mask [B, G]` says which columns are real, since groups may have fewer
+negatives; what stands in the others, NaN included, changes neither value nor gradient. Column 0 is the positive and all
+others are negatives, unless `labels [B, G]` give grades: then 1 or more is relevant, and a pair is any two columns of a
+group of which one has the higher grade. Every loss is a scalar, and 0 where a batch has nothing to compare.
+
+Scores per token lie close together: `scale` spreads them before a softmax or a sigmoid.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qpeft.errors import OptionError, nearest
+
+
+def point(scores: Tensor, mask: Tensor, *, labels: Tensor | None = None) -> Tensor:
+    """Return the mean over groups of −score of the positive, in nats per query token; ≥ 0 for log-likelihoods.
+
+    The language-model loss on positives alone: L_point of Q-PEFT (arXiv 2404.04522). Of several positives the mean
+    is taken, so that every group weighs the same.
+    """
+    return -_mean_over_positives(_real(scores, mask), mask, labels)
+
+
+def pair(scores: Tensor, mask: Tensor, *, margin: float, labels: Tensor | None = None) -> Tensor:
+    """Return the mean over all pairs of max(0, negative − positive + margin); margin in nats per query token.
+
+    The hinge L_pair of Q-PEFT (arXiv 2404.04522); margin 0 is the plain one.
+    """
+    return _mean(torch.relu(margin - _differences(_real(scores, mask))), _pairs(mask, labels))
+
+
+def both(scores: Tensor, mask: Tensor, *, margin: float, labels: Tensor | None = None) -> Tensor:
+    """Return `point` + `pair`, unweighted: the loss of Q-PEFT (arXiv 2404.04522)."""
+    return point(scores, mask, labels=labels) + pair(scores, mask, margin=margin, labels=labels)
+
+
+def ranknet(scores: Tensor, mask: Tensor, *, scale: float = 1.0, labels: Tensor | None = None) -> Tensor:
+    """Return the mean over all pairs of ln(1 + exp(−scale · (positive − negative))), in nats.
+
+    RankNet (Burges et al., ICML 2005), whose σ is `scale`.
+    """
+    return _mean(-nn.functional.logsigmoid(scale * _differences(_real(scores, mask))), _pairs(mask, labels))
+
+
+def softmax(scores: Tensor, mask: Tensor, *, scale: float = 1.0, labels: Tensor | None = None) -> Tensor:
+    """Return the mean over groups of −ln p(positive), p being the softmax of scale · scores; in nats.
+
+    ListNet's top-one loss with a one-hot target (Cao et al., ICML 2007), which is InfoNCE over the group (arXiv
+    1807.03748). Several positives share the target equally.
+    """
+    return -_mean_over_positives(torch.log_softmax(_buried(scale * _real(scores, mask), mask), -1), mask, labels)
+
+
+def plackett_luce(scores: Tensor, mask: Tensor, *, teacher: Tensor, scale: float = 1.0) -> Tensor:
+    """Return the mean over groups of −ln P(the teacher's order), in nats, summed over the places of the order.
+
+    P = Π_i exp(scale · s_i) / Σ_{j at or below i} exp(scale · s_j), columns taken by falling `teacher [B, G]`: ListMLE
+    (Xia et al., ICML 2008). The teacher's values serve only to sort, so grades may stand there too; columns with
+    equal values keep the order in which they are given.
+    """
+    order = _real(teacher, mask).argsort(dim=-1, descending=True, stable=True)
+    real = mask.bool().gather(-1, order)
+    sorted_scores = _buried(scale * _real(scores, mask).gather(-1, order), real)
+    at_or_below = torch.ones(order.shape[-1], order.shape[-1], dtype=torch.bool, device=order.device).triu()
+    rivals = torch.logsumexp(_buried(sorted_scores.unsqueeze(-2), at_or_below), -1)
+    per_group = (rivals - sorted_scores).masked_fill(~real, 0.0).sum(-1)
+    return _mean(per_group, real.any(-1))
+
+
+def margin_mse(scores: Tensor, mask: Tensor, *, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Return the mean over all pairs of ((s⁺ − s⁻) − (t⁺ − t⁻))², in squared units of the scores.
+
+    Margin-MSE (Hofstätter et al., arXiv 2010.02666). `teacher [B, G]` gets no gradient, and should be in the units of
+    the scores.
+    """
+    gap = _differences(_real(scores, mask)) - _differences(_real(teacher.detach(), mask))
+    return _mean(gap.square(), _pairs(mask, labels))
+
+
+def anchor(scores: Tensor, zero_shot: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean over real columns of (score − zero-shot score)², in squared nats per query token.
+
+    Holds an adapted model near the untrained one; ours. `zero_shot [B, G]` gets no gradient.
+    """
+    return _mean((_real(scores, mask) - _real(zero_shot.detach(), mask)).square(), mask)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "point": point,
+    "pair": pair,
+    "both": both,
+    "ranknet": ranknet,
+    "softmax": softmax,
+    "plackett_luce": plackett_luce,
+    "margin_mse": margin_mse,
+}
+"""By name. Besides scores and mask, each takes those of the options of `loss` that its signature names."""
+
+
+def check_loss(name: str, *, teacher: bool) -> None:
+    """Raise the error that a loss would end in, before there are any scores.
+
+    Raises:
+        OptionError: no loss has this name, or it learns from a teacher and there is none.
+    """
+    if name not in LOSSES:
+        raise OptionError(f"unknown loss {name!r}{nearest(name, LOSSES)}")
+    if "teacher" in _options(name) and not teacher:
+        raise OptionError(f"the loss {name!r} learns from a teacher's scores, and there are none")
+
+
+def loss(
+    name: str,
+    scores: Tensor,
+    mask: Tensor,
+    *,
+    margin: float,
+    scale: float,
+    teacher: Tensor | None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Return the loss of this name, a scalar; options that it does not take are ignored.
+
+    Args:
+        name: one of `LOSSES`.
+        scores: `[B, G]`, nats per query token.
+        mask: `[B, G]`, true where a column is real.
+        margin: nats per query token; of `pair` and `both`.
+        scale: factor on scores; of `ranknet`, `softmax` and `plackett_luce`.
+        teacher: `[B, G]`; of `plackett_luce` and `margin_mse`.
+        labels: `[B, G]` grades, where the positive is not simply column 0.
+
+    Raises:
+        OptionError: no loss has this name, or it learns from a teacher and there is none.
+    """
+    check_loss(name, teacher=teacher is not None)
+    given = {"margin": margin, "scale": scale, "teacher": teacher, "labels": labels}
+    return LOSSES[name](scores, mask, **{option: given[option] for option in given if option in _options(name)})
+
+
+def _options(name: str) -> frozenset[str]:
+    return frozenset(inspect.signature(LOSSES[name]).parameters)
+
+
+def _real(values: Tensor, mask: Tensor) -> Tensor:
+    """Return values in float32 (float64 stays), 0 where the mask is off: NaN would survive a product with 0."""
+    values = values if values.dtype == torch.float64 else values.float()
+    return values.masked_fill(~mask.bool(), 0.0)
+
+
+def _buried(values: Tensor, mask: Tensor) -> Tensor:
+    """Return values so low where the mask is off that exp gives 0; −∞ would give NaN where nothing is real."""
+    return values.masked_fill(~mask.bool(), torch.finfo(values.dtype).min / 4)
+
+
+def _grades(mask: Tensor, labels: Tensor | None) -> Tensor:
+    if labels is not None:
+        return labels
+    return (torch.arange(mask.shape[-1], device=mask.device) == 0).int().expand(mask.shape)
+
+
+def _pairs(mask: Tensor, labels: Tensor | None) -> Tensor:
+    """Return `[B, G, G]`: whether the row's passage should stand above the column's."""
+    real, grades = mask.bool(), _grades(mask, labels)
+    return (grades.unsqueeze(-1) > grades.unsqueeze(-2)) & real.unsqueeze(-1) & real.unsqueeze(-2)
+
+
+def _differences(scores: Tensor) -> Tensor:
+    """Return `[B, G, G]`: the row's score minus the column's."""
+    return scores.unsqueeze(-1) - scores.unsqueeze(-2)
+
+
+def _mean_over_positives(values: Tensor, mask: Tensor, labels: Tensor | None) -> Tensor:
+    """Return the mean over groups of the mean over their positives; groups without one do not count."""
+    positive = mask.bool() & (_grades(mask, labels) >= 1)
+    per_group = values.masked_fill(~positive, 0.0).sum(-1) / positive.sum(-1).clamp(min=1)
+    return _mean(per_group, positive.any(-1))
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean where the mask is on, 0 if it is nowhere."""
+    return values.masked_fill(~mask.bool(), 0.0).sum() / mask.bool().sum().clamp(min=1)

@@ -1,0 +1,1 @@
+"""Training: from judged queries to an adapter."""

@@ -1,0 +1,66 @@
+"""Options of training; apart from the trainer, so that they can be listed without importing torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Training."""
+
+    loss: Literal["both", "point", "pair", "softmax", "ranknet", "plackett_luce", "margin_mse"] = "both"
+    """both: likelihood of positives plus hinge (Q-PEFT); or a part of it, or another ranking loss."""
+    margin: float = 0.5
+    """Of the hinge, in nats per query token."""
+    loss_scale: float = 5.0
+    """Factor on scores in softmax, ranknet and plackett_luce."""
+    anchor: float = 0.0
+    """Weight of the squared distance from the zero-shot scores."""
+    negatives: int = 3
+    """Negatives per query and step."""
+    in_batch: bool = False
+    """Positives of the other queries of a batch are negatives too."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Course of the learning rate."""
+    warmup: float = 0.03
+    """Share of the steps in which it rises."""
+    weight_decay: float = 0.0
+    """Of AdamW; never on a token table."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0: not."""
+    epochs: int = 4
+    """Passes over the training queries."""
+    batch_queries: int = 8
+    """Queries in a step."""
+    gradient_accumulation: int = 1
+    """Batches in a step."""
+    evaluations: int = 4
+    """How often the dev ranking is measured."""
+    patience: int = 0
+    """Stop after so many evaluations without a better one; 0: never."""
+    measure: str = "RR@10"
+    """What dev is judged by, and the best checkpoint is kept by."""
+    report_to: tuple[str, ...] = ()
+    """tensorboard, wandb, mlflow: where transformers sends its logs."""
+
+
+@dataclass(frozen=True)
+class Authors(TrainingConfig):
+    """Training, with the settings of the authors' code."""
+
+    margin: float = 0.0
+    negatives: int = 1
+    in_batch: bool = True
+    learning_rate: float = 3e-2
+    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "constant"
+    warmup: float = 0.0
+    weight_decay: float = 0.01
+    max_grad_norm: float = 0.0
+    epochs: int = 20
+    batch_queries: int = 4
+    evaluations: int = 20
+    patience: int = 6

@@ -1,0 +1,54 @@
+"""What training is judged by: a ranking measure on a fixed list of dev candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from qpeft.evaluation.measures import evaluate
+from qpeft.hints import HintWriter
+from qpeft.lm import CausalLM
+from qpeft.template import Prompt
+from qpeft.types import Candidates, Query, Ranking, Run
+
+
+class DevRanking:
+    """Dev queries with their candidates and judgements.
+
+    Args:
+        lm: the frozen model.
+        prompt: template and tokenizer, as in training.
+        candidates: the same lists at every evaluation.
+        qrels: their judgements.
+        measure: what decides; reported under its own name.
+        hint_queries: what adapters read instead of a query, by query id (a control).
+    """
+
+    def __init__(
+        self,
+        lm: CausalLM,
+        prompt: Prompt,
+        candidates: Sequence[Candidates],
+        qrels: Mapping[str, Mapping[str, int]],
+        measure: str,
+        hint_queries: Mapping[str, Query] | None = None,
+    ) -> None:
+        self._lm, self._prompt, self._candidates = lm, prompt, candidates
+        self._qrels = {item.query.id: qrels[item.query.id] for item in candidates}
+        self._measure = measure
+        self._hint_queries = hint_queries or {}
+
+    def rank(self, adapter: HintWriter | None) -> Run:
+        """Return the candidates in the order of the model with an adapter, or of the model alone."""
+        return Run((self._rank(item, adapter) for item in self._candidates), "dev")
+
+    def _rank(self, item: Candidates, adapter: HintWriter | None) -> Ranking:
+        read = self._hint_queries.get(item.query.id)
+        rows = [self._prompt.rows(item.query, passage, hint_query=read)[0] for passage in item.passages]
+        values = self._lm.log_probs(rows, adapters=adapter)
+        pairs = zip(item.passages, values, strict=True)
+        return Ranking.from_scores(item.query.id, [(p.id, float(v.target.double().mean())) for p, v in pairs])
+
+    def measure(self, adapter: HintWriter | None) -> dict[str, float]:
+        """Return the measure, averaged over the dev queries."""
+        means = evaluate(self.rank(adapter), self._qrels, [self._measure]).means
+        return {name: value or 0.0 for name, value in means.items()}

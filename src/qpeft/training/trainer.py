@@ -1,0 +1,349 @@
+"""Training of adapters on groups of passages, with `transformers.Trainer` underneath.
+
+From the Trainer come checkpoints, resume, schedules, accumulation, clipping, early stopping, logging and several GPUs.
+Ours are the rows, the losses, the frozen model beside the trained one, and the measure: dev is *ranked*.
+
+A step's rows are a function of the seed and the number of the step alone, and encoded contexts do not depend on when
+they were encoded; so a run that was killed and resumed equals an uninterrupted one, to the bit on a CPU.
+
+Shapes: `B` queries of a batch, `G` passages of each, `N` = B · G rows.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from qpeft import losses
+from qpeft.adapters._base import PromptAdapter
+from qpeft.errors import OptionError
+from qpeft.lm import CausalLM
+from qpeft.template import Prompt, Row
+from qpeft.training.config import TrainingConfig
+from qpeft.training.dev import DevRanking
+from qpeft.training.groups import draw
+from qpeft.types import Group, Passage, Query
+
+WEIGHTS = "adapter.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of a step, query by query; `mask` `[B, G]` says which places of the rectangle have a row."""
+
+    rows: list[Row]
+    mask: Tensor
+    teacher: Tensor | None
+    passages: int
+
+
+class TrainingSet(Dataset[tuple[int, Group]]):
+    """The groups of all epochs, one after the other, each epoch in an order of its own: item → (epoch, group)."""
+
+    def __init__(self, groups: Sequence[Group], epochs: int, seed: int) -> None:
+        self.groups = groups
+        self._epochs = epochs
+        self._seed = seed
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return len(self.groups) * self._epochs
+
+    def __getitem__(self, index: int) -> tuple[int, Group]:
+        epoch, place = divmod(index, len(self.groups))
+        if self._order[0] != epoch:
+            order = list(range(len(self.groups)))
+            random.Random(f"{self._seed}-{epoch}").shuffle(order)
+            self._order = epoch, order
+        return epoch, self.groups[self._order[1][place]]
+
+
+class Collator:
+    """Draws each group's negatives for its epoch, and turns pairs into rows.
+
+    Args:
+        prompt: template and tokenizer.
+        config: how many negatives, and whether other queries' positives join them.
+        seed: of the draw.
+        teacher: scores by (query id, passage id), for distillation.
+        hint_queries: what adapters read instead of a query, by query id (a control).
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        config: TrainingConfig,
+        seed: int,
+        teacher: Mapping[tuple[str, str], float] | None = None,
+        hint_queries: Mapping[str, Query] | None = None,
+    ) -> None:
+        self._prompt, self._config, self._seed = prompt, config, seed
+        self._teacher = teacher
+        self._hint_queries = hint_queries or {}
+
+    def __call__(self, items: Sequence[tuple[int, Group]]) -> dict[str, Batch]:
+        """Return one batch, under the name of the model's argument."""
+        drawn = [list(draw(group, self._config.negatives, epoch, self._seed)) for epoch, group in items]
+        if self._config.in_batch:
+            positives = [passages[0] for passages in drawn]
+            for (_, group), passages in zip(items, drawn, strict=True):
+                own = {passage.text for passage in (*group.positives, *passages)}
+                passages += [passage for passage in positives if passage.text not in own]
+        width = max(map(len, drawn))
+        mask = torch.tensor([[place < len(passages) for place in range(width)] for passages in drawn])
+        rows = [self._row(group.query, p) for (_, group), passages in zip(items, drawn, strict=True) for p in passages]
+        teacher = None
+        if self._teacher is not None:
+            lowest = min(self._teacher.values())
+            teacher = torch.tensor(
+                [
+                    [self._teacher.get((group.query.id, p.id), lowest) for p in passages]
+                    + [0.0] * (width - len(passages))
+                    for (_, group), passages in zip(items, drawn, strict=True)
+                ]
+            )
+        return {"batch": Batch(rows, mask, teacher, len(rows))}
+
+    def _row(self, query: Query, passage: Passage) -> Row:
+        return self._prompt.rows(query, passage, hint_query=self._hint_queries.get(query.id))[0]
+
+
+class Learner(nn.Module):
+    """The adapter as the Trainer sees it: a module that returns a loss. The frozen model is no part of it."""
+
+    def __init__(self, adapter: PromptAdapter, lm: CausalLM, config: TrainingConfig) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self._lm = (lm,)
+        self._config = config
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the loss and the scores `[B, G]`, mean log-likelihood in nats per query token."""
+        scores = self._scores(batch, self.adapter)
+        mask = batch.mask.to(scores.device)
+        teacher = None if batch.teacher is None else batch.teacher.to(scores.device)
+        config = self._config
+        loss = losses.loss(config.loss, scores, mask, margin=config.margin, scale=config.loss_scale, teacher=teacher)
+        if config.anchor:
+            with torch.no_grad():
+                zero_shot = self._scores(batch, None)
+            loss = loss + config.anchor * losses.anchor(scores, zero_shot, mask)
+        return {"loss": loss, "scores": scores.detach()}
+
+    def _scores(self, batch: Batch, adapter: PromptAdapter | None) -> Tensor:
+        values, counts = self._lm[0].score(batch.rows, None if adapter is None else [adapter] * len(batch.rows))
+        lengths = torch.tensor(counts, device=values.device)
+        owners = torch.repeat_interleave(torch.arange(len(counts), device=values.device), lengths)
+        means = values.new_zeros(len(counts)).index_add(0, owners, values) / lengths
+        return means.new_zeros(batch.mask.shape).masked_scatter(batch.mask.to(means.device), means)
+
+
+class AdapterTrainer(Trainer):
+    """A Trainer that feeds groups in a fixed order, saves the adapter alone, and evaluates by ranking dev."""
+
+    def __init__(self, dev: DevRanking | None, **options: Any) -> None:
+        super().__init__(**options)
+        self._dev = dev
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Token tables are not decayed: decay would shrink every token that training never touches."""
+        return [name for name in super().get_decay_parameter_names(model) if "token_table" not in name]
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Rank dev with the adapter as it is."""
+        assert self._dev is not None
+        learner: Any = self.accelerator.unwrap_model(self.model)
+        learner.eval()
+        measured = {f"eval_{name}": value for name, value in self._dev.measure(learner.adapter).items()}
+        learner.train()
+        self.log(dict(measured))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, measured)
+        return measured
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        learner: Any = self.accelerator.unwrap_model(self.model)
+        temporary = folder / f"{WEIGHTS}.tmp"
+        save_file({k: v.detach().cpu().contiguous() for k, v in learner.adapter.state_dict().items()}, temporary)
+        temporary.replace(folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._load_adapter(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_adapter(Path(self.state.best_model_checkpoint))
+
+    def _load_adapter(self, folder: Path) -> None:
+        learner: Any = self.accelerator.unwrap_model(self.model)
+        learner.adapter.load_state_dict(load_file(folder / WEIGHTS, device=str(self.args.device)))
+
+
+def trainer(
+    lm: CausalLM,
+    adapter: PromptAdapter,
+    groups: Sequence[Group],
+    collator: Collator,
+    config: TrainingConfig,
+    *,
+    checkpoints: Path,
+    seed: int,
+    dev: DevRanking | None,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: bool = True,
+) -> AdapterTrainer:
+    """Return a trainer, ready to `train(resume_from_checkpoint=…)`; afterwards the adapter is the best by dev.
+
+    Args:
+        lm: the frozen model; with a context store, contexts are encoded once and kept.
+        adapter: what is trained; on the model's device.
+        groups: training queries with their passages.
+        collator: makes rows of them.
+        config: losses, rates, sizes.
+        checkpoints: folder for the Trainer's checkpoints.
+        seed: of the order of queries, and of dropout.
+        dev: what is measured; without it, the last state is kept.
+        callbacks: more of the Trainer's callbacks.
+        progress: show a progress bar.
+
+    Raises:
+        OptionError: options out of range, or no parameter to train.
+    """
+    if not groups:
+        raise OptionError("there is nothing to train on: no query has a positive passage")
+    if not any(parameter.requires_grad for parameter in adapter.parameters()):
+        raise OptionError("nothing of this adapter is trainable; for R, raise --mlp-layers or --token-table trainable")
+    data = TrainingSet(groups, config.epochs, seed)
+    steps = math.ceil(math.ceil(len(data) / config.batch_queries) / config.gradient_accumulation)
+    every = max(1, steps // max(1, config.evaluations))
+    stopping: list[TrainerCallback] = [EarlyStoppingCallback(config.patience)] if config.patience and dev else []
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=config.batch_queries,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        num_train_epochs=1,  # the data set holds all epochs, so that its order does not depend on where one resumes
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=math.ceil(config.warmup * steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        logging_steps=max(1, steps // 50),
+        eval_strategy="steps" if dev else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=dev is not None,
+        metric_for_best_model=config.measure if dev else None,
+        greater_is_better=True,
+        report_to=list(config.report_to) or "none",
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        use_cpu=lm.device.type == "cpu",
+        seed=seed,
+        disable_tqdm=not progress,
+        save_only_model=False,
+    )
+    return AdapterTrainer(
+        dev,
+        model=Learner(adapter, lm, config),
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=data if dev else None,
+        data_collator=collator,
+        callbacks=[*stopping, *callbacks],
+    )
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What training came to."""
+
+    history: list[dict[str, float]]
+    """What the Trainer logged, in order: losses and learning rates, and dev measures under `eval_…`."""
+    dev: dict[str, float | None]
+    """The dev measure of the model alone, of the untrained adapter, and of the kept one."""
+    seconds: float
+    """Of training, dev evaluations included."""
+    steps: int
+
+
+def fit(
+    lm: CausalLM,
+    adapter: PromptAdapter,
+    groups: Sequence[Group],
+    collator: Collator,
+    config: TrainingConfig,
+    *,
+    checkpoints: Path,
+    seed: int,
+    dev: DevRanking | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Fitted:
+    """Train an adapter in place; afterwards it is the best by dev, or, without dev, the last.
+
+    Args:
+        lm: the frozen model; with a context store, contexts are encoded once and kept.
+        adapter: what is trained; on the model's device.
+        groups: training queries with their passages.
+        collator: makes rows of them.
+        config: losses, rates, sizes. With `epochs` 0 the adapter stays untrained.
+        checkpoints: folder for the Trainer's checkpoints.
+        seed: of the order of queries, and of dropout.
+        dev: what is measured.
+        resume: continue from the newest checkpoint, if there is one.
+        progress: show a progress bar.
+        callbacks: more of the Trainer's callbacks.
+
+    Raises:
+        OptionError: options out of range, or nothing to train.
+    """
+    started = time.perf_counter()
+    found: dict[str, float | None] = {"zero_shot": None, "untrained": None, "trained": None}
+
+    def measure(who: PromptAdapter | None) -> float | None:
+        if dev is None:
+            return None
+        (value,) = dev.measure(who).values()
+        return value
+
+    adapter.eval()
+    newest = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
+    found["zero_shot"] = measure(None)
+    history: list[dict[str, float]] = []
+    steps = 0
+    if config.epochs:
+        made = trainer(
+            lm, adapter, groups, collator, config,
+            checkpoints=checkpoints, seed=seed, dev=dev, callbacks=callbacks, progress=progress,
+        )  # fmt: skip
+        found["untrained"] = measure(adapter)
+        adapter.train()
+        made.train(resume_from_checkpoint=newest)
+        steps = int(made.state.global_step)
+        history = [
+            {key: value for key, value in entry.items() if isinstance(value, (int, float))}
+            for entry in made.state.log_history
+        ]
+    adapter.eval()
+    found["trained"] = measure(adapter)
+    return Fitted(history, found, time.perf_counter() - started, steps)

@@ -1,0 +1,111 @@
+import pytest
+import torch
+from transformers import MambaConfig, MambaForCausalLM
+
+from qpeft.context_store import ContextStore
+from qpeft.errors import ModelError
+from qpeft.lm import CausalLM
+from qpeft.template import Prompt, load_template
+from qpeft.types import Query
+from test_lm import PASSAGES, QUERY, ForgetfulModel, rows_for
+
+ENOUGH = 1 << 30
+
+
+def with_store(lm, capacity=ENOUGH, folder=None, batch_tokens=4096):
+    return CausalLM(
+        lm.model,
+        lm.tokenizer,
+        name=lm.name,
+        max_length=lm.max_length,
+        batch_tokens=batch_tokens,
+        store=ContextStore(capacity, folder),
+    )
+
+
+def assert_same(values, references, *, exactly=False):
+    for value, reference in zip(values, references, strict=True):
+        tolerance = 0 if exactly else 1e-4
+        torch.testing.assert_close(value.target, reference.target, atol=tolerance, rtol=0)
+
+
+def test_scores_over_encoded_contexts_equal_plain_ones(family, make_lm):
+    lm = make_lm(family)
+    stored = with_store(lm)
+    rows = rows_for(lm)
+    assert max(len(row.context) for row in rows) > 12, "longer than the sliding window, so that it bites"
+    for _ in range(2):
+        assert_same(stored.log_probs(rows), lm.log_probs(rows))
+    assert (stored.store.misses, stored.store.hits) == (len(PASSAGES), len(PASSAGES) * 3)
+
+
+def test_bits_do_not_depend_on_what_is_kept(make_lm):
+    lm = make_lm("llama", dtype=torch.bfloat16)
+    first, second = rows_for(lm, queries=[QUERY]), rows_for(lm, queries=[Query("q2", "who was the king?")])
+    warm, cold = with_store(lm), with_store(lm)
+    warm.log_probs(first)
+    assert_same(warm.log_probs(second), cold.log_probs(second), exactly=True)
+
+
+def test_the_store_keeps_within_its_capacity(make_lm):
+    lm = make_lm("llama")
+    rows = rows_for(lm, queries=[QUERY])
+    whole = with_store(lm)
+    references = whole.log_probs(rows)
+    small = with_store(lm, whole.store.bytes_kept // 2)
+    for _ in range(2):
+        assert_same(small.log_probs(rows), references, exactly=True)
+    assert 0 < small.store.bytes_kept <= whole.store.bytes_kept // 2
+    assert small.store.misses > len(rows)
+
+
+def test_what_does_not_fit_goes_to_disk_and_comes_back(make_lm, tmp_path):
+    lm = make_lm("llama", dtype=torch.bfloat16)
+    rows = rows_for(lm, queries=[QUERY])
+    references = with_store(lm).log_probs(rows)
+    stored = with_store(lm, 0, tmp_path)
+    stored.log_probs(rows)
+    assert len(list(tmp_path.glob("*.safetensors"))) == len(PASSAGES)
+    again = with_store(lm, 0, tmp_path)
+    assert_same(again.log_probs(rows), references, exactly=True)
+    assert again.store.misses == 0
+    for path in tmp_path.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:40])
+    damaged = with_store(lm, 0, tmp_path)
+    assert_same(damaged.log_probs(rows), references, exactly=True)
+    assert damaged.store.misses == len(PASSAGES)
+
+
+def test_the_passage_prior_bypasses_the_store(make_lm):
+    lm = make_lm("gpt2")
+    stored = with_store(lm)
+    rows = rows_for(lm)
+    for value, reference in zip(
+        stored.log_probs(rows, with_passage=True), lm.log_probs(rows, with_passage=True), strict=True
+    ):
+        torch.testing.assert_close(value.passage, reference.passage)
+    assert stored.store.misses == 0
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100])
+def test_small_batches(make_lm, batch_tokens):
+    lm = make_lm("gpt_neox")
+    prompt = Prompt(load_template("qpeft"), lm.tokenizer, 128)
+    rows = [prompt.rows(QUERY, passage)[0] for passage in PASSAGES]
+    assert_same(with_store(lm, batch_tokens=batch_tokens).log_probs(rows), lm.log_probs(rows))
+
+
+def test_batches_shrink_when_memory_runs_out(make_lm):
+    plain = make_lm("llama")
+    rows = rows_for(plain)
+    model = ForgetfulModel(plain.model, most=2)
+    lm = CausalLM(model, plain.tokenizer, name="small machine", max_length=128, batch_tokens=4096)
+    assert_same(with_store(lm).log_probs(rows), plain.log_probs(rows))
+    assert model.refused > 0
+
+
+def test_a_model_that_remembers_otherwise_is_refused():
+    config = MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1, state_size=4)
+    lm = CausalLM(MambaForCausalLM(config), None, name="a mamba", max_length=128, batch_tokens=4096)
+    with pytest.raises(ModelError, match="a mamba: the passage cache"):
+        with_store(lm)
