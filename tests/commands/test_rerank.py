@@ -4,6 +4,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 from qpeft.cli import main
 from qpeft.data.trec import read_run
@@ -78,7 +79,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(rerank_arguments, start_process,
     assert not partial.exists()
 
 
-def unfinished(rerank_arguments, output):
+def unfinished(rerank_arguments, output, *more):
     """Leave an unfinished run of two queries, as a killed process does."""
     whole = output.with_name("whole.trec")
     from qpeft.commands import _partial
@@ -86,7 +87,7 @@ def unfinished(rerank_arguments, output):
     kept = _partial.Partial.remove
     _partial.Partial.remove = lambda self: None
     try:
-        assert main(rerank_arguments(whole)) == 0
+        assert main(rerank_arguments(whole, *more)) == 0
     finally:
         _partial.Partial.remove = kept
     lines = whole.with_name("whole.trec.partial").read_text().splitlines(keepends=True)
@@ -109,6 +110,21 @@ def test_unfinished_runs_are_neither_lost_nor_mixed(rerank_arguments, tmp_path, 
     assert output.read_bytes() == whole.read_bytes()
     counts = [json.loads((tmp_path / f"{n}.provenance.json").read_text())["counts"] for n in ("ql.trec", "whole.trec")]
     assert counts[0] == counts[1]
+
+
+def test_a_run_goes_on_with_the_threads_that_it_began_with(rerank_arguments, tmp_path):
+    output, cache = tmp_path / "ql.trec", ("--passage-cache", "0.01")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        partial, whole = unfinished(rerank_arguments, output, *cache)
+        assert json.loads(partial.read_text().splitlines()[0])["settings"]["threads"] == 1
+        torch.set_num_threads(2)
+        assert main(rerank_arguments(output, *cache, "--resume")) == 0
+        assert torch.get_num_threads() == 1
+        assert output.read_bytes() == whole.read_bytes()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_cuts_are_shown(rerank_arguments, tmp_path, capsys):
