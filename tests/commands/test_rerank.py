@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from qpeft.cli import main
+from qpeft.commands._partial import Partial
 from qpeft.data.trec import read_run
+from qpeft.types import Hit, Ranking, ScoringCounts
 
 
 def test_only_the_runs_passages_are_ranked_and_those_below_the_depth_keep_their_order(
@@ -79,17 +81,30 @@ def test_a_killed_run_resumes_to_the_same_bytes(rerank_arguments, start_process,
     assert not partial.exists()
 
 
+def test_what_is_left_of_an_unfinished_window_is_dropped(tmp_path):
+    partial = Partial(tmp_path / "ql.trec", resume=False)
+    partial.open("same", {"dtype": "float32"}, window=2)
+    for pairs, query in enumerate(["q1", "q2", "q3"], start=1):
+        partial.add(Ranking(query, (Hit("p", -1.5),)), ScoringCounts(pairs=pairs))
+    partial.close()
+    resumed = Partial(tmp_path / "ql.trec", resume=True)
+    resumed.open("same", resumed.settings, window=2)
+    resumed.close()
+    assert resumed.rankings == [Ranking("q1", (Hit("p", -1.5),)), Ranking("q2", (Hit("p", -1.5),))]
+    assert resumed.counts(ScoringCounts(pairs=1)).pairs == 3
+    assert resumed.settings == {"dtype": "float32"}
+    assert "q3" not in resumed.path.read_text()
+
+
 def unfinished(rerank_arguments, output, *more):
     """Leave an unfinished run of two queries, as a killed process does."""
     whole = output.with_name("whole.trec")
-    from qpeft.commands import _partial
-
-    kept = _partial.Partial.remove
-    _partial.Partial.remove = lambda self: None
+    kept = Partial.remove
+    Partial.remove = lambda self: None
     try:
         assert main(rerank_arguments(whole, *more)) == 0
     finally:
-        _partial.Partial.remove = kept
+        Partial.remove = kept
     lines = whole.with_name("whole.trec.partial").read_text().splitlines(keepends=True)
     partial = output.with_name(output.name + ".partial")
     partial.write_text("".join(lines[:3]))
