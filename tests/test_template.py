@@ -82,6 +82,13 @@ def test_a_query_that_leaves_no_room_is_an_error(tokenizer):
         Prompt(load_template("plain"), tokenizer, fixed).rows(QUERY, PASSAGE)
 
 
+def test_long_queries_stay_whole(tokenizer):
+    words = "why is the sky blue and who was the king" * 100
+    row = Prompt(load_template("plain"), tokenizer, 100_000).rows(Query("long", words), PASSAGE)[0]
+    query = [token for token, scored in zip(row.target, row.scored, strict=True) if scored]
+    assert tokenizer.decode(query).split() == words.split()
+
+
 @pytest.mark.parametrize("text", ["", "   ", "?", " ? ?"])
 def test_empty_queries(tokenizer, text):
     with pytest.raises(QueryError, match="'q9' is empty"):

@@ -4,9 +4,12 @@ import signal
 import time
 
 import pytest
+import torch
 
 from qpeft.cli import main
+from qpeft.commands._partial import Partial
 from qpeft.data.trec import read_run
+from qpeft.types import Hit, Ranking, ScoringCounts
 
 
 def test_only_the_runs_passages_are_ranked_and_those_below_the_depth_keep_their_order(
@@ -78,17 +81,30 @@ def test_a_killed_run_resumes_to_the_same_bytes(rerank_arguments, start_process,
     assert not partial.exists()
 
 
-def unfinished(rerank_arguments, output):
+def test_what_is_left_of_an_unfinished_window_is_dropped(tmp_path):
+    partial = Partial(tmp_path / "ql.trec", resume=False)
+    partial.open("same", {"dtype": "float32"}, window=2)
+    for pairs, query in enumerate(["q1", "q2", "q3"], start=1):
+        partial.add(Ranking(query, (Hit("p", -1.5),)), ScoringCounts(pairs=pairs))
+    partial.close()
+    resumed = Partial(tmp_path / "ql.trec", resume=True)
+    resumed.open("same", resumed.settings, window=2)
+    resumed.close()
+    assert resumed.rankings == [Ranking("q1", (Hit("p", -1.5),)), Ranking("q2", (Hit("p", -1.5),))]
+    assert resumed.counts(ScoringCounts(pairs=1)).pairs == 3
+    assert resumed.settings == {"dtype": "float32"}
+    assert "q3" not in resumed.path.read_text()
+
+
+def unfinished(rerank_arguments, output, *more):
     """Leave an unfinished run of two queries, as a killed process does."""
     whole = output.with_name("whole.trec")
-    from qpeft.commands import _partial
-
-    kept = _partial.Partial.remove
-    _partial.Partial.remove = lambda self: None
+    kept = Partial.remove
+    Partial.remove = lambda self: None
     try:
-        assert main(rerank_arguments(whole)) == 0
+        assert main(rerank_arguments(whole, *more)) == 0
     finally:
-        _partial.Partial.remove = kept
+        Partial.remove = kept
     lines = whole.with_name("whole.trec.partial").read_text().splitlines(keepends=True)
     partial = output.with_name(output.name + ".partial")
     partial.write_text("".join(lines[:3]))
@@ -109,6 +125,21 @@ def test_unfinished_runs_are_neither_lost_nor_mixed(rerank_arguments, tmp_path, 
     assert output.read_bytes() == whole.read_bytes()
     counts = [json.loads((tmp_path / f"{n}.provenance.json").read_text())["counts"] for n in ("ql.trec", "whole.trec")]
     assert counts[0] == counts[1]
+
+
+def test_a_run_goes_on_with_the_threads_that_it_began_with(rerank_arguments, tmp_path):
+    output, cache = tmp_path / "ql.trec", ("--passage-cache", "0.01")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        partial, whole = unfinished(rerank_arguments, output, *cache)
+        assert json.loads(partial.read_text().splitlines()[0])["settings"]["threads"] == 1
+        torch.set_num_threads(2)
+        assert main(rerank_arguments(output, *cache, "--resume")) == 0
+        assert torch.get_num_threads() == 1
+        assert output.read_bytes() == whole.read_bytes()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_cuts_are_shown(rerank_arguments, tmp_path, capsys):

@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -42,6 +43,25 @@ def test_fuse_and_interpolate(toy, toy_run, rerank_arguments, tmp_path, capsys):
     capsys.readouterr()
     assert main(arguments) == 2
     assert "--dev-run" in capsys.readouterr().err
+
+
+def test_the_weight_is_chosen_on_dev_alone(toy, tmp_path):
+    folder = tmp_path / "collection"
+    shutil.copytree(toy, folder)
+    for split, query in (("dev", "q1"), ("test", "q2")):
+        (folder / "qrels" / f"{split}.tsv").write_text(f"query-id\tcorpus-id\tscore\n{query}\tking-1\t1\n")
+    # The first stage is right on dev, the reranker on test.
+    best = {"dev-first": "king-1", "dev-run": "sky-0", "first": "sky-0", "run": "king-1"}
+    arguments = ["interpolate", "--collection", str(folder), "--output", str(tmp_path / "mixed.trec")]
+    for option, passage in best.items():
+        query, path = "q1" if option.startswith("dev") else "q2", tmp_path / f"{option}.trec"
+        other = "sky-0" if passage == "king-1" else "king-1"
+        path.write_text(f"{query} Q0 {passage} 1 2.0 {option}\n{query} Q0 {other} 2 1.0 {option}\n")
+        arguments += [f"--{option}", str(path)]
+    assert main(arguments) == 0
+    facts = json.loads((tmp_path / "mixed.trec.provenance.json").read_text())
+    assert facts["weight"] > 0.5
+    assert [hit.passage_id for hit in read_run(tmp_path / "mixed.trec")["q2"].hits] == ["sky-0", "king-1"]
 
 
 def test_score_from_options_and_from_standard_input(saved_model, capsys, monkeypatch):

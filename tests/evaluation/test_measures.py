@@ -98,8 +98,11 @@ def test_measures_of_gdeval_work_with_any_query_id():
 def test_candidate_measures_by_hand():
     run = Run([ranked("q1", list("abcde")), ranked("q2", list("abcde")), ranked("q3", list("abcde"))], "run")
     qrels = {"q1": {"a": 1, "d": 1, "not a candidate": 1}, "q2": {"e": 2, "d": 1}, "q3": {"elsewhere": 1}}
-    found = evaluate(run, qrels, "CandR@2 CandHit@2 CandR_clean@2 CandHit_clean@2 CandR(rel=2)@5 CandR(depth=4)@4")
+    found = evaluate(
+        run, qrels, "CandR@1 CandR@2 CandHit@2 CandR_clean@2 CandHit_clean@2 CandR(rel=2)@5 CandR(depth=4)@4"
+    )
     assert found.per_query == {
+        "CandR@1": {"q1": 0.5, "q2": 0.0, "q3": 0.0},
         "CandR@2": {"q1": 0.5, "q2": 0.0, "q3": 0.0},
         "CandHit@2": {"q1": 1.0, "q2": 0.0, "q3": 0.0},
         "CandR_clean@2": {"q1": 0.5, "q2": 0.0},

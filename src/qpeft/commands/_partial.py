@@ -16,9 +16,10 @@ from qpeft.types import Hit, Ranking, ScoringCounts
 class Partial:
     """Finished rankings beside an output that is not there yet.
 
-    The first line holds a fingerprint of everything that decides the result. Queries are worked on in windows, and what
-    is left of a window that was not finished is dropped: a score may depend, in its last bits, on the other rows of its
-    batch, and a resumed run must equal an uninterrupted one.
+    The first line holds a fingerprint of everything that decides the result, and the settings that were taken from the
+    machine (number type, CPU threads), which a resumed run keeps. Queries are worked on in windows, and what is left of
+    a window that was not finished is dropped: a score may depend, in its last bits, on the other rows of its batch, and
+    a resumed run must equal an uninterrupted one.
 
     Args:
         output: the file that is being made.

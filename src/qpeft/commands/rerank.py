@@ -71,9 +71,15 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     first = _sample(read_run(config.run), config)
     check_run(first, queries, collection.passages, config.depth)
 
+    import torch
+
     from qpeft.loading import describe_lm, load_lm
 
     partial = Partial(Path(config.output), config.resume)
+    # Sums are split among the threads, so their number decides the last bits of a score. It is set in a new run too,
+    # because torch then keeps the maths library from using fewer as it sees fit.
+    threads = partial.settings.get("threads", torch.get_num_threads())
+    torch.set_num_threads(threads)
     lm = load_lm(dataclasses.replace(model, dtype=partial.settings.get("dtype", model.dtype)))
     described = describe_lm(lm, model)
     facts: dict[str, Any] = {
@@ -96,7 +102,7 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     facts |= reranker.facts
     for query_id in first:
         reranker.check(queries[query_id])
-    partial.open(fingerprint(facts), {"dtype": described["dtype"]}, reranker.window)
+    partial.open(fingerprint(facts), {"dtype": described["dtype"], "threads": threads}, reranker.window)
     started = time.perf_counter()
     items = candidates_from_run(first, queries, collection.passages, config.depth)
     rankings = [ranking for ranking, _ in zip(partial.rankings, items, strict=False)]
