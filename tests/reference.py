@@ -6,6 +6,8 @@ import copy
 
 import torch
 
+from qpeft.hints import Pairs
+
 
 @torch.inference_mode()
 def naive_log_probs(model, row):
@@ -19,3 +21,35 @@ def naive_log_probs(model, row):
     target = [at[start + k] for k, scored in enumerate(row.scored) if scored]
     passage = [at[t] for t in range(*row.passage) if t]
     return target, passage
+
+
+@torch.no_grad()
+def naive_hinted_log_probs(model, row, vectors):
+    """Return the log-probabilities of a row's scored target tokens with vectors `[L, d]` in their place, as a list."""
+    exact = copy.deepcopy(model).double()
+    exact.config._experts_implementation = "eager"
+    place = len(row.context) if row.hint is None else row.hint
+    before, after = row.context[:place], row.context[place:] + row.target
+    embed = exact.get_input_embeddings()
+    pieces = [embed(torch.tensor(ids, dtype=torch.long)) for ids in (before, after)]
+    logits = exact(inputs_embeds=torch.cat([pieces[0], vectors.double(), pieces[1]])[None]).logits[0]
+    start = len(row.context) + len(vectors)
+    return [
+        float(torch.log_softmax(logits[start + k - 1], 0)[token])
+        for k, (token, scored) in enumerate(zip(row.target, row.scored, strict=True))
+        if scored
+    ]
+
+
+@torch.no_grad()
+def naive_hints(model, adapter, row):
+    """Return the vectors `[L, d]` that an adapter writes for one row, of its passage's tokens alone, without padding."""
+    start, end = row.passage
+    states = None
+    if adapter.reads_layer is not None:
+        out = model(input_ids=torch.tensor([row.context]), output_hidden_states=True)
+        states = out.hidden_states[adapter.reads_layer][:, start:end]
+    query, passage = torch.tensor([row.query]), torch.tensor([row.context[start:end]])
+    pairs = Pairs(query, torch.ones_like(query).bool(), passage, torch.ones_like(passage).bool(), states)
+    hints = adapter(pairs)
+    return hints.vectors[hints.mask]

@@ -60,6 +60,26 @@ def test_only_the_query_is_scored_unless_the_template_says_so(tokenizer):
     assert upr.target[-1] == tokenizer.eos_token_id
 
 
+def test_the_authors_layout_scores_begin_and_end(tokenizer):
+    authors = Prompt(load_template("qpeft_authors"), tokenizer, 512).rows(QUERY, PASSAGE)[0]
+    ours = Prompt(load_template("qpeft"), tokenizer, 512).rows(QUERY, PASSAGE)[0]
+    assert (authors.context, authors.passage, authors.hint) == (ours.context, ours.passage, ours.hint)
+    marks = [[] if mark is None else [mark] for mark in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
+    assert authors.target == (*marks[0], *ours.target, *marks[1])
+    assert all(authors.scored)
+    assert authors.query == ours.query == ours.target, "what adapters read has no marks"
+    hint = tokenizer.convert_ids_to_tokens(authors.context[authors.hint :])
+    assert "".join(hint).lstrip("▁Ġ").lower().startswith("question"), "the hint stands before the answer cue"
+
+
+def test_begin_stands_between_cue_and_query(tokenizers):
+    template = Template("begin", 1, "{passage}", "Question: {query}", score_begin=True)
+    row = Prompt(template, tokenizers["metaspace"], 512).rows(QUERY, PASSAGE)[0]
+    place = row.target.index(tokenizers["metaspace"].bos_token_id)
+    assert place == row.scored.index(True) > 0
+    assert row.target[place + 1 :] == row.query
+
+
 def test_passages_are_cut_at_their_end_and_nothing_else_is(tokenizer):
     long = Passage("p", " ".join(["the light of the old red moon"] * 40))
     whole = Prompt(load_template("qpeft"), tokenizer, 100_000).rows(QUERY, long)[0]
@@ -144,9 +164,10 @@ def test_fingerprint_changes_with_what_can_change_a_score():
     template = load_template("plain")
     assert dataclasses.replace(template, description="other words").fingerprint == template.fingerprint
     changes = {"version": 2, "context": "x {passage}", "target": "{query}", "passage": "{text}", "lowercase": True}
-    changes |= {"question_mark": "add", "score_cue": True, "score_end": True}
+    changes |= {"question_mark": "add", "score_cue": True, "score_end": True, "score_begin": True}
     prints = {dataclasses.replace(template, **{field: value}).fingerprint for field, value in changes.items()}
     assert len(prints | {template.fingerprint}) == len(changes) + 1
+    assert template.fingerprint.startswith("ab032966628d"), "published results name it"
 
 
 @pytest.mark.parametrize(

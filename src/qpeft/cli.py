@@ -26,10 +26,13 @@ COMMANDS = {
     "fuse": "merge several runs by reciprocal rank",
     "interpolate": "mix a reranked run with its first stage, the weight chosen on dev",
     "score": "score passages for a query, or JSON lines on standard input",
+    "explain": "show what a hint changed in each query token, and where it comes from",
     "evaluate": "measure runs",
     "compare": "test runs against a baseline, with an HTML report",
     "data info": "describe a collection",
     "data convert": "turn other formats into a BEIR folder",
+    "push": "send an adapter folder to the model hub",
+    "pull": "fetch an adapter folder from the model hub",
     "doctor": "say what is installed and whether the scorer is right on this machine",
     "demo": "the whole way on the embedded collection",
 }

@@ -11,7 +11,7 @@ import torch
 
 from qpeft.errors import ModelError
 from qpeft.hints import HintWriter
-from qpeft.lm import PretrainedLM, RowLogProbs, pad_ids, token_log_probs
+from qpeft.pretrained import PretrainedLM, RowLogProbs, pad_ids, token_log_probs
 from qpeft.template import Row
 
 

@@ -5,6 +5,7 @@ Shapes: `B` rows, `n` query tokens, `m` passage tokens, `L` hint vectors, `d` hi
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,6 +49,12 @@ class HintWriter(Protocol):
     """Which hidden states are to be passed as `Pairs.states`: an index into the model's layers; None: none."""
     reads_template: bool
     """Whether the words of the template count as passage."""
+    changes_lm: bool
+    """Whether it changes the model's layers (LoRA), so that nothing encoded without it may be used."""
+
+    def applied(self) -> AbstractContextManager[None]:
+        """Return a context in which the model is changed; nothing happens for an adapter that only writes hints."""
+        ...
 
     def hint_length(self, query_tokens: int) -> int:
         """Return the largest number of vectors for a query of so many tokens."""

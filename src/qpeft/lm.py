@@ -1,20 +1,18 @@
-"""Frozen language models that say how likely given tokens are.
+"""Frozen decoder-only language models that say how likely given tokens are.
 
 Shapes: `B` rows, `T` positions, `N` scored positions of a batch, `K` scored positions of a row, `V` vocabulary.
 
-Rows are sorted by length, padded within batches that hold a bounded number of tokens, and come back in the order given.
 Positions are explicit and padding is masked, so that a row's values do not depend on its company. The model's own head
 runs at the scored positions only, which keeps the memory small and soft-capped or scaled heads right.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,148 +22,8 @@ from qpeft.context_store import ContextStore, Encoded, FilledLayer
 from qpeft.errors import ModelError, OptionError
 from qpeft.hints import HintWriter, Pairs, Slots
 from qpeft.layout import Layout, PaddingSide, lay_out
-from qpeft.provenance import weights_fingerprint
+from qpeft.pretrained import PretrainedLM, RowLogProbs, pad_ids, token_log_probs
 from qpeft.template import Row
-
-
-@dataclass(frozen=True, slots=True)
-class RowLogProbs:
-    """Natural log-probabilities of a row's tokens, float32 on the CPU.
-
-    `target` `[K]` are the scored target tokens; `passage` `[m]` the passage's tokens, where they were asked for.
-    """
-
-    target: Tensor
-    passage: Tensor | None = None
-
-
-class LanguageModel(Protocol):
-    """What methods need of a model."""
-
-    name: str
-    tokenizer: Any
-    max_length: int
-    has_encoder: bool
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs are sent."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """Name of the weights' type."""
-        ...
-
-    @property
-    def revision(self) -> str | None:
-        """Commit on the model hub, if the model came from there."""
-        ...
-
-    @property
-    def sha256(self) -> str | None:
-        """Hash of the weights, if the model came from a folder."""
-        ...
-
-    def log_probs(
-        self,
-        rows: Sequence[Row],
-        *,
-        with_passage: bool = False,
-        adapters: HintWriter | Sequence[HintWriter | None] | None = None,
-    ) -> list[RowLogProbs]:
-        """Return the log-probabilities of each row's scored tokens, in order."""
-        ...
-
-
-class PretrainedLM:
-    """What decoder-only and encoder-decoder models share: batches, memory, order."""
-
-    has_encoder: bool
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        name: str,
-        max_length: int,
-        batch_tokens: int,
-        folder: Path | None = None,
-    ) -> None:
-        self.name = name
-        self._folder = folder
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.model = model.eval().requires_grad_(False)
-        self._batch_tokens = batch_tokens
-        self._budget = batch_tokens  # halved when memory runs out, grows back afterwards
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs are sent."""
-        return torch.device(self.model.device)
-
-    @property
-    def dtype(self) -> str:
-        """Name of the weights' type, as the option `--dtype` spells it."""
-        return str(self.model.dtype).removeprefix("torch.")
-
-    @property
-    def revision(self) -> str | None:
-        """Commit on the model hub, if the model came from there."""
-        commit: str | None = getattr(self.model.config, "_commit_hash", None)
-        return commit
-
-    @functools.cached_property
-    def sha256(self) -> str | None:
-        """Hash of the weight files and the configuration; None for a model that came from the hub or from memory."""
-        return None if self._folder is None else weights_fingerprint(self._folder)
-
-    @torch.no_grad()
-    def log_probs(
-        self,
-        rows: Sequence[Row],
-        *,
-        with_passage: bool = False,
-        adapters: HintWriter | Sequence[HintWriter | None] | None = None,
-    ) -> list[RowLogProbs]:
-        """Return the log-probabilities of each row's scored tokens, in order.
-
-        Args:
-            rows: token ids, of any lengths.
-            with_passage: also return those of the passage's tokens (decoder-only models).
-            adapters: what writes the hints: one adapter for all rows, or one (or None) for each.
-
-        Raises:
-            ModelError: a single row does not fit in memory.
-        """
-        each = list(adapters) if isinstance(adapters, Sequence) else [adapters] * len(rows)
-        sizes = [len(row) + (a.hint_length(len(row.query)) if a else 0) for row, a in zip(rows, each, strict=True)]
-        results: list[RowLogProbs | None] = [None] * len(rows)
-        # Longest first, so that what does not fit shows right away.
-        waiting = sorted(range(len(rows)), key=lambda i: (sizes[i], -i))
-        while waiting:
-            count = min(len(waiting), max(1, self._budget // max(1, sizes[waiting[-1]])))
-            chosen = waiting[-count:][::-1]
-            try:
-                values = self._forward([rows[i] for i in chosen], with_passage, [each[i] for i in chosen])
-            except torch.OutOfMemoryError as error:
-                if count == 1:
-                    raise ModelError(f"{sizes[chosen[0]]} tokens do not fit in the memory of {self.device}") from error
-                torch.cuda.empty_cache()
-                self._budget = count * sizes[chosen[0]] // 2
-                continue
-            del waiting[-count:]
-            for i, value in zip(chosen, values, strict=True):
-                results[i] = value
-        self._budget = min(self._batch_tokens, self._budget * 2)
-        return [result for result in results if result is not None]
-
-    def _forward(
-        self, rows: Sequence[Row], with_passage: bool, adapters: Sequence[HintWriter | None]
-    ) -> list[RowLogProbs]:
-        raise NotImplementedError
 
 
 class CausalLM(PretrainedLM):
@@ -226,12 +84,13 @@ class CausalLM(PretrainedLM):
             `[N]` float32, row by row, and how many each row has.
 
         Raises:
-            OptionError: an adapter reads states of the passage, but its hint stands before the passage.
+            OptionError: an adapter reads states of the passage, but its hint stands before the passage; or one changes
+                the model's layers, and not all rows are its own.
         """
-        present = [adapter for adapter in adapters or () if adapter is not None]
-        layer = _common_layer(present)
+        changing = _changing(adapters or ())
+        layer = _common_layer([adapter for adapter in adapters or () if adapter is not None])
         after = all(row.hint is None or row.hint >= row.passage[1] for row in rows)
-        whole = with_passage or not after or any(len(row.context) < 2 for row in rows)
+        whole = with_passage or not after or changing is not None or any(len(row.context) < 2 for row in rows)
         if layer is not None and whole:
             raise OptionError("an adapter that reads states of the passage needs its hint after the passage")
         encoded = None
@@ -248,11 +107,12 @@ class CausalLM(PretrainedLM):
             padding_side="right" if encoded is not None else self.padding_side,
         )
         inputs = self._inputs(layout, slots)
-        logits = self.model(
-            **inputs,
-            **self._past(layout, encoded, starts),
-            logits_to_keep=layout.predicting.to(self.device),
-        ).logits
+        with nullcontext() if changing is None else changing.applied():
+            logits = self.model(
+                **inputs,
+                **self._past(layout, encoded, starts),
+                logits_to_keep=layout.predicting.to(self.device),
+            ).logits
         values = token_log_probs(logits.reshape(-1, logits.shape[-1]), layout.labels.to(self.device))
         return values, layout.counts
 
@@ -283,12 +143,13 @@ class CausalLM(PretrainedLM):
     def _forward(
         self, rows: Sequence[Row], with_passage: bool, adapters: Sequence[HintWriter | None]
     ) -> list[RowLogProbs]:
-        values, counts = self.score(rows, adapters, with_passage=with_passage)
-        out = []
-        for row, value in zip(rows, torch.split(values.cpu(), counts), strict=True):
-            border = len(value) - sum(row.scored)
-            out.append(RowLogProbs(value[border:], value[:border] if with_passage else None))
-        return out
+        out: dict[int, RowLogProbs] = {}
+        for own in _by_model(adapters):
+            values, counts = self.score([rows[i] for i in own], [adapters[i] for i in own], with_passage=with_passage)
+            for i, value in zip(own, torch.split(values.cpu(), counts), strict=True):
+                border = len(value) - sum(rows[i].scored)
+                out[i] = RowLogProbs(value[border:], value[:border] if with_passage else None)
+        return [out[i] for i in range(len(rows))]
 
     def _write_hints(
         self,
@@ -296,7 +157,7 @@ class CausalLM(PretrainedLM):
         adapters: Sequence[HintWriter | None] | None,
         encoded: Sequence[Encoded] | None,
     ) -> Slots | None:
-        """Let each adapter write for its rows; None where no row has one."""
+        """Let each adapter write for its rows; None where no row has a hint."""
         places: dict[int, list[int]] = {}
         for place, adapter in enumerate(adapters or ()):
             if adapter is not None:
@@ -310,14 +171,18 @@ class CausalLM(PretrainedLM):
                 assert encoded is not None
                 states = [encoded[i].states for i in own]
             parts.append((own, Slots.of(adapter(self.pairs([rows[i] for i in own], adapter, states)))))
+        if not any(any(part.lengths) for _, part in parts):
+            return None
         if len(parts) == 1 and len(parts[0][0]) == len(rows):
             return parts[0][1]
-        return Slots.merge(parts, len(rows)) if parts else None
+        return Slots.merge(parts, len(rows))
 
     def pairs(self, rows: Sequence[Row], adapter: HintWriter, states: Sequence[Tensor | None] | None) -> Pairs:
         """Return what an adapter reads of rows; `states` `[T, d]` are those of each whole encoded context."""
         bos = int(self.tokenizer.bos_token_id is not None)
-        spans = [(bos, len(row.context[: row.hint])) if adapter.reads_template else row.passage for row in rows]
+        spans = [row.passage for row in rows]
+        if adapter.reads_template:
+            spans = [(bos, max(end, len(row.context[: row.hint]))) for row, (_, end) in zip(rows, spans, strict=True)]
         passage, passage_mask = pad_ids([row.context[slice(*span)] for row, span in zip(rows, spans, strict=True)])
         query, query_mask = pad_ids([row.query for row in rows])
         stacked = None
@@ -384,35 +249,24 @@ def _start(row: Row, hint: int) -> int:
     return before if hint or before < len(row.context) else before - 1
 
 
+def _by_model(adapters: Sequence[HintWriter | None]) -> list[list[int]]:
+    """Return the rows that one and the same model can score: those of each adapter that changes it, and the others."""
+    groups: dict[int | None, list[int]] = {}
+    for row, adapter in enumerate(adapters):
+        groups.setdefault(id(adapter) if adapter is not None and adapter.changes_lm else None, []).append(row)
+    return list(groups.values())
+
+
+def _changing(adapters: Sequence[HintWriter | None]) -> HintWriter | None:
+    """Return the adapter that changes the model for a batch, if any."""
+    found = next((adapter for adapter in adapters if adapter is not None and adapter.changes_lm), None)
+    if found is not None and any(adapter is not found for adapter in adapters):
+        raise OptionError("an adapter that changes the model's layers (LoRA) cannot share a batch with others or none")
+    return found
+
+
 def _common_layer(adapters: Sequence[HintWriter]) -> int | None:
     layers = {adapter.reads_layer for adapter in adapters} - {None}
     if len(layers) > 1:
         raise OptionError(f"adapters of one batch read states of different layers: {sorted(map(str, layers))}")
     return layers.pop() if layers else None
-
-
-def pad_ids(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Right-pad with zeros: ids `[B, T]` and mask `[B, T]`."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return ids, mask
-
-
-def token_log_probs(logits: Tensor, tokens: Tensor, chunk: int = 128) -> Tensor:
-    """Return `log softmax(logits)[tokens]` in float32.
-
-    Args:
-        logits: `[N, V]`, any floating dtype.
-        tokens: `[N]`.
-        chunk: positions that are converted to float32 at a time.
-
-    Returns:
-        `[N]`.
-
-    """
-    parts = []
-    for some, chosen in zip(torch.split(logits, chunk), torch.split(tokens, chunk), strict=True):
-        exact = some.float()
-        parts.append(exact.gather(1, chosen[:, None]).squeeze(1) - exact.logsumexp(1))
-    return torch.cat(parts) if parts else logits.new_zeros(0, dtype=torch.float32)

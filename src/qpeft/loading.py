@@ -18,8 +18,9 @@ from qpeft import methods
 from qpeft.context_store import ContextStore
 from qpeft.encoder_decoder import EncoderDecoderLM
 from qpeft.errors import MissingDependencyError, ModelError, OptionError, nearest
-from qpeft.lm import CausalLM, LanguageModel
+from qpeft.lm import CausalLM
 from qpeft.model_config import EMBEDDED, ModelConfig
+from qpeft.pretrained import LanguageModel
 from qpeft.types import Reranker
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

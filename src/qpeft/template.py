@@ -4,8 +4,8 @@ A template is a YAML file with two texts. `context` holds `{passage}` and, where
 `target` holds `{query}`, behind an optional cue. Every literal piece, the passage and the query are tokenised alone and
 never merged, so that the tokens of a query are the same behind every passage:
 
-    [BOS] literal · passage · literal · {hint} · literal | cue · query · [EOS]
-          └────────────────── context ─────────────────┘ └──── target ─────┘
+    [BOS] literal · passage · literal · {hint} · literal | cue · [BOS] · query · [EOS]
+          └────────────────── context ─────────────────┘ └───────── target ────────┘
 
 A decoder reads both as one sequence; an encoder-decoder reads the context with its encoder. White space at the end of a
 literal belongs to the piece that follows it, because that is where byte-level tokenizers put it.
@@ -18,7 +18,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -46,6 +46,8 @@ class Template:
     lowercase: bool = False
     score_cue: bool = False
     score_end: bool = False
+    score_begin: bool = False
+    """Whether the tokenizer's BOS stands before the query too, and is scored; nothing where it has none."""
 
     def __post_init__(self) -> None:
         for text, field, wanted, allowed in (
@@ -67,6 +69,8 @@ class Template:
     def fingerprint(self) -> str:
         """SHA-256 of everything that can change a score."""
         facts = {k: v for k, v in dataclasses.asdict(self).items() if k != "description"}
+        if not self.score_begin:
+            del facts["score_begin"]  # which is younger than fingerprints that are to stay what they are
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def query_text(self, query: Query) -> str:
@@ -180,7 +184,7 @@ class Prompt:
         hint_length: Callable[[int], int] | None = None,
         separate_target: bool = False,
     ) -> None:
-        if hint_length is not None and "{hint}" not in template.context:
+        if hint_length is not None and hint_length(1) and "{hint}" not in template.context:
             raise OptionError(f"template {template.name!r} has no place for a hint: {{hint}} is missing in its context")
         self.template = template
         self.max_length = max_length
@@ -193,7 +197,9 @@ class Prompt:
         self._before, self._spaced_passage, self._after, self._hint_offset, blank = self._context_pieces()
         self._cue, self._spaced_query = self._literal(template.target[: -len("{query}")], previous=blank)
         # Without a passage and with a query of no tokens: what is always there.
-        self._end = self._end_ids()
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self._begin = [bos] if template.score_begin and bos is not None else []
+        self._end = [eos] if template.score_end and eos is not None else []
 
     def rows(
         self,
@@ -255,8 +261,9 @@ class Prompt:
         ids = self._ids(self.template.query_text(query), space=self._spaced_query)
         if not ids:
             raise QueryError(f"query {query.id!r} has no tokens: {query.text!r}")
-        scored = [self.template.score_cue] * len(self._cue) + [True] * len(ids) + [True] * len(self._end)
-        return (*self._cue, *ids, *self._end), tuple(scored), tuple(ids)
+        counted = [*self._begin, *ids, *self._end]
+        scored = [self.template.score_cue] * len(self._cue) + [True] * len(counted)
+        return (*self._cue, *counted), tuple(scored), tuple(ids)
 
     def _room(self, query: Query, target: int) -> int:
         fixed = len(self._before) + len(self._after)
@@ -314,7 +321,3 @@ class Prompt:
     def _ids(self, text: str, *, space: bool) -> list[int]:
         lead = " " if space and not self._adds_space else ""
         return list(self._tokenizer(lead + text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _end_ids(self) -> Sequence[int]:
-        eos = self._tokenizer.eos_token_id
-        return [eos] if self.template.score_end and eos is not None else []

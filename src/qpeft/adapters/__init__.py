@@ -1,4 +1,4 @@
-"""What can be trained. One file each, with a frozen `Config` and `build(config, lm) -> Adapter`; the file name is its name.
+"""What can be trained. One file each, with a frozen `Config` and `build(config, lm)`; the file name is its name.
 
 The folder is the registry, as in `qpeft.methods`; other packages add theirs through the entry-point group
 `qpeft.adapters`. An adapter may also have `Authors`, its `Config` with the defaults of the published code.

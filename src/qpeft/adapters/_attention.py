@@ -68,7 +68,7 @@ class CosineAttention(nn.Module):
         Args:
             query: `[B, n, d]`.
             passage: `[B, m, d]`.
-            allowed: `[B, m]`, at least one in each row.
+            allowed: `[B, m]`; a row in which nothing is allowed reads zeros.
             states: `[B, m, context]`, for an attention that was built with `context`.
         """
         q, k = self._centred(query) @ self.query.T, self._centred(passage) @ self.key.T
@@ -78,7 +78,7 @@ class CosineAttention(nn.Module):
             k, v = k + self.context_key(states), v + self.context_value(states)
         q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
         logits = self._sharpness * (q @ k.transpose(2, 3))
-        weights = self.dropout(logits.masked_fill(~allowed[:, None, None], -torch.inf).softmax(3))
+        weights = self.dropout(_masked_softmax(logits, allowed[:, None, None]))
         mean = weights.mean(1)
         read = (weights @ v).transpose(1, 2).flatten(2)
         return mean @ passage + self._scale * self.out(read), mean
@@ -100,8 +100,17 @@ class DefaultAttention(nn.Module):
         self, query: Tensor, passage: Tensor, allowed: Tensor, states: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return outputs `[B, n, d]` and weights `[B, n, m]`; see `CosineAttention`."""
-        out, weights = self.attention(query, passage, passage, key_padding_mask=~allowed)
-        return out, weights
+        if not passage.shape[1]:
+            return torch.zeros_like(query), query.new_zeros(*query.shape[:2], 0)
+        some = allowed.any(1)
+        hidden = ~allowed & some[:, None]  # a row without any key would be NaN
+        out, weights = self.attention(query, passage, passage, key_padding_mask=hidden)
+        return out * some[:, None, None], weights * some[:, None, None]
+
+
+def _masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Return the softmax over what is allowed, exactly 0 elsewhere, also where nothing is."""
+    return logits.masked_fill(~allowed, torch.finfo(logits.dtype).min).softmax(-1) * allowed
 
 
 def _spread(centred: Tensor, heads: int, dim: int) -> Tensor:

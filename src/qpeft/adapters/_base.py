@@ -1,4 +1,4 @@
-"""What prompt adapters have in common: a view of the frozen model's embedding table, marker words, one small network.
+"""What adapters have in common; for prompt adapters a view of the embedding table, marker words, one small network.
 
 Shapes: `B` rows, `n` query tokens, `m` passage tokens, `L` hint vectors, `d` hidden size, `V` vocabulary.
 """
@@ -6,6 +6,7 @@ Shapes: `B` rows, `n` query tokens, `m` passage tokens, `L` hint vectors, `d` hi
 from __future__ import annotations
 
 import abc
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -19,19 +20,45 @@ Init = Literal["residual_zero", "default"]
 Table = Literal["frozen", "trainable"]
 
 
-class PromptAdapter(nn.Module, abc.ABC):
-    """Writes vectors into the input of a frozen language model.
+class Adapter(nn.Module, abc.ABC):
+    """What can be trained: writes vectors into the input of a frozen language model, changes its layers, or both.
 
     Trained parameters are float32 whatever the model's type, and live on its device.
-
-    Args:
-        lm: the frozen model; only its embedding layer is kept, and it is not a part of the adapter.
-        table: whether tokens are looked up in the model's own table, or in a trainable copy of it.
     """
 
     config: Any
     reads_layer: int | None = None
     reads_template = False
+    changes_lm = False
+
+    @abc.abstractmethod
+    def hint_length(self, query_tokens: int) -> int:
+        """Return the largest number of vectors for a query of so many tokens."""
+
+    @abc.abstractmethod
+    def forward(self, pairs: Pairs) -> Hints:
+        """Write the hints of a batch."""
+
+    def applied(self) -> AbstractContextManager[None]:
+        """Return a context in which the model is changed, for adapters that do so."""
+        return nullcontext()
+
+    def peft_facts(self) -> dict[str, Any]:
+        """Return PEFT's configuration of what changes the model; there is none where nothing does."""
+        return {}
+
+    def count_parameters(self) -> int:
+        """Return how many parameters are trained."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+
+class PromptAdapter(Adapter):
+    """Writes vectors into the input of a frozen language model.
+
+    Args:
+        lm: the frozen model; only its embedding layer is kept, and it is not a part of the adapter.
+        table: whether tokens are looked up in the model's own table, or in a trainable copy of it.
+    """
 
     def __init__(self, lm: CausalLM, table: Table = "frozen") -> None:
         super().__init__()
@@ -41,14 +68,6 @@ class PromptAdapter(nn.Module, abc.ABC):
         self.scale = float(every.pow(2).mean().sqrt())
         """Root mean square of the entries of the embedding table: the size that hint vectors should have."""
         self.token_table = nn.Parameter(every) if table == "trainable" else None
-
-    @abc.abstractmethod
-    def hint_length(self, query_tokens: int) -> int:
-        """Return the largest number of vectors for a query of so many tokens."""
-
-    @abc.abstractmethod
-    def forward(self, pairs: Pairs) -> Hints:
-        """Write the hints of a batch."""
 
     def look_up(self, ids: Tensor) -> Tensor:
         """Return the vectors of tokens, `[…] → […, d]` float32, from the trainable copy if there is one."""
@@ -61,10 +80,6 @@ class PromptAdapter(nn.Module, abc.ABC):
         with torch.no_grad():
             vectors: Tensor = self._frozen[0](ids).float()
         return vectors
-
-    def count_parameters(self) -> int:
-        """Return how many parameters are trained."""
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
 
 class Markers(nn.Module):
@@ -93,11 +108,11 @@ class Markers(nn.Module):
 
 
 class HintNetwork(nn.Module):
-    """The network that every vector of a hint passes through, `[…, d] → […, d]` (METHODS of arXiv 2404.04522).
+    """The network that every vector of a hint passes through, `[…, d] → […, d]` (arXiv 2404.04522).
 
-    * `default`: Linear → [ReLU → Linear] × layers, all of width d, with PyTorch's initialisation, as in the authors' code.
-    * `residual_zero`: z + W2 ReLU(W1 z) through a bottleneck, W2 = 0 at the start, so that an untrained hint is the plain
-      text of its tokens. Ours.
+    * `default`: Linear → [ReLU → Linear] × layers, all of width d, with PyTorch's initialisation (the authors').
+    * `residual_zero`: z + W2 ReLU(W1 z) through a bottleneck, W2 = 0 at the start, so that an untrained hint is the
+      plain text of its tokens. Ours.
 
     Args:
         width: d.

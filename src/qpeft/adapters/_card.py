@@ -23,7 +23,7 @@ def card(described: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
         "",
         f"# {described['adapter']} for {described['base_model_name_or_path']}",
         "",
-        "A query-likelihood reranker: the language model is frozen, this adapter writes vectors into its input, and",
+        f"A query-likelihood reranker: the language model is frozen, this adapter {_does(described)}, and",
         "passages are ranked by the log-likelihood of the query.",
         "",
         "```python",
@@ -41,3 +41,9 @@ def card(described: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
         if facts:
             lines += ["", f"## {title}", "", *(f"* {name}: {value}" for name, value in facts.items())]
     return "\n".join(lines) + "\n"
+
+
+def _does(described: Mapping[str, Any]) -> str:
+    if described["peft_type"] != "LORA":
+        return "writes vectors into its input"
+    return "adds low-rank matrices to its layers" + (" and vectors to its input" if described["options"]["hint"] else "")

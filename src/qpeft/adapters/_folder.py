@@ -5,6 +5,12 @@
     README.md                    model card
     provenance.json              versions, data, seed, training history
 
+LoRA has the files that PEFT itself opens, and qpeft's facts, for which PEFT's configuration has no room, beside them:
+
+    adapter_config.json          peft_type LORA, as PEFT writes it
+    adapter_model.safetensors    base_model.model.…, and base_model.qpeft.… of a prompt adapter that goes with it
+    qpeft.json                   what stands in adapter_config.json of the others
+
 A folder is written under another name and moved into place, so that it is whole or absent. On loading, everything that
 must agree with the base model is compared by name.
 """
@@ -18,6 +24,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +32,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qpeft import adapters
-from qpeft.adapters._base import PromptAdapter
+from qpeft.adapters._base import Adapter
 from qpeft.adapters._card import card
-from qpeft.errors import AdapterError, nearest
+from qpeft.errors import AdapterError, InputError, OptionError, nearest
 from qpeft.lm import CausalLM
 from qpeft.provenance import file_fingerprint
 from qpeft.template import Template
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.qpeft."
+CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "qpeft.json"
+FILES = (CONFIG, WEIGHTS, FACTS, "README.md", "provenance.json", "training.png")
+"""All that an adapter folder may hold."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class AdapterFolder:
     """An opened adapter, and what goes with it."""
 
     name: str
-    adapter: PromptAdapter
+    adapter: Adapter
     template: Template
     max_passage_tokens: int | None
     sha256: str
@@ -50,7 +58,7 @@ class AdapterFolder:
 def save_adapter(
     folder: Path,
     name: str,
-    adapter: PromptAdapter,
+    adapter: Adapter,
     lm: CausalLM,
     template: Template,
     *,
@@ -64,7 +72,7 @@ def save_adapter(
     """
     config: Any = adapter.config
     described = {
-        "peft_type": "QPEFT",
+        "peft_type": "LORA" if adapter.changes_lm else "QPEFT",
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
         "base_model_name_or_path": lm.name,
@@ -80,36 +88,49 @@ def save_adapter(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        (temporary / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        tensors = {_PREFIX + key: value.detach().cpu().contiguous() for key, value in adapter.state_dict().items()}
+        _write_json(temporary / (FACTS if adapter.changes_lm else CONFIG), described)
+        if adapter.changes_lm:
+            _write_json(temporary / CONFIG, adapter.peft_facts())
+        prefix = _prefix(adapter)
+        tensors = {prefix + key: value.detach().cpu().contiguous() for key, value in adapter.state_dict().items()}
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / "README.md").write_text(card(described, provenance or {}), encoding="utf-8")
         text = json.dumps(dict(provenance or {}), indent=2, ensure_ascii=False)
         (temporary / "provenance.json").write_text(text + "\n", encoding="utf-8")
-        _replace(temporary, folder)
+        move_into_place(temporary, folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise AdapterError(f"adapter {str(folder)!r} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def embedded_adapters() -> list[str]:
+    """Return the names of the adapters that ship with qpeft, for the embedded model."""
+    root = Path(str(resources.files("qpeft"))) / "models"
+    return sorted(path.parent.name for path in root.glob(f"*/{CONFIG}"))
+
+
+def adapter_path(name: str | Path) -> Path:
+    """Return the folder of an embedded adapter, or the path as it is; a folder of one's own is meant by `./NAME`."""
+    if str(name) in embedded_adapters():
+        return Path(str(resources.files("qpeft"))) / "models" / str(name)
+    return Path(name)
 
 
 def load_adapter(folder: str | Path, lm: CausalLM) -> AdapterFolder:
-    """Open an adapter for a model.
+    """Open an adapter for a model: a folder, or the name of an embedded one.
 
     Raises:
         AdapterError: no adapter folder, damaged, or made for another model; says what differs.
     """
-    folder = Path(folder)
+    folder = adapter_path(folder)
     described = read_config(folder)
     _check_base(folder, described["base"], lm)
-    module = adapters.load(described["adapter"])
-    known = {field.name for field in dataclasses.fields(module.Config)}
-    unknown = sorted(set(described["options"]) - known)
-    if unknown:
-        raise AdapterError(f"adapter {str(folder)!r} has the option {unknown[0]!r}{nearest(unknown[0], known)}")
-    adapter: PromptAdapter = module.build(module.Config(**described["options"]), lm)
+    adapter, template = _build(folder, described, lm)
     try:
         tensors = load_file(folder / WEIGHTS, device=str(lm.device))
-        adapter.load_state_dict({key.removeprefix(_PREFIX): value for key, value in tensors.items()})
+        prefix = _prefix(adapter)
+        adapter.load_state_dict({key.removeprefix(prefix): value for key, value in tensors.items()})
     except (OSError, SafetensorError, RuntimeError) as error:
         first = " ".join(str(error).split())[:200]
         raise AdapterError(f"adapter {str(folder)!r}: {WEIGHTS} cannot be read: {first}") from error
@@ -117,30 +138,45 @@ def load_adapter(folder: str | Path, lm: CausalLM) -> AdapterFolder:
     return AdapterFolder(
         described["adapter"],
         adapter,
-        Template(**described["template"]),
+        template,
         described["max_passage_tokens"],
         file_fingerprint(folder / WEIGHTS),
     )
 
 
+def _build(folder: Path, described: Mapping[str, Any], lm: CausalLM) -> tuple[Adapter, Template]:
+    """Return the untrained adapter and the template that a configuration describes."""
+    try:
+        module = adapters.load(described["adapter"])
+        known = {field.name for field in dataclasses.fields(module.Config)}
+        unknown = sorted(set(described["options"]) - known)
+        if unknown:
+            raise AdapterError(f"adapter {str(folder)!r} has the option {unknown[0]!r}{nearest(unknown[0], known)}")
+        adapter: Adapter = module.build(module.Config(**described["options"]), lm)
+        return adapter, Template(**described["template"])
+    except (OptionError, InputError, TypeError) as error:
+        raise AdapterError(f"adapter {str(folder)!r}: {CONFIG} cannot be used: {error}") from error
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return what `adapter_config.json` says, without opening a model.
+    """Return what `adapter_config.json` says (for LoRA `qpeft.json`), without opening a model.
 
     Raises:
         AdapterError: there is none, or it is not one of qpeft's.
     """
     path = folder / CONFIG
-    try:
-        described = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise AdapterError(f"no adapter in {str(folder)!r}: {CONFIG} is missing") from error
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path}: not readable as JSON ({error})") from error
+    described = _read_json(path)
+    if isinstance(described, dict) and described.get("peft_type") == "LORA" and (folder / FACTS).is_file():
+        path = folder / FACTS
+        described = _read_json(path)
+    kind = described.get("peft_type") if isinstance(described, dict) else None
     wanted = {"adapter", "options", "template", "base", "max_passage_tokens"}
-    if not isinstance(described, dict) or described.get("peft_type") != "QPEFT" or not wanted <= set(described):
-        kind = described.get("peft_type") if isinstance(described, dict) else None
+    parts = ("options", "template", "base")
+    whole = kind in ("QPEFT", "LORA") and wanted <= set(described)
+    if not whole or not all(isinstance(described[part], dict) for part in parts):
         raise AdapterError(f"{path}: not an adapter of qpeft (peft_type {kind!r})")
-    return described
+    facts: dict[str, Any] = described
+    return facts
 
 
 def base_identity(lm: CausalLM) -> dict[str, Any]:
@@ -162,6 +198,24 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
+def _prefix(adapter: Adapter) -> str:
+    """Return what stands before the names of an adapter's tensors in the file."""
+    return "base_model." if adapter.changes_lm else "base_model.qpeft."
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(f"no adapter in {str(path.parent)!r}: {path.name} is missing") from error
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path}: not readable as JSON ({error})") from error
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _check_base(folder: Path, base: Mapping[str, Any], lm: CausalLM) -> None:
     found = base_identity(lm)
     names = {"hidden_size": "hidden size", "vocab_size": "vocabulary size", "tokenizer": "tokenizer"}
@@ -181,12 +235,17 @@ def _check_base(folder: Path, base: Mapping[str, Any], lm: CausalLM) -> None:
         raise AdapterError(f"adapter {str(folder)!r} was trained for {base.get('name')!r}, not for {lm.name!r}")
 
 
-def _replace(temporary: Path, folder: Path) -> None:
+def move_into_place(temporary: Path, folder: Path) -> None:
     """Move a finished folder into place, over an older one if there is one."""
     if folder.exists():
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
-        os.replace(temporary, folder)
+        try:
+            os.replace(temporary, folder)
+        except BaseException:
+            os.replace(old, folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)

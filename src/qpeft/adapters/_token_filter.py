@@ -8,6 +8,7 @@ a   no token without a letter a–z
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -18,44 +19,11 @@ from qpeft.errors import OptionError
 LETTERS = "dqsa"
 # Lucene's English stop-words, and what is left of contractions and addresses.
 STOPWORDS = frozenset(
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "be",
-        "but",
-        "by",
-        "for",
-        "if",
-        "in",
-        "into",
-        "is",
-        "it",
-        "no",
-        "not",
-        "of",
-        "on",
-        "or",
-        "such",
-        "that",
-        "the",
-        "their",
-        "then",
-        "there",
-        "these",
-        "they",
-        "this",
-        "to",
-        "was",
-        "will",
-        "with",
-        "s",
-        "t",
-        "www",
-    ]
+    re.findall(
+        r"\w+",
+        "a an and are as at be but by for if in into is it no not of on or such that the their then there these they "
+        "this to was will with s t www",
+    )
 )
 
 
@@ -85,10 +53,14 @@ class TokenFilter(nn.Module):
             if place < size:
                 barred[place] = self._bars(token)
         for place in tokenizer.all_special_ids:
-            barred[place] = True
+            if place < size:
+                barred[place] = True
         self.register_buffer("barred", barred.to(device), persistent=False)
 
     def _bars(self, token: str) -> bool:
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", token)  # SentencePiece's name of a byte
+        if byte:
+            token = chr(int(byte[1], 16))
         word = token.removeprefix("##").lstrip("▁Ġ").lower()
         stop = "s" in self.letters and word in STOPWORDS and not token.startswith("##")
         return stop or ("a" in self.letters and not any("a" <= letter <= "z" for letter in word))

@@ -107,10 +107,7 @@ class QPeftR(PromptAdapter):
     def choose(self, pairs: Pairs) -> Tensor:
         """Return the positions of the chosen passage tokens, best first, `[B, k]`; −1 where there are no more."""
         allowed = self.filter(pairs.query, pairs.query_mask, pairs.passage, pairs.passage_mask)
-        if self.config.select == "random":
-            scores = _scatter(pairs)[:, None]
-        else:
-            scores = self._similarities(pairs)
+        scores = _scatter(pairs)[:, None] if self.config.select == "random" else self._similarities(pairs)
         if self.filter.distinct:
             allowed = first_occurrences(pairs.passage, allowed)
             scores = scores.amax(1, keepdim=True)

@@ -1,7 +1,8 @@
-"""Figures as SVG text for an HTML page.
+"""Figures: SVG text for an HTML page, and pictures beside an adapter.
 
-They carry no text of the user's (names of runs stand in the page) and take the page's text colour for lines and
-labels, so that they are readable on light and dark. The colours are Okabe and Ito's, apart for colour-blind eyes too.
+Those of a page carry no text of the user's (names of runs stand in the page) and take the page's text colour for lines
+and labels, so that they are readable on light and dark. The colours are Okabe and Ito's, apart for colour-blind eyes
+too.
 """
 
 from __future__ import annotations
@@ -9,13 +10,18 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from qpeft.data.files import replacing
 
 GAIN, LOSS = "#0072B2", "#D55E00"
 SERIES = (
@@ -92,6 +98,74 @@ def cutoff_curves(panels: Mapping[str, Mapping[str, Sequence[float | None]]], cu
             axes.set(title=f"{measure}@k", xlabel="k", xticks=list(cutoffs))
             _grid(axes)
         return _svg(figure, name)
+
+
+def training_curves(
+    history: Sequence[Mapping[str, float]], measure: str, dev: Mapping[str, float | None], path: Path
+) -> None:
+    """Draw the loss over optimiser steps, and under it the dev measure, as a PNG; it appears whole or not at all.
+
+    Args:
+        history: what transformers' Trainer logged: entries with `step` and either `loss` or `eval_` + measure. Each
+            loss is the mean since the entry before.
+        measure: notation of the dev measure, for its key and its axis.
+        dev: its value for the model alone (`zero_shot`), the `untrained` adapter and the `trained` one; those that are
+            None are left out.
+        path: where to write.
+
+    Raises:
+        InputError: the file cannot be made.
+    """
+    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    measured = [(entry["step"], entry[f"eval_{measure}"]) for entry in history if f"eval_{measure}" in entry]
+    last = max((step for step, _ in [*losses, *measured]), default=1)
+    with_dev = bool(measured) or any(value is not None for value in dev.values())
+    with_loss = bool(losses) or not with_dev
+    panels = with_loss + with_dev
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(6.4, 4.8 if panels == 2 else 2.9), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        rows = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+        if with_loss:
+            rows[0].plot(*_columns(losses), color=SERIES[0][0], linewidth=1.4, marker=_dots(losses), markersize=4)
+            rows[0].set(ylabel="training loss")
+        if with_dev:
+            _dev_panel(rows[-1], measured, measure, dev)
+        for axes in rows:
+            _grid(axes)
+        rows[-1].set(xlabel="optimiser step", xlim=(0, 1.02 * last))
+        rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+def _dev_panel(
+    axes: Axes, measured: Sequence[tuple[float, float]], measure: str, dev: Mapping[str, float | None]
+) -> None:
+    if measured:
+        axes.plot(*_columns(measured), color=SERIES[2][0], linewidth=1.4, marker="o", markersize=4, label="in training")
+    for name, label, colour, dashes in (
+        ("untrained", "untrained adapter", SERIES[4][0], (0, (1, 1.5))),
+        ("zero_shot", "model alone", _INK, (0, (5, 2))),
+    ):
+        value = dev.get(name)
+        if value is not None:
+            axes.axhline(value, color=colour, linewidth=1.4, linestyle=dashes, label=f"{label} {value:.4f}")
+    kept = dev.get("trained")
+    if kept is not None and measured:
+        step, _ = min(measured, key=lambda point: abs(point[1] - kept))
+        axes.plot([step], [kept], "o", markersize=9, fillstyle="none", color=SERIES[2][0], label=f"kept {kept:.4f}")
+    axes.set(ylabel=f"dev {measure}")
+    axes.margins(y=0.12)
+    axes.legend(ncols=2, frameon=False, fontsize=8, handlelength=2.6, loc="upper center", bbox_to_anchor=(0.5, -0.25))
+
+
+def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _dots(points: Sequence[tuple[float, float]]) -> str:
+    return "o" if len(points) <= 15 else ""
 
 
 def _grid(axes: Axes) -> None:

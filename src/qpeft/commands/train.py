@@ -1,8 +1,8 @@
 """Train an adapter: a small module that writes into the input of the frozen language model.
 
 Takes a collection with judgements (negatives are mined with BM25, or taken from --run) or a file of groups
-(--train-file, JSON Lines as of FlagEmbedding or Tevatron, or DPR's JSON). The best state by a dev ranking is kept. After
-an interruption, --resume continues at the last checkpoint, and the result is the same.
+(--train-file, JSON Lines as of FlagEmbedding or Tevatron, or DPR's JSON). The best state by a dev ranking is kept.
+After an interruption, --resume continues at the last checkpoint, and the result is the same.
 """
 
 from __future__ import annotations
@@ -111,15 +111,15 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
     from qpeft.training.dev import DevRanking
     from qpeft.training.trainer import Collator, fit
 
-    if not model.passage_cache:
+    if not model.passage_cache and not getattr(adapters.load(config.adapter), "CHANGES_LM", False):
         model = dataclasses.replace(model, passage_cache=4.0)
     lm: Any = load_lm(model)
     if lm.has_encoder:
         raise OptionError("training needs a decoder-only model")
     torch.manual_seed(config.seed)
+    total = sum(p.numel() for p in lm.model.parameters())
     adapter = adapters.load(config.adapter).build(adapter_config, lm)
     parameters = adapter.count_parameters()
-    total = sum(p.numel() for p in lm.model.parameters())
     _say(f"{config.adapter}: {parameters:,} trained parameters, {100 * parameters / total:.2f} % of {lm.name}")
     _say_counts(counts)
     prompt = Prompt(

@@ -27,7 +27,7 @@ from qpeft.types import Passage, Query, Reranker, ScoringCounts
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
     from qpeft.hints import HintWriter
-    from qpeft.lm import LanguageModel, RowLogProbs
+    from qpeft.pretrained import LanguageModel, RowLogProbs
 
 
 @dataclass(frozen=True)

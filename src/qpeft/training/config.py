@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from qpeft.errors import OptionError
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -46,6 +48,20 @@ class TrainingConfig:
     """What dev is judged by, and the best checkpoint is kept by."""
     report_to: tuple[str, ...] = ()
     """tensorboard, wandb, mlflow: where transformers sends its logs."""
+
+    def __post_init__(self) -> None:
+        for least, names in (
+            (1, ("batch_queries", "gradient_accumulation", "evaluations")),
+            (0, ("epochs", "negatives", "patience", "anchor", "weight_decay", "max_grad_norm", "warmup")),
+        ):
+            for name in names:
+                if not getattr(self, name) >= least:
+                    flag = name.replace("_", "-")
+                    raise OptionError(f"--{flag} is {getattr(self, name)}; it must be at least {least}")
+        if not self.learning_rate > 0:
+            raise OptionError(f"--learning-rate is {self.learning_rate}; it must be above 0")
+        if self.warmup > 1:
+            raise OptionError(f"--warmup is {self.warmup}; it is a share of the steps, at most 1")
 
 
 @dataclass(frozen=True)

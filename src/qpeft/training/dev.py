@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qpeft.evaluation.measures import evaluate
+from qpeft.errors import OptionError
+from qpeft.evaluation.measures import evaluate, parse_measures
 from qpeft.hints import HintWriter
 from qpeft.lm import CausalLM
 from qpeft.template import Prompt
@@ -19,8 +20,14 @@ class DevRanking:
         prompt: template and tokenizer, as in training.
         candidates: the same lists at every evaluation.
         qrels: their judgements.
-        measure: what decides; reported under its own name.
+        measure: what decides.
         hint_queries: what adapters read instead of a query, by query id (a control).
+
+    Attributes:
+        name: the measure's canonical name, under which it is reported.
+
+    Raises:
+        OptionError: an unknown measure, or several.
     """
 
     def __init__(
@@ -34,7 +41,10 @@ class DevRanking:
     ) -> None:
         self._lm, self._prompt, self._candidates = lm, prompt, candidates
         self._qrels = {item.query.id: qrels[item.query.id] for item in candidates}
-        self._measure = measure
+        parsed = parse_measures(measure)
+        if len(parsed) > 1:
+            raise OptionError(f"--measure {measure!r}: one measure decides, not {len(parsed)}")
+        self.name = str(parsed[0])
         self._hint_queries = hint_queries or {}
 
     def rank(self, adapter: HintWriter | None) -> Run:
@@ -43,12 +53,16 @@ class DevRanking:
 
     def _rank(self, item: Candidates, adapter: HintWriter | None) -> Ranking:
         read = self._hint_queries.get(item.query.id)
-        rows = [self._prompt.rows(item.query, passage, hint_query=read)[0] for passage in item.passages]
-        values = self._lm.log_probs(rows, adapters=adapter)
-        pairs = zip(item.passages, values, strict=True)
-        return Ranking.from_scores(item.query.id, [(p.id, float(v.target.double().mean())) for p, v in pairs])
+        rows = {p.id: self._prompt.rows(item.query, p, hint_query=read)[0] for p in item.passages}
+        empty = [name for name, row in rows.items() if row.passage[0] == row.passage[1]]
+        for name in empty:  # as in reranking: what cannot be read comes last
+            del rows[name]
+        values = self._lm.log_probs(list(rows.values()), adapters=adapter)
+        pairs = zip(rows, values, strict=True)
+        ranking = Ranking.from_scores(item.query.id, [(name, float(v.target.double().mean())) for name, v in pairs])
+        return ranking.followed_by(sorted(empty, reverse=True))
 
     def measure(self, adapter: HintWriter | None) -> dict[str, float]:
         """Return the measure, averaged over the dev queries."""
-        means = evaluate(self.rank(adapter), self._qrels, [self._measure]).means
+        means = evaluate(self.rank(adapter), self._qrels, [self.name]).means
         return {name: value or 0.0 for name, value in means.items()}

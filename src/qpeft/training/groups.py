@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -140,6 +140,22 @@ def draw(group: Group, negatives: int, epoch: int, seed: int) -> tuple[Passage, 
     count = min(negatives, len(group.negatives))
     drawn = random.Random(f"draw {seed} {epoch} {group.query.id}").sample(group.negatives, count)
     return (group.positives[0], *drawn)
+
+
+def in_batch_negatives(group: Group, drawn: Sequence[Passage], others: Iterable[Passage]) -> tuple[Passage, ...]:
+    """Return which positives of other queries may stand as negatives beside those drawn for a group, each once.
+
+    One is passed over if it is or says the same as a positive of the group or what was drawn for it, or holds one of
+    the query's answers.
+    """
+    ids, contents = {passage.id for passage in drawn}, {_content(passage) for passage in drawn}
+    found = []
+    for passage in _Tally().usable(others, group.positives, group.query.answers, None):
+        if passage.id not in ids and _content(passage) not in contents:
+            found.append(passage)
+            ids.add(passage.id)
+            contents.add(_content(passage))
+    return tuple(found)
 
 
 class _Tally:

@@ -11,6 +11,7 @@ Shapes: `B` queries of a batch, `G` passages of each, `N` = B · G rows.
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import time
@@ -24,16 +25,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from qpeft import losses
-from qpeft.adapters._base import PromptAdapter
+from qpeft.adapters._base import Adapter
 from qpeft.errors import OptionError
 from qpeft.lm import CausalLM
 from qpeft.template import Prompt, Row
 from qpeft.training.config import TrainingConfig
 from qpeft.training.dev import DevRanking
-from qpeft.training.groups import draw
+from qpeft.training.groups import draw, in_batch_negatives
 from qpeft.types import Group, Passage, Query
 
 WEIGHTS = "adapter.safetensors"
@@ -79,6 +79,9 @@ class Collator:
         seed: of the draw.
         teacher: scores by (query id, passage id), for distillation.
         hint_queries: what adapters read instead of a query, by query id (a control).
+
+    Raises:
+        OptionError: the loss learns from a teacher, and there is none.
     """
 
     def __init__(
@@ -90,26 +93,28 @@ class Collator:
         hint_queries: Mapping[str, Query] | None = None,
     ) -> None:
         self._prompt, self._config, self._seed = prompt, config, seed
+        losses.check_loss(config.loss, teacher=teacher is not None)
         self._teacher = teacher
+        self._lowest = min(teacher.values(), default=0.0) if teacher else 0.0
         self._hint_queries = hint_queries or {}
 
     def __call__(self, items: Sequence[tuple[int, Group]]) -> dict[str, Batch]:
         """Return one batch, under the name of the model's argument."""
-        drawn = [list(draw(group, self._config.negatives, epoch, self._seed)) for epoch, group in items]
+        drawn = [draw(group, self._config.negatives, epoch, self._seed) for epoch, group in items]
         if self._config.in_batch:
             positives = [passages[0] for passages in drawn]
-            for (_, group), passages in zip(items, drawn, strict=True):
-                own = {passage.text for passage in (*group.positives, *passages)}
-                passages += [passage for passage in positives if passage.text not in own]
+            drawn = [
+                (*passages, *in_batch_negatives(group, passages, positives))
+                for (_, group), passages in zip(items, drawn, strict=True)
+            ]
         width = max(map(len, drawn))
         mask = torch.tensor([[place < len(passages) for place in range(width)] for passages in drawn])
         rows = [self._row(group.query, p) for (_, group), passages in zip(items, drawn, strict=True) for p in passages]
         teacher = None
         if self._teacher is not None:
-            lowest = min(self._teacher.values())
             teacher = torch.tensor(
                 [
-                    [self._teacher.get((group.query.id, p.id), lowest) for p in passages]
+                    [self._teacher.get((group.query.id, p.id), self._lowest) for p in passages]
                     + [0.0] * (width - len(passages))
                     for (_, group), passages in zip(items, drawn, strict=True)
                 ]
@@ -123,7 +128,7 @@ class Collator:
 class Learner(nn.Module):
     """The adapter as the Trainer sees it: a module that returns a loss. The frozen model is no part of it."""
 
-    def __init__(self, adapter: PromptAdapter, lm: CausalLM, config: TrainingConfig) -> None:
+    def __init__(self, adapter: Adapter, lm: CausalLM, config: TrainingConfig) -> None:
         super().__init__()
         self.adapter = adapter
         self._lm = (lm,)
@@ -142,7 +147,7 @@ class Learner(nn.Module):
             loss = loss + config.anchor * losses.anchor(scores, zero_shot, mask)
         return {"loss": loss, "scores": scores.detach()}
 
-    def _scores(self, batch: Batch, adapter: PromptAdapter | None) -> Tensor:
+    def _scores(self, batch: Batch, adapter: Adapter | None) -> Tensor:
         values, counts = self._lm[0].score(batch.rows, None if adapter is None else [adapter] * len(batch.rows))
         lengths = torch.tensor(counts, device=values.device)
         owners = torch.repeat_interleave(torch.arange(len(counts), device=values.device), lengths)
@@ -158,7 +163,8 @@ class AdapterTrainer(Trainer):
         self._dev = dev
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(data)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Token tables are not decayed: decay would shrink every token that training never touches."""
@@ -197,7 +203,7 @@ class AdapterTrainer(Trainer):
 
 def trainer(
     lm: CausalLM,
-    adapter: PromptAdapter,
+    adapter: Adapter,
     groups: Sequence[Group],
     collator: Collator,
     config: TrainingConfig,
@@ -243,14 +249,15 @@ def trainer(
         warmup_steps=math.ceil(config.warmup * steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        logging_steps=max(1, steps // 50),
+        # What is logged is a mean since the last time, so a checkpoint must not fall between two.
+        logging_steps=max(n for n in range(1, max(1, steps // 50) + 1) if every % n == 0),
         eval_strategy="steps" if dev else "no",
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
         save_total_limit=2,
         load_best_model_at_end=dev is not None,
-        metric_for_best_model=config.measure if dev else None,
+        metric_for_best_model=dev.name if dev else None,
         greater_is_better=True,
         report_to=list(config.report_to) or "none",
         remove_unused_columns=False,
@@ -260,6 +267,7 @@ def trainer(
         seed=seed,
         disable_tqdm=not progress,
         save_only_model=False,
+        restore_callback_states_from_checkpoint=True,  # the patience that is left
     )
     return AdapterTrainer(
         dev,
@@ -279,7 +287,7 @@ class Fitted:
     history: list[dict[str, float]]
     """What the Trainer logged, in order: losses and learning rates, and dev measures under `eval_…`."""
     dev: dict[str, float | None]
-    """The dev measure of the model alone, of the untrained adapter, and of the kept one."""
+    """The dev measure of the model alone, of the untrained adapter, and of the kept one; None where not measured."""
     seconds: float
     """Of training, dev evaluations included."""
     steps: int
@@ -287,7 +295,7 @@ class Fitted:
 
 def fit(
     lm: CausalLM,
-    adapter: PromptAdapter,
+    adapter: Adapter,
     groups: Sequence[Group],
     collator: Collator,
     config: TrainingConfig,
@@ -296,6 +304,7 @@ def fit(
     seed: int,
     dev: DevRanking | None = None,
     resume: bool = False,
+    baselines: bool = True,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Fitted:
@@ -311,6 +320,7 @@ def fit(
         seed: of the order of queries, and of dropout.
         dev: what is measured.
         resume: continue from the newest checkpoint, if there is one.
+        baselines: measure the model alone and the untrained adapter on dev as well.
         progress: show a progress bar.
         callbacks: more of the Trainer's callbacks.
 
@@ -320,15 +330,16 @@ def fit(
     started = time.perf_counter()
     found: dict[str, float | None] = {"zero_shot": None, "untrained": None, "trained": None}
 
-    def measure(who: PromptAdapter | None) -> float | None:
-        if dev is None:
+    def measure(who: Adapter | None) -> float | None:
+        if dev is None or not baselines:
             return None
         (value,) = dev.measure(who).values()
         return value
 
     adapter.eval()
-    newest = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
+    newest = _newest(checkpoints) if resume else None
     found["zero_shot"] = measure(None)
+    found["untrained"] = measure(adapter)
     history: list[dict[str, float]] = []
     steps = 0
     if config.epochs:
@@ -336,14 +347,26 @@ def fit(
             lm, adapter, groups, collator, config,
             checkpoints=checkpoints, seed=seed, dev=dev, callbacks=callbacks, progress=progress,
         )  # fmt: skip
-        found["untrained"] = measure(adapter)
         adapter.train()
         made.train(resume_from_checkpoint=newest)
         steps = int(made.state.global_step)
         history = [
             {key: value for key, value in entry.items() if isinstance(value, (int, float))}
             for entry in made.state.log_history
+            if "train_runtime" not in entry  # the summary tells of the last start alone
         ]
+        found["trained"] = made.state.best_metric
     adapter.eval()
-    found["trained"] = measure(adapter)
     return Fitted(history, found, time.perf_counter() - started, steps)
+
+
+def _newest(checkpoints: Path) -> str | None:
+    """Return the last checkpoint that is whole: the state is what the Trainer writes last."""
+    found = [(int(path.name.partition("-")[2]), path) for path in checkpoints.glob("checkpoint-*")]
+    for _, path in sorted(found, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(path)
+    return None

@@ -1,0 +1,219 @@
+"""Run cells of the Q-PEFT experiment; every finished cell is a JSON file, so the same command continues.
+
+    python recipes/qpeft/run.py DATA GROUP [--worker 0/2] [--output DIR]
+
+Groups are the functions of `cells.py`. With --worker i/n this process does every n-th cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from cells import GROUPS, Cell
+
+from qpeft import adapters
+from qpeft.adapters._folder import load_adapter, save_adapter
+from qpeft.data.candidates import candidates_from_run
+from qpeft.data.collection import Collection, open_collection
+from qpeft.evaluation.measures import evaluate
+from qpeft.loading import load_lm
+from qpeft.model_config import ModelConfig
+from qpeft.provenance import provenance
+from qpeft.retrieval.bm25 import BM25
+from qpeft.template import Prompt, load_template
+from qpeft.training.config import TrainingConfig
+from qpeft.training.dev import DevRanking
+from qpeft.training.groups import groups_from_collection
+from qpeft.training.trainer import Collator, fit
+from qpeft.types import Candidates, Group, Query, Run
+
+MEASURES = "nDCG@10 RR@10 R@10 CandHit@10 CandHit_clean@10 CandR@10 CandR_clean@10"
+DEPTH = 30
+TEST_QUERIES = {"reddit-shift": 600, "squad": 300, "wiki-shift": 200, "nq-mini": 200, "cacm": 52}
+DEV_QUERIES, DEV_DEPTH = 150, 15
+STORE_GIB = 5.0
+
+
+class Bench:
+    """Collections, first stages and the model, opened when first needed and kept."""
+
+    def __init__(self, data: Path, output: Path) -> None:
+        self.data, self.output = data, output
+        self.lm: Any = load_lm(ModelConfig("tiny-lm", passage_cache=STORE_GIB))
+        self._collections: dict[str, Collection] = {}
+        self._indexes: dict[str, BM25] = {}
+
+    def collection(self, name: str) -> Collection:
+        """Return a collection."""
+        if name not in self._collections:
+            self._collections[name] = open_collection(str(self.data / name))
+        return self._collections[name]
+
+    def index(self, name: str) -> BM25:
+        """Return its BM25 index."""
+        if name not in self._indexes:
+            self._indexes[name] = BM25(self.collection(name).passages.values())
+        return self._indexes[name]
+
+    def queries(self, name: str, split: str, count: int) -> list[Query]:
+        """Return a fixed sample of a split's queries."""
+        found = self.collection(name).queries(split)
+        ids = sorted(found)
+        random.Random(7).shuffle(ids)
+        return [found[query_id] for query_id in ids[:count]]
+
+    def first_stage(self, name: str, queries: list[Query], depth: int) -> Run:
+        """Return BM25's ranking."""
+        return Run(self.index(name).retrieve(queries, depth), "bm25")
+
+    def candidates(self, name: str, split: str, count: int, depth: int) -> list[Candidates]:
+        """Return candidates of a sample of queries."""
+        collection = self.collection(name)
+        queries = self.queries(name, split, count)
+        run = self.first_stage(name, queries, depth)
+        return list(candidates_from_run(run, collection.queries(split), collection.passages, depth))
+
+    def groups(self, cell: Cell, negatives: int) -> list[Group]:
+        """Return training groups, in equal shares from each home."""
+        homes = cell.home.split("+")
+        found = []
+        for home in homes:
+            share = cell.queries // len(homes)
+            found += groups_from_collection(
+                self.collection(home), "train", negatives=negatives, seed=cell.seed, queries=share, depth=DEPTH
+            )[0]
+        return found
+
+
+def others(queries: list[Query]) -> dict[str, Query]:
+    """Return for each query another one of the list: the next."""
+    return {query.id: other for query, other in zip(queries, queries[1:] + queries[:1], strict=True)}
+
+
+def per_query(run: Run, qrels: Any) -> dict[str, dict[str, float]]:
+    """Return measure → query id → value."""
+    evaluation = evaluate(run, qrels, MEASURES)
+    return {name: {q: round(v, 6) for q, v in values.items()} for name, values in evaluation.per_query.items()}
+
+
+def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
+    """Train and measure."""
+    lm = bench.lm
+    module = adapters.load(cell.adapter)
+    torch.manual_seed(cell.seed)
+    adapter = module.build(module.Config(**cell.options), lm)
+    prompt = Prompt(load_template(cell.template), lm.tokenizer, lm.max_length, hint_length=adapter.hint_length)
+    training = TrainingConfig(**cell.training)
+    groups = bench.groups(cell, training.negatives)
+    dev_home = cell.home.split("+")[0]
+    dev_items = bench.candidates(dev_home, "dev", DEV_QUERIES, DEV_DEPTH)
+    read = others([g.query for g in groups]) if cell.shuffled else None
+    dev_read = others([item.query for item in dev_items]) if cell.shuffled else None
+    dev = DevRanking(lm, prompt, dev_items, bench.collection(dev_home).qrels("dev"), training.measure, dev_read)
+    checkpoints = bench.output / "checkpoints" / cell.name
+    fitted = fit(
+        lm, adapter, groups, Collator(prompt, training, cell.seed, None, read), training,
+        checkpoints=checkpoints, seed=cell.seed, dev=dev, resume=True, baselines=False, progress=False,
+    )  # fmt: skip
+    result: dict[str, Any] = {
+        "cell": dataclasses.asdict(cell),
+        "trained_parameters": adapter.count_parameters(),
+        "training_seconds": round(fitted.seconds, 1),
+        "steps": fitted.steps,
+        "dev": fitted.dev,
+        "history": fitted.history,
+        "test": {},
+    }
+    if cell.test:
+        save_adapter(bench.output / "adapters" / cell.name, cell.adapter, adapter, lm, load_template(cell.template))
+        homes = cell.home.split("+")
+        result["test"] = {name: measure_on(bench, prompt, name, adapter, cell.shuffled) for name in homes}
+    return result
+
+
+def measure_on(bench: Bench, prompt: Prompt, name: str, adapter: Any, shuffled: bool = False) -> dict[str, Any]:
+    """Rank a sample of a collection's test queries."""
+    items = bench.candidates(name, "test", TEST_QUERIES[name], DEPTH)
+    qrels = bench.collection(name).qrels("test")
+    read = others([item.query for item in items]) if shuffled else None
+    ranking = DevRanking(bench.lm, prompt, items, qrels, "RR@10", read)
+    started = time.perf_counter()
+    run = ranking.rank(adapter)
+    seconds = time.perf_counter() - started
+    pairs = sum(len(item.passages) for item in items)
+    judged = {item.query.id: qrels[item.query.id] for item in items}
+    return {"per_query": per_query(run, judged), "passages/s": round(pairs / seconds, 1)}
+
+
+def transfer(bench: Bench) -> None:
+    """Measure the finished adapters of the first seed on the collections that they were not trained on."""
+    paths = sorted((bench.output / "cells").glob("*-seed1-*.json"))
+    for name in TEST_QUERIES:  # collection by collection, so that each passage is encoded once
+        for path in paths:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            folder = bench.output / "adapters" / path.stem
+            if name in result["test"] or not folder.exists() or result["cell"]["shuffled"]:
+                continue
+            opened = load_adapter(folder, bench.lm)
+            prompt = Prompt(
+                opened.template, bench.lm.tokenizer, bench.lm.max_length, hint_length=opened.adapter.hint_length
+            )
+            result["test"][name] = measure_on(bench, prompt, name, opened.adapter)
+            write(path, result)
+            print(time.strftime("%H:%M:%S"), name, path.stem, flush=True)
+
+
+def baselines(bench: Bench) -> dict[str, Any]:
+    """Measure the first stage, and the model alone."""
+    prompt = Prompt(load_template("plain"), bench.lm.tokenizer, bench.lm.max_length)
+    found: dict[str, Any] = {"bm25": {}, "zero_shot": {}}
+    for name, count in TEST_QUERIES.items():
+        queries = bench.queries(name, "test", count)
+        qrels = bench.collection(name).qrels("test")
+        run = bench.first_stage(name, queries, DEPTH)
+        found["bm25"][name] = {"per_query": per_query(run, {q.id: qrels[q.id] for q in queries})}
+        found["zero_shot"][name] = measure_on(bench, prompt, name, None)
+    return found
+
+
+def write(path: Path, value: Any) -> None:
+    """Write JSON beside its place and move it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=None), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder with the BEIR folders")
+    parser.add_argument("group", choices=[*GROUPS, "baselines", "transfer"])
+    parser.add_argument("--worker", default="0/1")
+    parser.add_argument("--output", type=Path, default=Path("out/qpeft"))
+    args = parser.parse_args()
+    number, of = map(int, args.worker.split("/"))
+    bench = Bench(args.data, args.output)
+    if args.group == "baselines":
+        write(args.output / "cells" / "baselines.json", {**baselines(bench), "made": provenance()})
+        return
+    if args.group == "transfer":
+        transfer(bench)
+        return
+    for cell in list(GROUPS[args.group]())[number::of]:
+        path = args.output / "cells" / f"{cell.name}.json"
+        if not path.exists():
+            result = run_cell(bench, cell)
+            write(path, {**result, "made": provenance()})
+            print(time.strftime("%H:%M:%S"), cell.name, result["dev"], result["training_seconds"], flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Turn finished cells into the tables and figures of this recipe.
+
+    python recipes/qpeft/table.py [--cells out/qpeft/cells] [--output recipes/qpeft/results]
+
+A row's value is the mean over seeds of the means over queries; ± is the standard deviation over seeds. Tests are paired
+t-tests over queries, on each query's mean over the seeds, against zero-shot and against the soft prompt, Holm-corrected
+over all rows of a collection and both baselines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qpeft.evaluation.significance import holm, paired_t
+
+MEASURES = ("nDCG@10", "RR@10", "R@10", "CandHit@10", "CandHit_clean@10")
+BASELINES = ("zero_shot", "soft_prompt")
+
+
+def read_cells(folder: Path) -> dict[tuple[str, int, str], list[dict[str, Any]]]:
+    """Return (home, queries, row) → cells, one per seed."""
+    found: dict[tuple[str, int, str], list[dict[str, Any]]] = collections.defaultdict(list)
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result.get("test"):
+            cell = result["cell"]
+            found[cell["home"], cell["queries"], cell["row"]].append(result)
+    return found
+
+
+def averaged(cells: list[dict[str, Any]], collection: str, measure: str) -> dict[str, float]:
+    """Return query id → the measure's mean over seeds."""
+    values = [cell["test"][collection]["per_query"][measure] for cell in cells]
+    return {query: statistics.fmean(v[query] for v in values) for query in values[0]}
+
+
+def p_value(one: dict[str, float], other: dict[str, float]) -> float | None:
+    """Return the paired t-test's two-sided p."""
+    return paired_t(np.array([one[query] - other[query] for query in other]))
+
+
+def table(
+    rows: dict[str, list[dict[str, Any]]], baselines: dict[str, Any], collection: str
+) -> tuple[list[list[str]], list[dict[str, Any]]]:
+    """Return the lines of a collection's table, and every comparison."""
+    references = {"zero_shot": baselines["zero_shot"][collection]["per_query"]["RR@10"]}
+    if "soft_prompt" in rows:
+        references["soft_prompt"] = averaged(rows["soft_prompt"], collection, "RR@10")
+    comparisons = []
+    for name, cells in rows.items():
+        own = averaged(cells, collection, "RR@10")
+        for reference, values in references.items():
+            if name != reference:
+                difference = statistics.fmean(own[q] - values[q] for q in values)
+                comparisons.append(
+                    {"row": name, "against": reference, "difference": difference, "p": p_value(own, values)}
+                )
+    for comparison, corrected in zip(comparisons, holm([c["p"] for c in comparisons]), strict=True):
+        comparison["p_holm"] = corrected
+    lines = []
+    for name in ("bm25", "zero_shot"):
+        per_query = baselines[name][collection]["per_query"]
+        values = [f"{statistics.fmean(per_query[m].values()):.3f}" for m in MEASURES]
+        lines.append([name, *values, "", "", "", ""])
+    for name, cells in rows.items():
+        values = []
+        for measure in MEASURES:
+            means = [statistics.fmean(c["test"][collection]["per_query"][measure].values()) for c in cells]
+            spread = f" ± {statistics.stdev(means):.3f}" if len(means) > 1 else ""
+            values.append(f"{statistics.fmean(means):.3f}{spread}")
+        marks = []
+        for reference in BASELINES:
+            found = [c for c in comparisons if c["row"] == name and c["against"] == reference]
+            marks.append("" if not found else f"{found[0]['difference']:+.3f} (p {shown(found[0]['p_holm'])})")
+        seconds = statistics.fmean(c["training_seconds"] for c in cells)
+        lines.append([name, *values, *marks, f"{cells[0]['trained_parameters']:,}", f"{seconds:,.0f}"])
+    return lines, comparisons
+
+
+def shown(p: float | None) -> str:
+    """Return a p-value as it is printed."""
+    return "–" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Return lines as a Markdown table."""
+    head = ["", *MEASURES, "RR@10 − zero-shot", "RR@10 − soft prompt", "trained parameters", "training seconds"]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
+def main() -> None:
+    """Write one table per home and collection, and all comparisons."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", type=Path, default=Path("out/qpeft/cells"))
+    parser.add_argument("--output", type=Path, default=Path("recipes/qpeft/results"))
+    args = parser.parse_args()
+    baselines = json.loads((args.cells / "baselines.json").read_text(encoding="utf-8"))
+    grouped: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = collections.defaultdict(dict)
+    for (home, queries, row), cells in read_cells(args.cells).items():
+        grouped[home, queries][row] = cells
+    texts, everything = [], {}
+    for (home, queries), rows in sorted(grouped.items()):
+        for collection in next(iter(rows.values()))[0]["test"]:
+            complete = {name: cells for name, cells in rows.items() if all(collection in c["test"] for c in cells)}
+            lines, comparisons = table(complete, baselines, collection)
+            count = len(baselines["bm25"][collection]["per_query"]["RR@10"])
+            title = f"### Trained on {home}, {queries} queries; measured on {collection}, {count} test queries"
+            texts.append(f"{title}\n\n{markdown(lines)}\n")
+            everything[f"{home} {queries} → {collection}"] = comparisons
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "tables.md").write_text("\n".join(texts), encoding="utf-8")
+    (args.output / "comparisons.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

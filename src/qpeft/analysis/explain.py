@@ -1,0 +1,288 @@
+"""Why a passage got its score: which query tokens a hint made likelier, and which passage tokens the hint comes from.
+
+Query likelihood is a mean over the query's tokens, so the tokens' log-probabilities are the explanation of the score,
+not a model of it. What an adapter chose or attended to comes from the forward pass that scores.
+
+Shapes: `n` query tokens, `m` passage tokens that the adapter reads, `k` chosen ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qpeft.adapters._folder import AdapterFolder, load_adapter
+from qpeft.analysis.pieces import pieces, words
+from qpeft.errors import InputError, OptionError
+from qpeft.hints import Hints, HintWriter, Pairs
+from qpeft.pretrained import LanguageModel, RowLogProbs
+from qpeft.template import Prompt, Row, Template, load_template
+from qpeft.types import Passage, Query, Ranking
+
+
+@dataclass(frozen=True, slots=True)
+class QueryToken:
+    """A scored token; log-probabilities in nats, `hinted` with the hint. `of_template`: a scored cue or end mark."""
+
+    text: str
+    log_prob: float
+    hinted: float | None = None
+    of_template: bool = False
+
+    @property
+    def change(self) -> float | None:
+        """What the hint added to the log-probability, in nats."""
+        return None if self.hinted is None else self.hinted - self.log_prob
+
+
+@dataclass(frozen=True, slots=True)
+class PassageToken:
+    """A token that stands before the hint, or that the adapter reads.
+
+    `chosen` is its best rank in the hint, from 1; `attention` what it got of 1, averaged over the query's tokens. None
+    where the adapter does not choose, or does not attend. `of_template`: a word of the template, not of the passage.
+    """
+
+    text: str
+    chosen: int | None = None
+    attention: float | None = None
+    of_template: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """A passage's score and place among the passages given, without and with (`hinted`) the adapter's hint.
+
+    `score` is the mean over `query` of the log-probabilities, in nats. `hint` lists the chosen tokens, first to last.
+    `attention` `[n, m]` is from the tokens of `query` that are not of the template (or from the adapter's own readers)
+    to `tokens`, where it was asked for.
+    """
+
+    passage: Passage
+    query: tuple[QueryToken, ...]
+    tokens: tuple[PassageToken, ...]
+    score: float
+    rank: int
+    hinted_score: float | None = None
+    hinted_rank: int | None = None
+    hint: tuple[str, ...] = ()
+    attention: tuple[tuple[float, ...], ...] | None = None
+    truncated: bool = False
+
+    @property
+    def place(self) -> int:
+        """The rank that counts: with the hint, if there is one."""
+        return self.rank if self.hinted_rank is None else self.hinted_rank
+
+    @property
+    def moved(self) -> int:
+        """Places won by the hint; negative: lost."""
+        return self.rank - self.place
+
+
+def explain(
+    lm: LanguageModel,
+    adapter: AdapterFolder | str | Path | None,
+    template: Template | None,
+    query: Query,
+    passages: Sequence[Passage],
+    *,
+    max_passage_tokens: int | None = None,
+    attention: bool = False,
+) -> list[Explanation]:
+    """Explain the scores of passages for a query, in the order given.
+
+    Both scores are of the same tokens: where room is kept for a hint, the score without it is of the passage so cut.
+
+    Args:
+        lm: the language model.
+        adapter: a trained adapter, as a folder or opened; without one, only likelihoods are explained.
+        template: the prompt; by default the adapter's, else plain.
+        query: what is scored.
+        passages: ranked against each other; their ids must differ.
+        max_passage_tokens: cut passages to this many tokens; by default what the adapter was trained with.
+        attention: also return the attention of each query token.
+
+    Raises:
+        OptionError: an adapter for an encoder-decoder, or a template other than the one that it was trained with.
+        AdapterError: no adapter folder, or one of another model.
+        QueryError: the query is empty, or leaves no room for a passage.
+        InputError: a passage has no tokens.
+        ScoreError: the model gave a score that is no number, or two passages have one id.
+    """
+    opened = _open(lm, adapter, template)
+    template = opened.template if opened else template or load_template("plain")
+    if opened and max_passage_tokens is None:
+        max_passage_tokens = opened.max_passage_tokens
+    prompt = Prompt(
+        template,
+        lm.tokenizer,
+        lm.max_length,
+        max_passage_tokens=max_passage_tokens,
+        hint_length=opened.adapter.hint_length if opened else None,
+        separate_target=lm.has_encoder,
+    )
+    rows = [prompt.rows(query, passage)[0] for passage in passages]
+    for row, passage in zip(rows, passages, strict=True):
+        if row.passage[0] == row.passage[1]:
+            raise InputError(f"passage {passage.id!r} has no tokens")
+    recorder = _Recorder(opened.adapter) if opened else None
+    alone = lm.log_probs(rows)
+    hinted = lm.log_probs(rows, adapters=recorder) if recorder else [None] * len(rows)
+    ranks = _ranks(query, passages, [_score(value) for value in alone])
+    hinted_ranks = _ranks(query, passages, [_score(value) for value in hinted if value]) if recorder else {}
+    found = []
+    for row, passage, before, after in zip(rows, passages, alone, hinted, strict=True):
+        read = _Reading(row, lm.tokenizer, template, passage, recorder)
+        found.append(
+            Explanation(
+                passage,
+                _query_tokens(row, lm.tokenizer, template, query, before, after),
+                read.tokens(),
+                _score(before),
+                ranks[passage.id],
+                _score(after) if after else None,
+                hinted_ranks.get(passage.id),
+                read.hint(),
+                read.attention() if attention else None,
+                row.truncated,
+            )
+        )
+    return found
+
+
+def most_read(explanation: Explanation, count: int = 10) -> list[tuple[str, float]]:
+    """Return the passage's words with the most attention, and their shares of 1 where these are a hundredth or more.
+
+    Equal words are taken together.
+    """
+    shares: dict[str, float] = {}
+    listed = words([token.text for token in explanation.tokens])
+    for word, token in zip(listed, explanation.tokens, strict=True):
+        if token.attention:
+            shares[word.lower()] = shares.get(word.lower(), 0.0) + token.attention
+    ordered = sorted(shares.items(), key=lambda item: -item[1])
+    return [(word, share) for word, share in ordered[:count] if share >= 0.01]
+
+
+class _Recorder:
+    """Passes on the hints of one query's rows, and keeps the reasons by what was read of a row: `[k]`, `[n, m]`."""
+
+    def __init__(self, adapter: HintWriter) -> None:
+        self._adapter = adapter
+        self.reads_layer = adapter.reads_layer
+        self.reads_template = adapter.reads_template
+        self.changes_lm = adapter.changes_lm
+        self.reasons: dict[tuple[int, ...], tuple[Tensor | None, Tensor | None]] = {}
+
+    def applied(self) -> AbstractContextManager[None]:
+        return self._adapter.applied()
+
+    def hint_length(self, query_tokens: int) -> int:
+        return self._adapter.hint_length(query_tokens)
+
+    def __call__(self, pairs: Pairs) -> Hints:
+        hints = self._adapter(pairs)
+        for row, (ids, mask) in enumerate(zip(pairs.passage, pairs.passage_mask, strict=True)):
+            chosen = None if hints.chosen is None else hints.chosen[row]
+            attention = None if hints.attention is None else hints.attention[row][:, mask].float().cpu()
+            self.reasons[tuple(ids[mask].tolist())] = chosen, attention
+        return hints
+
+
+class _Reading:
+    """What an adapter read of one row, token by token; of a row without an adapter, its passage."""
+
+    def __init__(
+        self, row: Row, tokenizer: Any, template: Template, passage: Passage, recorder: _Recorder | None
+    ) -> None:
+        bos = int(tokenizer.bos_token_id is not None)
+        self._span = row.passage
+        if recorder is not None and recorder.reads_template:
+            self._span = bos, len(row.context[: row.hint])
+        self._passage = range(*row.passage)
+        self._texts = _context_texts(row, tokenizer, template, passage, bos)
+        read = row.context[slice(*self._span)]
+        chosen, self._attention = recorder.reasons.get(read, (None, None)) if recorder else (None, None)
+        self._chosen = [] if chosen is None else [self._span[0] + place for place in chosen.tolist() if place >= 0]
+
+    def tokens(self) -> tuple[PassageToken, ...]:
+        ranks: dict[int, int] = {}
+        for rank, place in enumerate(self._chosen, start=1):
+            ranks.setdefault(place, rank)
+        places, passage = range(*self._span), self._passage
+        shares = [None] * len(places) if self._attention is None else self._attention.mean(0).tolist()
+        return tuple(
+            PassageToken(text if place > places.start else text.lstrip(), ranks.get(place), share, place not in passage)
+            for place, text, share in zip(places, self._texts[slice(*self._span)], shares, strict=True)
+        )
+
+    def hint(self) -> tuple[str, ...]:
+        listed = words(self._texts)
+        return tuple(listed[place] for place in self._chosen)
+
+    def attention(self) -> tuple[tuple[float, ...], ...] | None:
+        return None if self._attention is None else tuple(map(tuple, self._attention.tolist()))
+
+
+def _context_texts(row: Row, tokenizer: Any, template: Template, passage: Passage, bos: int) -> list[str]:
+    """Return a piece for each token of the context; a literal, the passage and a literal were tokenised apart."""
+    start, end = row.passage
+    before, _, after = template.context.replace("{hint}", "").partition("{passage}")
+    texts = pieces(tokenizer, row.context[:bos])
+    for ids, text in (
+        (row.context[bos:start], before),
+        (row.context[start:end], template.passage_text(passage)),
+        (row.context[end:], after),
+    ):
+        shown = pieces(tokenizer, ids, text.strip(" "))
+        if shown and texts and texts[-1][-1:].strip() and shown[0][:1].strip():
+            shown[0] = f" {shown[0]}"
+        texts += shown
+    return texts
+
+
+def _open(
+    lm: LanguageModel, adapter: AdapterFolder | str | Path | None, template: Template | None
+) -> AdapterFolder | None:
+    if adapter is None:
+        return None
+    if lm.has_encoder:
+        raise OptionError("--adapter needs a decoder-only model")
+    opened = adapter if isinstance(adapter, AdapterFolder) else load_adapter(adapter, lm)  # type: ignore[arg-type]
+    if template is not None and template.fingerprint != opened.template.fingerprint:
+        raise OptionError(f"--template {template.name}: the adapter was trained with {opened.template.name!r}")
+    return opened
+
+
+def _query_tokens(
+    row: Row, tokenizer: Any, template: Template, query: Query, before: RowLogProbs, after: RowLogProbs | None
+) -> tuple[QueryToken, ...]:
+    """Return the scored tokens of a row, those of the query as they are written in its text."""
+    stop = len(row.target) - int(template.score_end and tokenizer.eos_token_id is not None)
+    start = stop - len(row.query)
+    texts = pieces(tokenizer, row.target[:start], template.target.removesuffix("{query}").strip(" "))
+    texts += pieces(tokenizer, row.query, template.query_text(query))
+    texts += pieces(tokenizer, row.target[stop:])
+    scored = [place for place, counts in enumerate(row.scored) if counts]
+    hinted = [None] * len(scored) if after is None else after.target.tolist()
+    return tuple(
+        QueryToken(texts[place], value, with_hint, not start <= place < stop)
+        for place, value, with_hint in zip(scored, before.target.tolist(), hinted, strict=True)
+    )
+
+
+def _score(value: RowLogProbs | None) -> float:
+    assert value is not None
+    return float(value.target.double().mean())
+
+
+def _ranks(query: Query, passages: Sequence[Passage], scores: Sequence[float]) -> dict[str, int]:
+    """Return passage id → rank from 1, by the rule of all rankings."""
+    ranking = Ranking.from_scores(query.id, [(p.id, score) for p, score in zip(passages, scores, strict=True)])
+    return {hit.passage_id: rank for rank, hit in enumerate(ranking.hits, start=1)}

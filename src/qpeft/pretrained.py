@@ -1,0 +1,189 @@
+"""What all language models share: the protocol that methods see, batches within a memory budget, log-softmax in float32.
+
+Rows are sorted by length, padded within batches that hold a bounded number of tokens, and come back in the order given.
+
+Shapes: `B` rows, `T` positions, `N` scored positions of a batch, `K` scored positions of a row, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qpeft.errors import ModelError
+from qpeft.hints import HintWriter
+from qpeft.provenance import weights_fingerprint
+from qpeft.template import Row
+
+
+@dataclass(frozen=True, slots=True)
+class RowLogProbs:
+    """Natural log-probabilities of a row's tokens, float32 on the CPU.
+
+    `target` `[K]` are the scored target tokens; `passage` `[m]` the passage's tokens, where they were asked for.
+    """
+
+    target: Tensor
+    passage: Tensor | None = None
+
+
+class LanguageModel(Protocol):
+    """What methods need of a model."""
+
+    name: str
+    tokenizer: Any
+    max_length: int
+    has_encoder: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are sent."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Name of the weights' type."""
+        ...
+
+    @property
+    def revision(self) -> str | None:
+        """Commit on the model hub, if the model came from there."""
+        ...
+
+    @property
+    def sha256(self) -> str | None:
+        """Hash of the weights, if the model came from a folder."""
+        ...
+
+    def log_probs(
+        self,
+        rows: Sequence[Row],
+        *,
+        with_passage: bool = False,
+        adapters: HintWriter | Sequence[HintWriter | None] | None = None,
+    ) -> list[RowLogProbs]:
+        """Return the log-probabilities of each row's scored tokens, in order."""
+        ...
+
+
+class PretrainedLM:
+    """What decoder-only and encoder-decoder models share: batches, memory, order."""
+
+    has_encoder: bool
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        max_length: int,
+        batch_tokens: int,
+        folder: Path | None = None,
+    ) -> None:
+        self.name = name
+        self._folder = folder
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.model = model.eval().requires_grad_(False)
+        self._batch_tokens = batch_tokens
+        self._budget = batch_tokens  # halved when memory runs out, grows back afterwards
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are sent."""
+        return torch.device(self.model.device)
+
+    @property
+    def dtype(self) -> str:
+        """Name of the weights' type, as the option `--dtype` spells it."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def revision(self) -> str | None:
+        """Commit on the model hub, if the model came from there."""
+        commit: str | None = getattr(self.model.config, "_commit_hash", None)
+        return commit
+
+    @functools.cached_property
+    def sha256(self) -> str | None:
+        """Hash of the weight files and the configuration; None for a model that came from the hub or from memory."""
+        return None if self._folder is None else weights_fingerprint(self._folder)
+
+    @torch.no_grad()
+    def log_probs(
+        self,
+        rows: Sequence[Row],
+        *,
+        with_passage: bool = False,
+        adapters: HintWriter | Sequence[HintWriter | None] | None = None,
+    ) -> list[RowLogProbs]:
+        """Return the log-probabilities of each row's scored tokens, in order.
+
+        Args:
+            rows: token ids, of any lengths.
+            with_passage: also return those of the passage's tokens (decoder-only models).
+            adapters: what writes the hints: one adapter for all rows, or one (or None) for each.
+
+        Raises:
+            ModelError: a single row does not fit in memory.
+        """
+        each = list(adapters) if isinstance(adapters, Sequence) else [adapters] * len(rows)
+        sizes = [len(row) + (a.hint_length(len(row.query)) if a else 0) for row, a in zip(rows, each, strict=True)]
+        results: list[RowLogProbs | None] = [None] * len(rows)
+        # Longest first, so that what does not fit shows right away.
+        waiting = sorted(range(len(rows)), key=lambda i: (sizes[i], -i))
+        while waiting:
+            count = min(len(waiting), max(1, self._budget // max(1, sizes[waiting[-1]])))
+            chosen = waiting[-count:][::-1]
+            try:
+                values = self._forward([rows[i] for i in chosen], with_passage, [each[i] for i in chosen])
+            except torch.OutOfMemoryError as error:
+                if count == 1:
+                    raise ModelError(f"{sizes[chosen[0]]} tokens do not fit in the memory of {self.device}") from error
+                torch.cuda.empty_cache()
+                self._budget = count * sizes[chosen[0]] // 2
+                continue
+            del waiting[-count:]
+            for i, value in zip(chosen, values, strict=True):
+                results[i] = value
+        self._budget = min(self._batch_tokens, self._budget * 2)
+        return [result for result in results if result is not None]
+
+    def _forward(
+        self, rows: Sequence[Row], with_passage: bool, adapters: Sequence[HintWriter | None]
+    ) -> list[RowLogProbs]:
+        raise NotImplementedError
+
+
+def pad_ids(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Right-pad with zeros: ids `[B, T]` and mask `[B, T]`."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=torch.long)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], dtype=torch.long)
+    return ids, mask
+
+
+def token_log_probs(logits: Tensor, tokens: Tensor, chunk: int = 128) -> Tensor:
+    """Return `log softmax(logits)[tokens]` in float32.
+
+    Args:
+        logits: `[N, V]`, any floating dtype.
+        tokens: `[N]`.
+        chunk: positions that are converted to float32 at a time.
+
+    Returns:
+        `[N]`.
+
+    """
+    parts = []
+    for some, chosen in zip(torch.split(logits, chunk), torch.split(tokens, chunk), strict=True):
+        exact = some.float()
+        parts.append(exact.gather(1, chosen[:, None]).squeeze(1) - exact.logsumexp(1))
+    return torch.cat(parts) if parts else logits.new_zeros(0, dtype=torch.float32)
