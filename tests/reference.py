@@ -43,7 +43,7 @@ def naive_hinted_log_probs(model, row, vectors):
 
 @torch.no_grad()
 def naive_hints(model, adapter, row):
-    """Return the vectors `[L, d]` that an adapter writes for one row, of its passage's tokens alone, without padding."""
+    """Return the vectors `[L, d]` that an adapter writes for one row, from its passage alone and without padding."""
     start, end = row.passage
     states = None
     if adapter.reads_layer is not None:

@@ -113,11 +113,14 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     prompt = Prompt(load_template(cell.template), lm.tokenizer, lm.max_length, hint_length=adapter.hint_length)
     training = TrainingConfig(**cell.training)
     groups = bench.groups(cell, training.negatives)
-    dev_home = cell.home.split("+")[0]
-    dev_items = bench.candidates(dev_home, "dev", DEV_QUERIES, DEV_DEPTH)
+    homes = cell.home.split("+")
+    dev_items, dev_qrels = [], {}
+    for home in homes:
+        dev_items += bench.candidates(home, "dev", DEV_QUERIES // len(homes), DEV_DEPTH)
+        dev_qrels |= bench.collection(home).qrels("dev")
     read = others([g.query for g in groups]) if cell.shuffled else None
     dev_read = others([item.query for item in dev_items]) if cell.shuffled else None
-    dev = DevRanking(lm, prompt, dev_items, bench.collection(dev_home).qrels("dev"), training.measure, dev_read)
+    dev = DevRanking(lm, prompt, dev_items, dev_qrels, training.measure, dev_read)
     checkpoints = bench.output / "checkpoints" / cell.name
     fitted = fit(
         lm, adapter, groups, Collator(prompt, training, cell.seed, None, read), training,
@@ -134,7 +137,6 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     }
     if cell.test:
         save_adapter(bench.output / "adapters" / cell.name, cell.adapter, adapter, lm, load_template(cell.template))
-        homes = cell.home.split("+")
         result["test"] = {name: measure_on(bench, prompt, name, adapter, cell.shuffled) for name in homes}
     return result
 

@@ -26,7 +26,7 @@ COMMANDS = {
     "fuse": "merge several runs by reciprocal rank",
     "interpolate": "mix a reranked run with its first stage, the weight chosen on dev",
     "score": "score passages for a query, or JSON lines on standard input",
-    "explain": "show what a hint changed in each query token, and where it comes from",
+    "explain": "show what an adapter changed in each query token, and which passage words it read",
     "evaluate": "measure runs",
     "compare": "test runs against a baseline, with an HTML report",
     "data info": "describe a collection",

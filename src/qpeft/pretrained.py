@@ -1,4 +1,4 @@
-"""What all language models share: the protocol that methods see, batches within a memory budget, log-softmax in float32.
+"""What all language models share: the protocol that methods see, batches within a memory budget, exact log-softmax.
 
 Rows are sorted by length, padded within batches that hold a bounded number of tokens, and come back in the order given.
 

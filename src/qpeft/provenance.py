@@ -12,7 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("qpeft", "torch", "transformers", "tokenizers", "bm25s", "ir_measures", "sentence-transformers", "numpy")
+PACKAGES = (
+    "qpeft", "torch", "transformers", "tokenizers", "accelerate", "peft",
+    "bm25s", "ir_measures", "sentence-transformers", "numpy",
+)  # fmt: skip
 
 
 def provenance(**facts: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ MLP = {
     "gpt_neox": {"dense_h_to_4h", "dense_4h_to_h"},
     "mixtral": {"experts", "base_layer"},
 }
-WIDE = {"gpt2": {"n_embd": 64}} | dict.fromkeys(("llama", "gemma2"), {"hidden_size": 64})
+WIDE = {"gpt2": {"n_embd": 64}} | {family: {"hidden_size": 64} for family in ("llama", "gemma2")}
 GATED = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
 
 
@@ -231,6 +231,24 @@ def test_which_layers(family, make_lm):
     assert (within["attention"], within["mlp"]) == ({True}, {False})
 
 
+@pytest.mark.parametrize("modules", ["all", "attention", "mlp"])
+@pytest.mark.parametrize(("family", "layers"), [("bert", "num_hidden_layers"), ("gpt2", "n_layer")])
+def test_deep_models(family, layers, modules, make_lm, monkeypatch, tmp_path):
+    """From twenty layers on, peft shortens their list to tails of names, which must not reach others."""
+    monkeypatch.setitem(FAMILIES, family, FAMILIES[family] | {layers: 12})
+    lm = make_lm(family)
+    adapter = lora.build(lora.Config(modules=modules, r=1), lm)
+    count = {"bert": {"all": 6, "attention": 4, "mlp": 2}, "gpt2": {"all": 4, "attention": 2, "mlp": 2}}
+    assert len(layer_names(adapter)) == 12 * count[family][modules]
+    assert {("attention" in n or "attn" in n) for n in layer_names(adapter)} == {
+        "all": {True, False}, "attention": {True}, "mlp": {False},
+    }[modules]  # fmt: skip
+    save_adapter(tmp_path / "a", "lora", adapter, lm, load_template("plain"))
+    opened = open_with_peft(family, tmp_path / "a")
+    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert set(peft.get_peft_model_state_dict(opened, save_embedding_layers=False)) == set(stored)
+
+
 def test_layers_by_name(make_lm):
     lm = make_lm("llama")
     lora.build(lora.Config(), lm)  # names are those of the model, whatever has been put into it
@@ -338,7 +356,7 @@ def test_folders_that_are_refused(make_lm, tmp_path):
     with pytest.raises(AdapterError, match=r"qpeft\.json: not readable"):
         load_adapter(tmp_path / "a", lm)
     (tmp_path / "a" / "qpeft.json").unlink()
-    with pytest.raises(AdapterError, match="not an adapter of qpeft .peft_type 'LORA'"):
+    with pytest.raises(AdapterError, match=r"not an adapter of qpeft \(peft_type 'LORA'"):
         load_adapter(tmp_path / "a", lm)
 
 

@@ -1,4 +1,4 @@
-"""Q-PEFT-A and Q-PEFT-C: attention from the query to the passage (METHODS A.6); and the prompts that are their controls."""
+"""Q-PEFT-A and Q-PEFT-C attend from the query to the passage; soft_prompt and passage_prompt are their controls."""
 
 import pytest
 import torch
@@ -10,7 +10,23 @@ from qpeft.hints import Pairs
 from qpeft.types import Passage, Query
 from tiny_adapters import PASSAGES, build, rows_for, with_store
 
-WORDS = "sky sea moon tide water cat dog river lake city king year lion red green".split()
+WORDS = [
+    "sky",
+    "sea",
+    "moon",
+    "tide",
+    "water",
+    "cat",
+    "dog",
+    "river",
+    "lake",
+    "city",
+    "king",
+    "year",
+    "lion",
+    "red",
+    "green",
+]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +132,7 @@ def test_a_logit_starts_near_a_centred_cosine(lm):
 
 def test_default_attention_starts_near_uniform(lm):
     adapter = build("qpeft_a", lm, attn_init="default", hint_prefix="", hint_suffix="")
-    # METHODS A.6 measured it at a real model's size of embeddings, not at that of the tiny ones.
+    # So it is where embeddings are as small as those of real models.
     small = Pairs(*(getattr(pairs(lm, WORDS[:3], WORDS), name) for name in Pairs.__slots__))
     frozen = adapter.look_up_frozen(small.passage) * 0.02
     allowed = small.passage_mask
@@ -224,9 +240,10 @@ def test_options_of_c(lm):
         build("qpeft_c", lm, layer=-4)
     with pytest.raises(OptionError, match="--attn-init of qpeft_c is cosine"):
         build("qpeft_c", lm, attn_init="default")
+    made = [build("qpeft_c", lm, layer=layer) for layer in (0, 1)]
+    rows = rows_for(lm, made[0])[:2]
     with pytest.raises(OptionError, match="read states of different layers"):
-        rows = rows_for(lm, build("qpeft_c", lm))[:2]
-        lm.score(rows, [build("qpeft_c", lm, layer=0), build("qpeft_c", lm, layer=1)])
+        lm.score(rows, made)
 
 
 @pytest.mark.parametrize("length", [2, 5, 9])

@@ -1,4 +1,4 @@
-"""Q-PEFT-R chooses the tokens that it says it chooses (METHODS A.5)."""
+"""Q-PEFT-R chooses the tokens that it says it chooses, and an untrained hint is their plain text."""
 
 import math
 
@@ -142,7 +142,9 @@ def test_an_untrained_hint_is_the_plain_text_of_its_tokens(family, make_lm):
         (places,) = adapter.choose(lm.pairs([row], adapter, None))
         span = row.context[slice(*row.passage)]
         text = [*ids(lm, "hints:"), *(span[place] for place in places if place >= 0), *ids(lm, "\n")]
-        said = type(row)((*row.context[: row.hint], *text, *row.context[row.hint :]), row.target, row.scored, (0, 0), None)
+        said = type(row)(
+            (*row.context[: row.hint], *text, *row.context[row.hint :]), row.target, row.scored, (0, 0), None
+        )
         expected = torch.tensor(naive_log_probs(lm.model, said)[0], dtype=torch.float64)
         (value,) = lm.log_probs([row], adapters=adapter)
         torch.testing.assert_close(value.target.double(), expected, atol=1e-4, rtol=0)

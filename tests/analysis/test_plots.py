@@ -2,9 +2,10 @@ import re
 import xml.etree.ElementTree as ET
 
 import matplotlib
+import matplotlib.image
 import pytest
 
-from qpeft.analysis.plots import GAIN, LOSS, SERIES, cutoff_curves, difference_bars
+from qpeft.analysis.plots import GAIN, LOSS, SERIES, cutoff_curves, difference_bars, training_curves
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -53,3 +54,32 @@ def test_figures_are_reproducible_and_leave_matplotlib_alone():
     first = difference_bars([0.1, -0.2], "AP", "n")
     assert first == difference_bars([0.1, -0.2], "AP", "n")
     assert matplotlib.rcParams == before
+
+
+HISTORY = [
+    {"loss": 6.0, "grad_norm": 0.3, "learning_rate": 0.001, "epoch": 0.5, "step": 1},
+    {"eval_RR@10": 0.5, "epoch": 0.5, "step": 1},
+    {"loss": 5.0, "grad_norm": 0.3, "learning_rate": 0.0005, "epoch": 1.0, "step": 2},
+    {"eval_RR@10": 0.75, "epoch": 1.0, "step": 2},
+    {"train_runtime": 5.2, "train_loss": 5.5, "epoch": 1.0, "step": 2},
+]
+
+
+@pytest.mark.parametrize(
+    ("history", "dev"),
+    [
+        (HISTORY, {"zero_shot": 0.6, "untrained": 0.55, "trained": 0.75}),
+        (HISTORY, {"zero_shot": None, "untrained": None, "trained": 0.75}),
+        ([entry for entry in HISTORY if "loss" in entry], {"zero_shot": None, "untrained": None, "trained": None}),
+        ([], {"zero_shot": 0.6, "untrained": 0.55, "trained": None}),
+        ([], {}),
+    ],
+)
+def test_training_curves_are_a_picture(history, dev, tmp_path):
+    path = tmp_path / "new" / "training.png"
+    training_curves(history, "RR@10", dev, path)
+    assert [file.name for file in path.parent.iterdir()] == ["training.png"]
+    picture = matplotlib.image.imread(path)
+    assert picture.shape[0] > 300
+    assert picture.shape[1] > 800
+    assert len({tuple(pixel) for pixel in picture.reshape(-1, picture.shape[2])[::7].tolist()}) > 10

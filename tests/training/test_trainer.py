@@ -9,40 +9,12 @@ from transformers import TrainerCallback
 
 from qpeft import losses
 from qpeft.errors import OptionError, QueryError
-from qpeft.template import Prompt, load_template
 from qpeft.training import config as training_config
 from qpeft.training.config import TrainingConfig
 from qpeft.training.dev import DevRanking
-from qpeft.training.groups import in_batch_negatives
-from qpeft.training.trainer import Collator, Learner, TrainingSet, fit
-from qpeft.types import Candidates, Group, Passage, Query
+from qpeft.training.trainer import Collator, Learner, fit
 from tiny_adapters import NAMES, build, with_store
-
-TEXTS = {
-    "sky": "the blue sky is in the light of the air",
-    "sea": "the salty sea and its tide",
-    "octopus": "the octopus has three heart",
-    "king": "the old king of the city",
-    "lion": "the lion and the red cat",
-    "river": "a long river from the lake",
-}
-PASSAGES = {name: Passage(name, text) for name, text in TEXTS.items()}
-ASKED = {"sky": "why is the sky blue", "sea": "salty tide", "octopus": "three heart", "king": "who was the old king"}
-GROUPS = [
-    Group(Query(name, text), (PASSAGES[name],), tuple(p for other, p in PASSAGES.items() if other != name))
-    for name, text in ASKED.items()
-]
-FAST = {"epochs": 3, "batch_queries": 2, "negatives": 2, "evaluations": 6, "warmup": 0.0}
-
-
-def prompt_for(lm, adapter, template="plain"):
-    return Prompt(load_template(template), lm.tokenizer, lm.max_length, hint_length=adapter.hint_length)
-
-
-def dev_for(lm, adapter, measure="RR@10", **options):
-    items = [Candidates(group.query, (*group.positives, *group.negatives)) for group in GROUPS]
-    qrels = {group.query.id: {group.query.id: 1} for group in GROUPS}
-    return DevRanking(lm, prompt_for(lm, adapter), items, qrels, measure, **options)
+from tiny_training import FAST, GROUPS, PASSAGES, batch_for, dev_for, prompt_for
 
 
 def train(lm, adapter, folder, *, dev=False, teacher=None, callbacks=(), resume=False, baselines=False, **options):
@@ -75,11 +47,6 @@ def state(adapter):
 def assert_equal(one, other):
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def batch_for(lm, adapter, **options):
-    config = TrainingConfig(**(FAST | options))
-    return Collator(prompt_for(lm, adapter), config, 0)([(0, group) for group in GROUPS])["batch"], config
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mistral"])
@@ -120,11 +87,15 @@ def test_the_loss_is_that_of_each_pairs_mean_likelihood(name, lm):
 @pytest.mark.parametrize("name", NAMES)
 def test_training_lowers_the_loss(name, lm, tmp_path):
     adapter = build(name, lm)
-    fitted = train(lm, adapter, tmp_path, epochs=10, learning_rate=1e-2, evaluations=1)
-    trained = [entry["loss"] for entry in fitted.history if "loss" in entry]
-    assert sum(trained[-2:]) < 0.9 * sum(trained[:2])
-    assert fitted.steps == len(trained) == 20
-    assert not adapter.training
+    batch, config = batch_for(lm, adapter)
+    losses_seen = []
+    for epochs in (0, 8):
+        fitted = train(lm, adapter, tmp_path, epochs=epochs, learning_rate=3e-2, evaluations=1)
+        assert not adapter.training
+        with torch.no_grad():
+            losses_seen.append(Learner(adapter, lm, config)(batch)["loss"].item())
+    assert fitted.steps == sum("loss" in entry for entry in fitted.history) == 16
+    assert losses_seen[1] < losses_seen[0] - 0.03
 
 
 @pytest.mark.parametrize("name", sorted(losses.LOSSES))
@@ -145,18 +116,6 @@ def test_losses_that_need_a_teacher(name, lm, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_a_teachers_scores_stand_at_their_passages(lm):
-    adapter = build("soft_prompt", lm)
-    teacher = {("sky", "sky"): 3.0, ("sky", "sea"): 2.0, ("sea", "sea"): -7.0}
-    config = TrainingConfig(**(FAST | {"negatives": 5, "loss": "margin_mse"}))
-    groups = [GROUPS[0], dataclasses.replace(GROUPS[1], negatives=())]
-    batch = Collator(prompt_for(lm, adapter), config, 0, teacher)([(0, group) for group in groups])["batch"]
-    assert sorted(batch.teacher[0].tolist(), reverse=True) == [3.0, 2.0, -7.0, -7.0, -7.0, -7.0]
-    assert batch.teacher[0, 0] == 3.0
-    assert batch.teacher[1, 0] == -7.0
-    assert batch.mask.sum(1).tolist() == [6, 1]
-
-
 def test_the_anchor_keeps_scores_near_zero_shot(lm, tmp_path):
     distances = []
     for anchor in (0.0, 10.0):
@@ -173,7 +132,7 @@ def test_the_anchor_keeps_scores_near_zero_shot(lm, tmp_path):
 # Interruptions
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """What stands for a power cut."""
 
 
@@ -185,7 +144,7 @@ class KillAt(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            raise Killed
+            raise KilledError
 
 
 VARIANTS = {
@@ -197,17 +156,17 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("dev", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_killed_training_resumes_to_the_same_bits(variant, dev, make_lm, tmp_path):
+def test_a_killed_training_resumes_to_the_same_bits(variant, make_lm, tmp_path):
     name, options, training = VARIANTS[variant]
+    dev = variant != "dropout"
     outcomes = []
-    for kill in (None, 1, 3):
+    for kill in (None, 3):
         lm = with_store(make_lm("llama"))
         adapter = build(name, lm, **options)
         folder = tmp_path / str(kill)
         if kill is not None:
-            with pytest.raises(Killed):
+            with pytest.raises(KilledError):
                 train(lm, adapter, folder, dev=dev, callbacks=[KillAt(kill)], **training)
             assert (folder / f"checkpoint-{kill}").is_dir()
             lm = with_store(make_lm("llama"))
@@ -215,12 +174,11 @@ def test_a_killed_training_resumes_to_the_same_bits(variant, dev, make_lm, tmp_p
             torch.manual_seed(99)
         fitted = train(lm, adapter, folder, dev=dev, resume=True, **training)
         outcomes.append((state(adapter), fitted))
-    whole = outcomes[0]
-    assert whole[1].steps >= 6
-    for found, fitted in outcomes[1:]:
-        assert_equal(found, whole[0])
-        assert fitted.history == whole[1].history
-        assert (fitted.steps, fitted.dev) == (whole[1].steps, whole[1].dev)
+    (expected, whole), (found, fitted) = outcomes
+    assert whole.steps >= 6
+    assert_equal(found, expected)
+    assert fitted.history == whole.history
+    assert (fitted.steps, fitted.dev) == (whole.steps, whole.dev)
 
 
 def test_a_training_killed_after_its_last_step_only_needs_its_end(lm, tmp_path):
@@ -236,7 +194,7 @@ def test_a_checkpoint_that_is_not_whole_is_passed_over(left, lm, tmp_path):
     whole = build("soft_prompt", lm)
     train(lm, whole, tmp_path / "whole")
     adapter = build("soft_prompt", lm)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(lm, adapter, tmp_path / "killed", callbacks=[KillAt(3)])
     newest = tmp_path / "killed" / "checkpoint-3"
     for path in newest.iterdir():
@@ -256,7 +214,7 @@ def test_means_of_the_log_do_not_depend_on_interruptions(lm, tmp_path):
     for kill in (None, 45):
         adapter = build("soft_prompt", lm)
         if kill:
-            with pytest.raises(Killed):
+            with pytest.raises(KilledError):
                 train(lm, adapter, tmp_path / str(kill), callbacks=[KillAt(kill)], **options)
             adapter = build("soft_prompt", lm)
         outcomes.append(train(lm, adapter, tmp_path / str(kill), resume=True, **options).history)
@@ -301,7 +259,7 @@ def test_patience_survives_an_interruption(lm, tmp_path):
     fitted = train(lm, adapter, tmp_path / "whole", dev=dev, patience=3)
     assert fitted.steps == 4
     assert_equal(state(adapter), dev.seen[0])
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(lm, build("soft_prompt", lm), tmp_path / "k", dev=Scripted(values), patience=3, callbacks=[KillAt(3)])
     again = build("soft_prompt", lm)
     resumed = train(lm, again, tmp_path / "k", dev=Scripted(values[3:]), patience=3, resume=True)
@@ -355,97 +313,6 @@ def test_the_preset_authors_trains(lm, tmp_path):
     assert fitted.history[0]["learning_rate"] == 3e-2
 
 
-# Data
-
-
-def test_every_epoch_has_every_query_once_in_another_order():
-    data = TrainingSet(GROUPS, 5, seed=3)
-    orders = []
-    for epoch in range(5):
-        items = [data[epoch * 4 + place] for place in range(4)]
-        assert {e for e, _ in items} == {epoch}
-        orders.append([group.query.id for _, group in items])
-        assert sorted(orders[-1]) == sorted(ASKED)
-    assert len(set(map(tuple, orders))) > 2
-    again = TrainingSet(GROUPS, 5, seed=3)
-    assert [again[13][1], again[2][1]] == [data[13][1], data[2][1]]
-
-
-def test_other_queries_positives_are_negatives_too(lm):
-    adapter = build("soft_prompt", lm)
-    batch, _ = batch_for(lm, adapter, negatives=0, in_batch=True)
-    assert batch.mask.tolist() == [[True] * 4] * 4
-    starts = [row.context[: row.passage[1]] for row in batch.rows]
-    for own in range(4):
-        assert len(set(starts[4 * own : 4 * own + 4])) == 4
-        assert starts[4 * own] == starts[[0, 5, 10, 15][own]]
-        assert [row.query for row in batch.rows[4 * own : 4 * own + 4]] == [batch.rows[4 * own].query] * 4
-
-
-def ids(passages):
-    return [passage.id for passage in passages]
-
-
-def test_in_batch_negatives():
-    own = Passage("own", "the blue sky"), Passage("second", "the  red\nsky")
-    drawn = (own[0], Passage("drawn", "the sea"))
-    group = Group(Query("q", "why", ("three", "Old King")), own, drawn[1:])
-    others = [
-        own[0],
-        Passage("own", "another text under the same id"),
-        Passage("copy", "the blue  sky"),
-        own[1],
-        Passage("second copy", "the red sky"),
-        drawn[1],
-        Passage("drawn copy", "the sea", "title"),
-        Passage("good", "the moon"),
-        Passage("good", "the moon"),
-        Passage("good copy", "the\nmoon"),
-        Passage("answer", "an octopus has three heart"),
-        Passage("answer too", "the old king."),
-        Passage("no answer", "the oldest king", "three"),
-        Passage("title", "", "Sea"),
-        Passage("other title", "", "Lake"),
-        Passage("title copy", " ", "Sea"),
-        Passage("empty", " "),
-    ]
-    assert ids(in_batch_negatives(group, drawn, others)) == ["good", "no answer", "title", "other title"]
-    titled = Group(Query("q", "why"), (Passage("p", "", "Sea"),))
-    assert ids(in_batch_negatives(titled, titled.positives, others[-4:])) == ["other title"]
-
-
-def test_a_positive_of_two_other_queries_is_a_negative_once(lm):
-    adapter = build("soft_prompt", lm)
-    shared = [Group(Query(str(i), "the tide"), (PASSAGES["sea"],)) for i in range(2)]
-    config = TrainingConfig(negatives=0, in_batch=True)
-    batch = Collator(prompt_for(lm, adapter), config, 0)([(0, group) for group in (*shared, GROUPS[0])])["batch"]
-    assert batch.mask.sum(1).tolist() == [2, 2, 2]
-
-
-def test_hints_of_other_queries(lm):
-    adapter = build("qpeft_a", lm)
-    read = {"sky": GROUPS[3].query}
-    config = TrainingConfig(negatives=1)
-    batch = Collator(prompt_for(lm, adapter), config, 0, None, read)([(0, GROUPS[0]), (0, GROUPS[1])])["batch"]
-    plain, _ = batch_for(lm, adapter, negatives=1)
-    assert batch.rows[0].query == plain.rows[6].query
-    assert batch.rows[0].target == plain.rows[0].target
-    assert batch.rows[2].query == plain.rows[2].query
-    changed, same = dev_for(lm, adapter, hint_queries=read).rank(adapter), dev_for(lm, adapter).rank(adapter)
-    assert changed["sky"] != same["sky"]
-    assert changed["sea"] == same["sea"]
-
-
-def test_dev_ranks_what_cannot_be_read_last(lm):
-    adapter = build("qpeft_a", lm)
-    passages = (Passage("a", " "), Passage("b", "the sky"), Passage("c", ""), Passage("d", "sea"))
-    dev = DevRanking(lm, prompt_for(lm, adapter), [Candidates(GROUPS[0].query, passages)], {"sky": {"a": 1}}, "RR@10")
-    for who in (None, adapter):
-        hits = dev.rank(who)["sky"].hits
-        assert [hit.passage_id for hit in hits][2:] == ["c", "a"]
-    assert dev.measure(adapter) == {"RR@10": 0.25}
-
-
 def test_the_measure_goes_by_its_canonical_name(lm, tmp_path):
     adapter = build("soft_prompt", lm)
     dev = dev_for(lm, adapter, "nDCG(cutoff=3)")
@@ -479,14 +346,14 @@ def test_nothing_to_train(lm, tmp_path):
     adapter = build("qpeft_r", lm, mlp_layers=0)
     with pytest.raises(OptionError, match="nothing of this adapter is trainable"):
         train(lm, adapter, tmp_path)
+    config, adapter = TrainingConfig(), build("soft_prompt", lm)
     with pytest.raises(OptionError, match="no query has a positive passage"):
-        config, adapter = TrainingConfig(), build("soft_prompt", lm)
         fit(lm, adapter, [], Collator(prompt_for(lm, adapter), config, 0), config, checkpoints=tmp_path, seed=0)
 
 
 def test_a_query_without_room_is_named(make_lm, tmp_path):
     lm = make_lm("llama", max_length=24)
-    with pytest.raises(QueryError, match="query '.*' needs .* no room for a passage"):
+    with pytest.raises(QueryError, match=r"query '.*' needs .* no room for a passage"):
         train(lm, build("soft_prompt", lm, length=20), tmp_path)
 
 

@@ -34,3 +34,15 @@ def load(name: str) -> ModuleType:
             module: ModuleType = entry.load()
             return module
     return importlib.import_module(f"{__name__}.{name}")
+
+
+def register_with_peft() -> None:
+    """Let `peft.PeftConfig.from_pretrained` read adapter folders of the type QPEFT.
+
+    Raises:
+        MissingDependencyError: PEFT is not installed.
+        ModelError: the installed version cannot be told of other types.
+    """
+    from qpeft.adapters._peft import register
+
+    register()

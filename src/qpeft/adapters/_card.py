@@ -46,4 +46,5 @@ def card(described: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
 def _does(described: Mapping[str, Any]) -> str:
     if described["peft_type"] != "LORA":
         return "writes vectors into its input"
-    return "adds low-rank matrices to its layers" + (" and vectors to its input" if described["options"]["hint"] else "")
+    hint = " and vectors to its input" if described["options"]["hint"] else ""
+    return "adds low-rank matrices to its layers" + hint

@@ -1,7 +1,7 @@
-"""Which layers LoRA changes, by the model's architecture.
+r"""Which layers LoRA changes, by the model's architecture.
 
 A layer is named by the tail of its path, as a regular expression: `q_proj` is every layer of that name, and
-`mlp\\.c_proj` only the one within `mlp`. Experts that are stacked into one tensor are named as parameters, not layers.
+`mlp\.c_proj` only the one within `mlp`. Experts that are stacked into one tensor are named as parameters, not layers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _GATED = Parts(_ATTENTION, ("gate_proj", "up_proj", "down_proj"))
 ARCHITECTURES = {
     **dict.fromkeys(
-        ("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3"), _GATED
+        ("llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3"),
+        _GATED,
     ),
     "phi3": Parts(("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")),
     "gpt2": Parts(("c_attn", r"attn\.c_proj"), ("c_fc", r"mlp\.c_proj")),
@@ -82,7 +83,7 @@ def resolve(modules: str, model: nn.Module) -> Targets:
 def linear_layers(model: Any) -> dict[str, nn.Module]:
     """Return a model's linear layers by their paths, without the head, under the names that they have without LoRA."""
     head = model.get_output_embeddings()
-    found = {}
+    found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         inner = getattr(module, "base_layer", module)  # once LoRA is in place, it stands in the layer's stead
         if isinstance(inner, (nn.Linear, Conv1D)) and inner is not head and ".lora_" not in path:
@@ -104,8 +105,10 @@ def _tails(modules: str, model: Any, linear: dict[str, nn.Module]) -> tuple[Sequ
     kind = model.config.get_text_config().model_type
     parts = ARCHITECTURES.get(kind)
     if parts is None:
-        names = ", ".join(leaf_names(linear))
-        raise OptionError(f"--modules {modules}: the architecture {kind!r} is not known; name its linear layers: {names}")
+        known = ", ".join(leaf_names(linear))
+        raise OptionError(
+            f"--modules {modules}: the architecture {kind!r} is not known; name its linear layers: {known}"
+        )
     if modules == "attention":
         return parts.attention, ()
     return (parts.mlp if modules == "mlp" else parts.attention + parts.mlp), parts.experts

@@ -1,10 +1,10 @@
-"""LoRA, trained on query likelihood: low-rank additions to the model's linear layers (Hu et al. 2022, arXiv 2106.09685).
+"""LoRA, trained on query likelihood: low-rank additions to linear layers (Hu et al. 2022, arXiv 2106.09685).
 
     W x + (alpha / r) · B A x        A `[r, in]` random, B `[out, r]` zero at the start
 
-The layers are peft's. They stand inside the frozen model, switched off, so that scores without the adapter stay those of
-the model; `applied` switches one adapter's on. What was encoded without them is of no use, so rows go through the model
-whole: training and scoring cost more than with a prompt adapter.
+The layers are peft's. They stand inside the frozen model, switched off, so that scores without the adapter stay those
+of the model; `applied` switches one adapter's on. What was encoded without them is of no use, so rows go through the
+model whole: training and scoring cost more than with a prompt adapter.
 
 With `hint`, a prompt adapter is trained together with them.
 """

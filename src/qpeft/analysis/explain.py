@@ -44,7 +44,7 @@ class QueryToken:
 class PassageToken:
     """A token that stands before the hint, or that the adapter reads.
 
-    `chosen` is its best rank in the hint, from 1; `attention` what it got of 1, averaged over the query's tokens. None
+    `chosen` is its best rank in the hint, from 1; `attention` what it got of 1, averaged over those that attend. None
     where the adapter does not choose, or does not attend. `of_template`: a word of the template, not of the passage.
     """
 
@@ -59,8 +59,8 @@ class Explanation:
     """A passage's score and place among the passages given, without and with (`hinted`) the adapter's hint.
 
     `score` is the mean over `query` of the log-probabilities, in nats. `hint` lists the chosen tokens, first to last.
-    `attention` `[n, m]` is from the tokens of `query` that are not of the template (or from the adapter's own readers)
-    to `tokens`, where it was asked for.
+    `attention` `[n, m]`, where it was asked for, is from the tokens of `query` that are not of the template to
+    `tokens`; None where an adapter's own vectors attend, not the query's tokens.
     """
 
     passage: Passage
@@ -178,6 +178,7 @@ class _Recorder:
         self.reads_layer = adapter.reads_layer
         self.reads_template = adapter.reads_template
         self.changes_lm = adapter.changes_lm
+        self.reads_by_query_token = adapter.hint_length(2) > adapter.hint_length(1)
         self.reasons: dict[tuple[int, ...], tuple[Tensor | None, Tensor | None]] = {}
 
     def applied(self) -> AbstractContextManager[None]:
@@ -208,6 +209,7 @@ class _Reading:
         self._passage = range(*row.passage)
         self._texts = _context_texts(row, tokenizer, template, passage, bos)
         read = row.context[slice(*self._span)]
+        self._by_query_token = recorder is not None and recorder.reads_by_query_token
         chosen, self._attention = recorder.reasons.get(read, (None, None)) if recorder else (None, None)
         self._chosen = [] if chosen is None else [self._span[0] + place for place in chosen.tolist() if place >= 0]
 
@@ -227,7 +229,9 @@ class _Reading:
         return tuple(listed[place] for place in self._chosen)
 
     def attention(self) -> tuple[tuple[float, ...], ...] | None:
-        return None if self._attention is None else tuple(map(tuple, self._attention.tolist()))
+        if self._attention is None or not self._by_query_token:
+            return None
+        return tuple(map(tuple, self._attention.tolist()))
 
 
 def _context_texts(row: Row, tokenizer: Any, template: Template, passage: Passage, bos: int) -> list[str]:

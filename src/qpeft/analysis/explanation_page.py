@@ -35,7 +35,7 @@ def explanation_page(items: Sequence[tuple[str, Sequence[Explanation]]], title: 
     """Return a page with a section for each query.
 
     Args:
-        items: text of a query, and its explanations; shown in the order of their ranks, with the hint where there is
+        items: text of a query, and its explanations; shown in the order of their ranks, with the adapter where there is
             one.
         title: heading of the page.
     """
@@ -91,9 +91,9 @@ def _shade(token: PassageToken, top: float) -> Shade:
 
 def _reading(explanation: Explanation, count: int = 4) -> list[tuple[str, list[tuple[str, float]]]]:
     """Return, for each query token, the passage tokens that it attends to most, with their shares of 1."""
+    if explanation.attention is None:
+        return []
     own = [token.text for token in explanation.query if not token.of_template]
-    if explanation.attention is None or len(explanation.attention) != len(own):
-        return []  # it was not asked for, or the adapter's readers are not the query's tokens
     listed = words([token.text for token in explanation.tokens])
     found = []
     for word, shares in zip(words(own), explanation.attention, strict=True):

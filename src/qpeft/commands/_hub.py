@@ -18,4 +18,5 @@ def reaching(repo: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = " ".join(str(error).split()) or "no reason given"
-        raise ModelError(f"{repo!r} on the model hub cannot be reached: {type(error).__name__}: {reason[:300]}") from error
+        kind = type(error).__name__
+        raise ModelError(f"{repo!r} on the model hub cannot be reached: {kind}: {reason[:300]}") from error

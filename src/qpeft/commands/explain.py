@@ -1,4 +1,4 @@
-"""Show why passages got their scores: what a hint changed in each query token, and which passage words it comes from.
+"""Show why passages got their scores: what an adapter changed in each query token, and what its hint comes from.
 
 Without --adapter, the log-probabilities of the query's tokens are shown. Log-probabilities and scores are in nats; a
 score is the mean over the query's tokens.
@@ -105,6 +105,8 @@ def _line(query: str, index: int, explanation: Explanation) -> dict[str, Any]:
 
 def _print_tables(explanations: Sequence[Explanation]) -> None:
     """Print the ranking, what changed in each query token, and the words that the hint comes from."""
+    from qpeft.analysis.explain import most_read
+
     ordered = sorted(explanations, key=lambda each: each.place)
     console = Console()
     console.print(_ranking(ordered))
@@ -113,13 +115,13 @@ def _print_tables(explanations: Sequence[Explanation]) -> None:
     across = max(1, (console.width - wide - 4) // (_CELL + 3))
     for start in range(0, len(ordered), across):
         console.print(_query_tokens(first, ordered[start : start + across]))
-    if ordered[0].hinted_score is not None:
+    if any(each.hint or most_read(each) for each in ordered):
         console.print(_passage_words(ordered))
 
 
 def _ranking(ordered: Sequence[Explanation]) -> Table:
     hinted = ordered[0].hinted_score is not None
-    table = _table("rank", *(["moved"] if hinted else []), "score", *(["with hint"] if hinted else []), "passage")
+    table = _table("rank", *(["moved"] if hinted else []), "score", *(["with adapter"] if hinted else []), "passage")
     for each in ordered:
         cells = [Text(str(each.place)), Text(number(each.score, 3))]
         if each.hinted_score is not None:
@@ -134,7 +136,7 @@ def _ranking(ordered: Sequence[Explanation]) -> Table:
 
 
 def _query_tokens(first: Sequence[str], ordered: Sequence[Explanation]) -> Table:
-    """Return query tokens × passages: log-probabilities, with the hint where there is one, and what it changed."""
+    """Return query tokens × passages: log-probabilities, with the adapter where there is one, and what it changed."""
     table = _table("query token", *(f"rank {each.place}" for each in ordered))
     reach = max((abs(token.change or 0.0) for each in ordered for token in each.query), default=0.0)
     for place, word in enumerate(first):
@@ -171,6 +173,6 @@ def _style(change: float) -> str:
 def _table(*names: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in names:
-        text = name in ("passage", "query token", "hint", "most read")
-        table.add_column(name, justify="left" if text else "right", no_wrap=name not in ("passage", "hint", "most read"))
+        long = name in ("passage", "hint", "most read")
+        table.add_column(name, justify="left" if long or name == "query token" else "right", no_wrap=not long)
     return table

@@ -50,9 +50,10 @@ def run(config: Config) -> None:
             try:
                 described = read_config(temporary)
             except AdapterError as error:
-                raise AdapterError(f"{config.repo!r} on the model hub: {str(error).replace(str(temporary), '')}") from error
+                reason = str(error).replace(str(temporary), "").partition(": ")[2]
+                raise AdapterError(f"no adapter in {config.repo!r} on the model hub: {reason}") from error
         if not (temporary / WEIGHTS).is_file():
-            raise AdapterError(f"{config.repo!r} on the model hub: {WEIGHTS} is missing")
+            raise AdapterError(f"no adapter in {config.repo!r} on the model hub: {WEIGHTS} is missing")
         shutil.rmtree(temporary / ".cache", ignore_errors=True)
         move_into_place(temporary, output)
     finally:

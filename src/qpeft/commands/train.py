@@ -8,13 +8,14 @@ After an interruption, --resume continues at the last checkpoint, and the result
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qpeft import adapters
 from qpeft.commands._peek import peek
@@ -23,15 +24,19 @@ from qpeft.data.collection import Collection, open_collection
 from qpeft.data.trec import read_run
 from qpeft.errors import OptionError, StateError, nearest
 from qpeft.model_config import ModelConfig
-from qpeft.provenance import fingerprint, provenance
+from qpeft.provenance import file_fingerprint, fingerprint, provenance
 from qpeft.retrieval.bm25 import BM25
-from qpeft.template import load_template
+from qpeft.template import Prompt, load_template
 from qpeft.training import config as training_config
 from qpeft.training.config import TrainingConfig
 from qpeft.training.groups import MiningCounts, groups_from_collection, groups_from_jsonl
-from qpeft.types import Candidates, Group, Run
+from qpeft.types import Candidates, Group, Passage, Query, Run
+
+if TYPE_CHECKING:  # so that options can be listed without importing torch
+    from qpeft.hints import HintWriter
 
 PRESETS = ("stable", "authors")
+BEGUN = "begun.json"
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,12 @@ class Config:
     report: bool = False
     """Write curves of loss and dev measure as a picture."""
 
+    def __post_init__(self) -> None:
+        for name in ("train_queries", "dev_queries", "dev_depth", "negative_depth", "max_passage_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+
 
 def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
     """Return this command's options, those of training, of the model and of the adapter."""
@@ -95,25 +106,27 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
     """Train, keep the best state, write the adapter folder."""
     output = Path(config.output)
     checkpoints = output.with_name(output.name + ".checkpoints")
-    _check_state(output, checkpoints, config)
+    begun = _begun(output, checkpoints, config)
     collection = open_collection(config.collection) if config.collection else None
     if collection is None and config.train_file is None:
         raise OptionError("give --collection, or --train-file")
     groups, counts = _groups(config, training, collection)
     dev = _dev_candidates(config, collection)
     template = load_template(config.template or ("qpeft_authors" if config.preset == "authors" else "plain"))
+    teacher = _teacher(config)
 
     import torch
 
     from qpeft.adapters._folder import base_identity, save_adapter
     from qpeft.loading import load_lm
-    from qpeft.template import Prompt
     from qpeft.training.dev import DevRanking
     from qpeft.training.trainer import Collator, fit
 
     if not model.passage_cache and not getattr(adapters.load(config.adapter), "CHANGES_LM", False):
         model = dataclasses.replace(model, passage_cache=4.0)
-    lm: Any = load_lm(model)
+    # As in reranking: the last bits depend on the number type, which may be chosen by measurement, and on the threads.
+    torch.set_num_threads(begun.get("threads", torch.get_num_threads()))
+    lm: Any = load_lm(dataclasses.replace(model, dtype=begun.get("dtype", model.dtype)))
     if lm.has_encoder:
         raise OptionError("training needs a decoder-only model")
     torch.manual_seed(config.seed)
@@ -138,21 +151,29 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
             if name not in ("resume", "output", "report")
         },
         "collection": collection and {"name": collection.name, "fingerprint": collection.fingerprint()},
-        "model": base_identity(lm),
+        "files": {
+            name: file_fingerprint(Path(path))
+            for name in ("train_file", "run", "dev_run", "teacher")
+            if (path := getattr(config, name)) is not None
+        },
+        "model": {**base_identity(lm), "dtype": lm.dtype},
         "template": template.fingerprint,
     }
-    _claim(checkpoints, fingerprint(facts), config)
-    teacher = _teacher(config, training)
     qrels = collection.qrels(config.dev_split) if collection and config.dev_split and dev else {}
+    ranking = DevRanking(lm, prompt, dev, qrels, training.measure) if dev else None
+    collator = Collator(prompt, training, config.seed, teacher)
+    _check_queries(prompt, adapter, [*(group.query for group in groups), *(item.query for item in dev)])
+    mark = {"options": fingerprint(facts), "dtype": lm.dtype, "threads": torch.get_num_threads()}
+    _claim(checkpoints, mark, begun)
     fitted = fit(
         lm,
         adapter,
         groups,
-        Collator(prompt, training, config.seed, teacher),
+        collator,
         training,
         checkpoints=checkpoints,
         seed=config.seed,
-        dev=DevRanking(lm, prompt, dev, qrels, training.measure) if dev else None,
+        dev=ranking,
         resume=config.resume,
         progress=sys.stderr.isatty(),
     )
@@ -165,9 +186,7 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
             "steps": fitted.steps,
             "trained_parameters": parameters,
         },
-        dev={"measure": training.measure, "queries": len(dev), "depth": config.dev_depth, **fitted.dev}
-        if dev
-        else None,
+        dev=ranking and {"measure": ranking.name, "queries": len(dev), "depth": config.dev_depth, **fitted.dev},
         history=fitted.history,
     )
     save_adapter(
@@ -176,32 +195,47 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
     if config.report:
         from qpeft.analysis.plots import training_curves
 
-        training_curves(fitted.history, training.measure, fitted.dev, output / "training.png")
+        training_curves(fitted.history, ranking.name if ranking else "", fitted.dev, output / "training.png")
     shutil.rmtree(checkpoints, ignore_errors=True)
     _say(f"{output}: trained on {len(groups):,} queries in {fitted.seconds:,.0f} s, {fitted.steps:,} steps")
-    if dev:
+    if ranking:
         values = "  ".join(
             f"{name.replace('_', '-')} {value:.4f}" for name, value in fitted.dev.items() if value is not None
         )
-        _say(f"  dev {training.measure}, {len(dev)} queries × {config.dev_depth}: {values}")
+        _say(f"  dev {ranking.name}, {len(dev)} queries × {config.dev_depth}: {values}")
 
 
-def _check_state(output: Path, checkpoints: Path, config: Config) -> None:
+def _begun(output: Path, checkpoints: Path, config: Config) -> dict[str, Any]:
+    """Return what an unfinished training left of its options, number type and threads; nothing if there is none."""
     if output.exists() and not (output / "adapter_config.json").is_file():
         raise StateError(f"{output} exists and is no adapter folder")
-    if checkpoints.exists() and not config.resume:
+    if not any(checkpoints.glob("checkpoint-*")):
+        return {}
+    if not config.resume:
         raise StateError(
             f"{checkpoints} is an unfinished training: continue it with --resume, or delete it to start afresh"
         )
+    try:
+        found: dict[str, Any] = json.loads((checkpoints / BEGUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StateError(f"{checkpoints} cannot be continued: {BEGUN} is not readable; delete it") from error
+    return found
 
 
-def _claim(checkpoints: Path, mark: str, config: Config) -> None:
-    """Leave a mark of the options beside the checkpoints, or compare with the one that is there."""
-    path = checkpoints / "options.sha256"
-    if config.resume and path.is_file() and path.read_text(encoding="utf-8") != mark:
+def _claim(checkpoints: Path, mark: dict[str, Any], begun: dict[str, Any]) -> None:
+    """Leave a mark beside the checkpoints, or compare with the one that is there."""
+    if begun and begun != mark:
         raise StateError(f"{checkpoints} was made with other options, data or model; delete it to start afresh")
     checkpoints.mkdir(parents=True, exist_ok=True)
-    path.write_text(mark, encoding="utf-8")
+    (checkpoints / BEGUN).write_text(json.dumps(mark) + "\n", encoding="utf-8")
+
+
+def _check_queries(prompt: Prompt, adapter: HintWriter, queries: Sequence[Query]) -> None:
+    """Raise the error that training would end in, so that it shows before the work and not in its midst."""
+    for query in queries:
+        (row,) = prompt.rows(query, Passage("", ""))
+        if adapter.reads_layer is not None and (row.hint or 0) < row.passage[0]:
+            raise OptionError("an adapter that reads states of the passage needs its hint after the passage")
 
 
 def _groups(
@@ -245,7 +279,7 @@ def _dev_candidates(config: Config, collection: Collection | None) -> list[Candi
     return found[: config.dev_queries]
 
 
-def _teacher(config: Config, training: TrainingConfig) -> dict[tuple[str, str], float] | None:
+def _teacher(config: Config) -> dict[tuple[str, str], float] | None:
     if config.teacher is None:
         return None
     return {
