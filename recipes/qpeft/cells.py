@@ -31,7 +31,7 @@ class Cell:
     shuffled: bool = False
     """The adapter reads another query than the one that is scored, in training and in test (control)."""
     test: bool = True
-    """Whether test collections are ranked; otherwise dev alone."""
+    """Whether the home's test queries are ranked (the first home's); otherwise dev alone."""
 
     @property
     def name(self) -> str:
@@ -92,10 +92,10 @@ def sizes() -> Iterator[Cell]:
 def transfer_homes() -> Iterator[Cell]:
     """Yield other training data, for the question of transfer."""
     mixed = "reddit-shift+squad+wiki-shift+nq-mini"
-    yield cell("qpeft_a", "qpeft_a", "squad", 1)
-    yield cell("qpeft_a-anchor", "qpeft_a", "squad", 1, training={"anchor": 1.0})
     yield cell("qpeft_a", "qpeft_a", mixed, 1, 640)
     yield cell("qpeft_r", "qpeft_r", mixed, 1, 640)
+    yield cell("qpeft_a", "qpeft_a", "squad", 1)
+    yield cell("qpeft_a-anchor", "qpeft_a", "squad", 1, training={"anchor": 1.0})
 
 
 GROUPS = {

@@ -91,26 +91,27 @@ class CausalLM(PretrainedLM):
         layer = _common_layer([adapter for adapter in adapters or () if adapter is not None])
         after = all(row.hint is None or row.hint >= row.passage[1] for row in rows)
         whole = with_passage or not after or changing is not None or any(len(row.context) < 2 for row in rows)
-        if layer is not None and whole:
+        if layer is not None and not (after and changing is None):
             raise OptionError("an adapter that reads states of the passage needs its hint after the passage")
         encoded = None
-        if not whole and (self.store is not None or layer is not None):
+        if layer is not None or (self.store is not None and not whole):
             encoded = [self.encode(row.context[: row.hint], layer) for row in rows]
         slots = self._write_hints(rows, adapters, encoded)
         hints = [0] * len(rows) if slots is None else slots.lengths
-        starts = [0] * len(rows) if encoded is None else list(map(_start, rows, hints))
+        past = None if whole else encoded
+        starts = [0] * len(rows) if past is None else list(map(_start, rows, hints))
         layout = lay_out(
             rows,
             starts=starts,
             hints=hints,
             with_passage=with_passage,
-            padding_side="right" if encoded is not None else self.padding_side,
+            padding_side="right" if past is not None else self.padding_side,
         )
         inputs = self._inputs(layout, slots)
         with nullcontext() if changing is None else changing.applied():
             logits = self.model(
                 **inputs,
-                **self._past(layout, encoded, starts),
+                **self._past(layout, past, starts),
                 logits_to_keep=layout.predicting.to(self.device),
             ).logits
         values = token_log_probs(logits.reshape(-1, logits.shape[-1]), layout.labels.to(self.device))

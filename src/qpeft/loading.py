@@ -60,9 +60,7 @@ def load_lm(config: ModelConfig) -> LanguageModel:
         "name": config.model,
         "folder": Path(path) if Path(path).is_dir() else None,
         "max_length": limit or 512,
-        # Over encoded contexts, only the tokens behind them are computed.
-        "batch_tokens": config.batch_tokens
-        or (65_536 if device.type != "cpu" else 32_768 if config.passage_cache else 8_192),
+        "batch_tokens": config.batch_tokens or _batch_tokens(device, config),
     }
     if settings.is_encoder_decoder:
         if config.passage_cache:

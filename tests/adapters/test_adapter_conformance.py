@@ -11,7 +11,7 @@ from qpeft.errors import OptionError, QueryError
 from qpeft.hints import Pairs, Slots
 from qpeft.template import Prompt, load_template
 from qpeft.types import Passage, Query
-from reference import naive_hinted_log_probs, naive_hints
+from reference import naive_hinted_log_probs, naive_hints, naive_log_probs
 from tiny_adapters import BEFORE, CHANGES_THE_MODEL, NAMES, QUERIES, alike, build, rows_for, with_store
 from tiny_models import FAMILIES
 
@@ -139,14 +139,26 @@ def padded(lm, adapter, seed):
     return Pairs(refill(*wide), wide[1], refill(passage, mask), mask, states)
 
 
-def test_padding_has_no_influence(name, models):
+VARIANTS = [(name, {}) for name in NAMES] + [
+    ("qpeft_r", {"select": "random", "token_filter": "dq"}),
+    ("qpeft_r", {"token_filter": ""}),
+    ("qpeft_a", {"token_filter": "qs"}),
+    ("qpeft_a", {"attn_init": "default"}),
+    ("passage_prompt", {"form": "all"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_padding_has_no_influence(name, options, models):
     lm = models["llama"]
-    adapter = build(name, lm, trained=True)
-    first, second = (padded(lm, adapter, seed) for seed in (1, 2))
-    assert not torch.equal(first.passage, second.passage)
-    one, other = (Slots.of(adapter(pairs)) for pairs in (first, second))
-    assert one.lengths == other.lengths
-    assert torch.equal(one.vectors, other.vectors)
+    adapter = build(name, lm, trained=True, **options)
+    first, *others = (padded(lm, adapter, seed) for seed in range(6))
+    one = Slots.of(adapter(first))
+    for pairs in others:
+        assert not torch.equal(first.passage, pairs.passage)
+        other = Slots.of(adapter(pairs))
+        assert one.lengths == other.lengths
+        assert torch.equal(one.vectors, other.vectors)
 
 
 def test_only_the_adapter_is_trained(family, name, make_lm):
@@ -248,6 +260,25 @@ def test_a_hint_before_the_passage(name, family, models):
     expected = references(lm, adapter, rows)
     for each in (lm, alike(lm, padding_side="right"), with_store(lm)):
         assert_close(means(each.log_probs(rows, adapters=adapter)), expected)
+
+
+def test_the_passages_own_likelihood(name, models):
+    lm = models["llama"]
+    adapter = build(name, lm, trained=True)
+    for template in ("plain",) if name in READ_STATES else ("plain", BEFORE):
+        rows = rows_for(lm, adapter, template)
+        values = lm.log_probs(rows, with_passage=True, adapters=adapter)
+        assert_close(means(values), references(lm, adapter, rows))
+        for row, value in zip(rows, values, strict=True):
+            inside = dataclasses.replace(
+                row, target=row.context[row.passage[0] : row.passage[1]], context=row.context[: row.passage[0]]
+            )
+            inside = dataclasses.replace(inside, scored=(True,) * len(inside.target))
+            if row.hint > row.passage[0]:
+                expected = naive_log_probs(lm.model, inside)[0]  # what comes later has no influence
+            else:
+                expected = naive_hinted_log_probs(lm.model, inside, naive_hints(lm.model, adapter, row))
+            assert_close(value.passage.double(), torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("template", ["plain", "qpeft"])

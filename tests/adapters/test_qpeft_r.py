@@ -1,6 +1,7 @@
 """Q-PEFT-R chooses the tokens that it says it chooses, and an untrained hint is their plain text."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -111,13 +112,13 @@ def test_the_earliest_wins_a_tie(compass):
     assert chosen_words(compass, adapter, "sky king moon", "sky lion moon king") == ["sky", "moon", "king"]
 
 
-def test_ties_are_ties_whatever_the_batch(lm):
-    adapter = build("qpeft_r", lm, k=6, token_filter="d")
-    passages = ["blue the sky sea moon is tide", "the sky", "is blue the why sky ? sea salty river lake", "sky"]
-    alone = [adapter.choose(pairs(lm, "why is the sky blue ?", passage))[0].tolist() for passage in passages]
-    together = adapter.choose(pairs(lm, "why is the sky blue ?", *passages)).tolist()
-    for some, all_ in zip(alone, together, strict=True):
-        assert [place for place in some if place >= 0] == [place for place in all_ if place >= 0]
+def test_words_of_the_query_come_in_the_order_of_the_passage(lm):
+    # Each has a cosine of 1 with itself, but for the last bits.
+    words = ["sky", "sea", "moon", "tide", "water", "cat", "dog", "river", "lake", "city", "king", "year"]
+    adapter = build("qpeft_r", lm, k=len(words), token_filter="d")
+    for seed in range(5):
+        shuffled = random.Random(seed).sample(words, len(words))
+        assert chosen_words(lm, adapter, " ".join(words), " ".join([*shuffled, "old", "red"])) == shuffled
 
 
 def test_words_of_the_template_are_chosen_only_if_asked_for(lm):

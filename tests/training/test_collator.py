@@ -43,6 +43,19 @@ def test_every_epoch_has_every_query_once_in_another_order():
     assert [again[13][1], again[2][1]] == [data[13][1], data[2][1]]
 
 
+def test_negatives_change_with_the_epoch_and_the_seed(lm):
+    adapter = build("soft_prompt", lm)
+    config = TrainingConfig(negatives=2)
+
+    def rows(epoch, seed):
+        return tuple(Collator(prompt_for(lm, adapter), config, seed)([(epoch, GROUPS[0])])["batch"].rows)
+
+    assert rows(1, 0) == rows(1, 0)
+    assert len({rows(epoch, 0) for epoch in range(8)}) > 3
+    assert len({rows(0, seed) for seed in range(8)}) > 3
+    assert len({rows(epoch, 0)[0] for epoch in range(8)}) == 1, "the positive stays"
+
+
 def test_other_queries_positives_are_negatives_too(lm):
     adapter = build("soft_prompt", lm)
     batch, _ = batch_for(lm, adapter, negatives=0, in_batch=True)

@@ -14,14 +14,10 @@ Shapes: `B` rows, `n` attending tokens, `m` passage tokens, `d` hidden size, `a`
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from qpeft.errors import OptionError
-
-AttentionInit = Literal["cosine", "default"]
 
 
 class CosineAttention(nn.Module):

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import abc
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qpeft.adapters._choices import Init, Table
 from qpeft.errors import OptionError
 from qpeft.hints import Hints, Pairs
 from qpeft.lm import CausalLM
-
-Init = Literal["residual_zero", "default"]
-Table = Literal["frozen", "trainable"]
 
 
 class Adapter(nn.Module, abc.ABC):

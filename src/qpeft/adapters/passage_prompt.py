@@ -9,16 +9,11 @@ A trained instruction stands before them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import nn
-
-from qpeft.adapters._attention import CosineAttention
-from qpeft.adapters._base import HintNetwork, PromptAdapter, whole_table
-from qpeft.errors import OptionError
-from qpeft.hints import Hints, Pairs
-from qpeft.lm import CausalLM
+if TYPE_CHECKING:
+    from qpeft.adapters._base import Adapter
+    from qpeft.lm import CausalLM
 
 
 @dataclass(frozen=True)
@@ -41,50 +36,12 @@ class Config:
     """Of the tokens that the learned vectors start as."""
 
 
-def build(config: Config, lm: CausalLM) -> PromptAdapter:
+def build(config: Config, lm: CausalLM) -> Adapter:
     """Return an untrained module for a model.
 
     Raises:
         OptionError: options out of range.
     """
+    from qpeft.adapters._passage_prompt import PassagePrompt  # torch, only when there is work
+
     return PassagePrompt(config, lm)
-
-
-class PassagePrompt(PromptAdapter):
-    """The module; see above."""
-
-    def __init__(self, config: Config, lm: CausalLM) -> None:
-        if config.k < 1:
-            raise OptionError(f"--k is {config.k}; it must be at least 1")
-        super().__init__(lm)
-        self.config = config
-        self._k = config.k
-        table = whole_table(lm)
-        ids = lm.tokenizer(config.instruction, add_special_tokens=False)["input_ids"] if config.instruction else []
-        self.instruction = nn.Parameter(table[torch.tensor(ids, dtype=torch.long)] / self.scale)
-        self.attention = None
-        if config.form == "attend":
-            draw = torch.randint(len(table), (config.k,), generator=torch.Generator().manual_seed(config.init_seed))
-            self.readers = nn.Parameter(table[draw.to(table.device)] / self.scale)
-            self.attention = CosineAttention(table, config.num_heads, config.attn_dim, 10.0, 0.0, self.scale)
-        self.network = HintNetwork(self.width, config.mlp_hidden, 1, "residual_zero", self.scale)
-        self.to(lm.device)
-
-    def hint_length(self, query_tokens: int) -> int:
-        """Return k and the instruction."""
-        return self._k + len(self.instruction)
-
-    def forward(self, pairs: Pairs) -> Hints:
-        """Read the passage and write."""
-        rows = len(pairs.passage)
-        passage = self.look_up_frozen(pairs.passage)
-        weights = None
-        if self.attention is None:
-            content, mask = passage[:, : self.config.k], pairs.passage_mask[:, : self.config.k]
-        else:
-            readers = (self.scale * self.readers).expand(rows, -1, -1)
-            content, weights = self.attention(readers, passage, pairs.passage_mask)
-            mask = torch.ones(content.shape[:2], dtype=torch.bool, device=content.device)
-        before = (self.scale * self.instruction).expand(rows, -1, -1)
-        ones = mask.new_ones(rows, before.shape[1])
-        return Hints(torch.cat([before, self.network(content)], 1), torch.cat([ones, mask], 1), attention=weights)

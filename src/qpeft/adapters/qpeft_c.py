@@ -11,11 +11,14 @@ so that an untrained Q-PEFT-C is an untrained Q-PEFT-A.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from qpeft.adapters import qpeft_a
-from qpeft.adapters._base import PromptAdapter
 from qpeft.errors import OptionError
-from qpeft.lm import CausalLM
+
+if TYPE_CHECKING:
+    from qpeft.adapters._base import Adapter
+    from qpeft.lm import CausalLM
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Config(qpeft_a.Config):
     """Width of the bottleneck."""
 
 
-def build(config: Config, lm: CausalLM) -> PromptAdapter:
+def build(config: Config, lm: CausalLM) -> Adapter:
     """Return an untrained module for a model.
 
     Raises:
@@ -42,4 +45,6 @@ def build(config: Config, lm: CausalLM) -> PromptAdapter:
         raise OptionError(f"--layer is {config.layer}; the model has {layers} layers")
     if config.attn_init != "cosine":
         raise OptionError("--attn-init of qpeft_c is cosine")
-    return qpeft_a.QPeftA(config, lm, reads_layer=layer)
+    from qpeft.adapters._qpeft_a import QPeftA  # torch, only when there is work
+
+    return QPeftA(config, lm, reads_layer=layer)

@@ -13,16 +13,13 @@ The control `select: random` takes k pseudo-random tokens instead, a fixed funct
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from qpeft.adapters._choices import Init, Table
 
-from qpeft.adapters._base import HintNetwork, Init, Markers, PromptAdapter, Table
-from qpeft.adapters._token_filter import TokenFilter, first_occurrences
-from qpeft.errors import OptionError
-from qpeft.hints import Hints, Pairs
-from qpeft.lm import CausalLM
+if TYPE_CHECKING:
+    from qpeft.adapters._base import Adapter
+    from qpeft.lm import CausalLM
 
 
 @dataclass(frozen=True)
@@ -66,71 +63,12 @@ class Authors(Config):
     token_table: Table = "trainable"
 
 
-def build(config: Config, lm: CausalLM) -> PromptAdapter:
+def build(config: Config, lm: CausalLM) -> Adapter:
     """Return an untrained module for a model.
 
     Raises:
         OptionError: options out of range, or that contradict each other.
     """
+    from qpeft.adapters._qpeft_r import QPeftR  # torch, only when there is work
+
     return QPeftR(config, lm)
-
-
-class QPeftR(PromptAdapter):
-    """The module; see above."""
-
-    def __init__(self, config: Config, lm: CausalLM) -> None:
-        if config.k < 1:
-            raise OptionError(f"--k is {config.k}; it must be at least 1")
-        if config.similarity_table == "trainable" and config.token_table == "frozen":
-            raise OptionError("--similarity-table trainable needs --token-table trainable")
-        super().__init__(lm, config.token_table)
-        self.config = config
-        self._k = config.k
-        self.reads_template = config.template_tokens
-        self.markers = Markers(lm.tokenizer, config.hint_prefix, config.hint_suffix, lm.device)
-        self.filter = TokenFilter(config.token_filter, lm.tokenizer, lm.embeddings.weight.shape[0], lm.device)
-        self.network = HintNetwork(self.width, config.mlp_hidden, config.mlp_layers, config.mlp_init, self.scale)
-        self.to(lm.device)
-
-    def hint_length(self, query_tokens: int) -> int:
-        """Return k and the markers."""
-        return self._k + len(self.markers)
-
-    def forward(self, pairs: Pairs) -> Hints:
-        """Choose tokens and write them."""
-        chosen = self.choose(pairs)
-        ids = pairs.passage.gather(1, chosen.clamp(min=0))
-        vectors, mask = self.markers.around(self.look_up(ids), chosen >= 0, self)
-        return Hints(self.network(vectors), mask, chosen=chosen)
-
-    @torch.no_grad()
-    def choose(self, pairs: Pairs) -> Tensor:
-        """Return the positions of the chosen passage tokens, best first, `[B, k]`; −1 where there are no more."""
-        allowed = self.filter(pairs.query, pairs.query_mask, pairs.passage, pairs.passage_mask)
-        scores = _scatter(pairs)[:, None] if self.config.select == "random" else self._similarities(pairs)
-        if self.filter.distinct:
-            allowed = first_occurrences(pairs.passage, allowed)
-            scores = scores.amax(1, keepdim=True)
-        scores = scores.masked_fill(~allowed[:, None], -torch.inf).flatten(1)
-        order = scores.sort(dim=1, descending=True, stable=True)
-        k = min(self.config.k, scores.shape[1])
-        places = order.indices[:, :k] % pairs.passage.shape[1]
-        return places.masked_fill(order.values[:, :k] == -torch.inf, -1)
-
-    def _similarities(self, pairs: Pairs) -> Tensor:
-        """Return `[B, n, m]`, −∞ for padded query tokens."""
-        look_up = self.look_up if self.config.similarity_table == "trainable" else self.look_up_frozen
-        query, passage = look_up(pairs.query), self.look_up_frozen(pairs.passage)
-        if self.config.similarity == "cosine":
-            query, passage = torch.nn.functional.normalize(query, dim=2), torch.nn.functional.normalize(passage, dim=2)
-        scores = query @ passage.transpose(1, 2)
-        if self.config.similarity == "cosine":
-            # Products of equal vectors differ in their last bits with the shape of the batch; ties should be ties.
-            scores = (scores * 1e4).round() / 1e4
-        return scores.masked_fill(~pairs.query_mask[:, :, None], -torch.inf)
-
-
-def _scatter(pairs: Pairs) -> Tensor:
-    """Return a pseudo-random number for each passage token, `[B, m]`, that depends on token and query alone."""
-    salt = (pairs.query * pairs.query_mask * 7919).sum(1, keepdim=True)
-    return ((pairs.passage * 1_103_515_245 + salt * 12_345) % 2_147_483_647 * 48_271 % 2_147_483_647).float()

@@ -6,15 +6,11 @@ The honest low-cost baseline for prompts that depend on the input.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import nn
-
-from qpeft.adapters._base import PromptAdapter, whole_table
-from qpeft.errors import OptionError
-from qpeft.hints import Hints, Pairs
-from qpeft.lm import CausalLM
+if TYPE_CHECKING:
+    from qpeft.adapters._base import Adapter
+    from qpeft.lm import CausalLM
 
 
 @dataclass(frozen=True)
@@ -31,43 +27,12 @@ class Config:
     """Of the draw."""
 
 
-def build(config: Config, lm: CausalLM) -> PromptAdapter:
+def build(config: Config, lm: CausalLM) -> Adapter:
     """Return an untrained prompt for a model.
 
     Raises:
         OptionError: no vector, or a text without a token.
     """
+    from qpeft.adapters._soft_prompt import SoftPrompt  # torch, only when there is work
+
     return SoftPrompt(config, lm)
-
-
-class SoftPrompt(PromptAdapter):
-    """The vectors; trained in units of the embeddings' size, so that one learning rate suits every model."""
-
-    def __init__(self, config: Config, lm: CausalLM) -> None:
-        if config.length < 1:
-            raise OptionError(f"--length is {config.length}; it must be at least 1")
-        super().__init__(lm)
-        self.config = config
-        self.vectors = nn.Parameter(self._start(config, lm) / self.scale)
-        self.to(lm.device)
-
-    def _start(self, config: Config, lm: CausalLM) -> torch.Tensor:
-        table = whole_table(lm)
-        generator = torch.Generator().manual_seed(config.init_seed)
-        if config.init == "random":
-            return (torch.randn(config.length, self.width, generator=generator) * self.scale).to(table.device)
-        if config.init == "vocabulary":
-            return table[torch.randint(len(table), (config.length,), generator=generator).to(table.device)].clone()
-        ids = lm.tokenizer(config.init_text, add_special_tokens=False)["input_ids"]
-        if not ids:
-            raise OptionError(f"--init-text {config.init_text!r} has no tokens")
-        return table[[ids[i % len(ids)] for i in range(config.length)]].clone()
-
-    def hint_length(self, query_tokens: int) -> int:
-        """Return T."""
-        return len(self.vectors)
-
-    def forward(self, pairs: Pairs) -> Hints:
-        """Return the same vectors for every row."""
-        vectors = (self.scale * self.vectors).expand(len(pairs.query), -1, -1)
-        return Hints(vectors, torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device))

@@ -1,0 +1,144 @@
+"""The layers behind lora.py."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from qpeft import adapters
+from qpeft.adapters import lora
+from qpeft.adapters._base import Adapter
+from qpeft.adapters._lora_targets import Targets, resolve
+from qpeft.adapters.lora import CHANGES_LM, Config
+from qpeft.errors import MissingDependencyError, OptionError
+from qpeft.hints import Hints, Pairs
+from qpeft.lm import CausalLM
+
+
+class LoraAdapter(Adapter):
+    """The additions, and the prompt adapter that goes with them.
+
+    Tensors are named as in a PEFT folder without its first `base_model.`: `model.PATH.lora_A.weight`, and `qpeft.…` for
+    those of the prompt adapter.
+    """
+
+    changes_lm = CHANGES_LM
+
+    def __init__(self, config: Config, lm: CausalLM) -> None:
+        super().__init__()
+        self.config = config
+        _check(config)
+        self._width = lm.embeddings.weight.shape[1]
+        self.qpeft = _hint(config.hint, lm)
+        self.reads_template = self.qpeft is not None and self.qpeft.reads_template
+        self.peft_config, self.label, self._layers = _insert(config, resolve(config.modules, lm.model), lm)
+        self.model = nn.Module()
+        for path, layer in self._layers.items():
+            own = _descend(self.model, path)
+            for name in ("lora_A", "lora_B", "lora_dropout"):
+                own.add_module(name, getattr(layer, name)[self.label])
+        self.model.float()
+        self._switch([])
+        self.eval()
+
+    def hint_length(self, query_tokens: int) -> int:
+        """Return the prompt adapter's, or 0."""
+        return 0 if self.qpeft is None else self.qpeft.hint_length(query_tokens)
+
+    def forward(self, pairs: Pairs) -> Hints:
+        """Return the prompt adapter's hints, or empty ones."""
+        if self.qpeft is not None:
+            hints: Hints = self.qpeft(pairs)
+            return hints
+        nothing = torch.zeros(len(pairs.query), 0, self._width, device=pairs.query.device)
+        return Hints(nothing, nothing.new_zeros(nothing.shape[:2], dtype=torch.bool))
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Change the model within this context; one adapter at a time, and not from two threads at once."""
+        self._switch([self.label])
+        try:
+            yield
+        finally:
+            self._switch([])
+
+    def peft_facts(self) -> dict[str, Any]:
+        """Return what PEFT keeps in `adapter_config.json`."""
+        facts = {key: sorted(v) if isinstance(v, set) else v for key, v in self.peft_config.to_dict().items()}
+        return {**facts, "inference_mode": True}
+
+    def _switch(self, labels: list[str]) -> None:
+        # peft couples "active" with "trainable", for all adapters of a layer; what is trainable is not to change here.
+        trainable = [(p, p.requires_grad) for layer in self._layers.values() for p in layer.parameters()]
+        for layer in self._layers.values():
+            layer.set_adapter(labels)
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+
+
+def _check(config: Config) -> None:
+    if config.r < 1:
+        raise OptionError(f"--r is {config.r}; it must be at least 1")
+    if config.alpha_per_rank <= 0:
+        raise OptionError(f"--alpha-per-rank is {config.alpha_per_rank}; it must be above 0")
+    if not 0 <= config.dropout < 1:
+        raise OptionError(f"--dropout is {config.dropout}; it must be from 0 to below 1")
+
+
+def _hint(name: str, lm: CausalLM) -> Adapter | None:
+    if not name:
+        return None
+    module = adapters.load(name)
+    if module.__name__ == lora.__name__:
+        raise OptionError("--hint lora: the hint is a prompt adapter")
+    hint: Adapter = module.build(module.Config(), lm)
+    if hint.reads_layer is not None or hint.changes_lm:
+        raise OptionError(f"--hint {name}: it reads the model's own states of the passage, which LoRA changes")
+    return hint
+
+
+def _insert(config: Config, targets: Targets, lm: CausalLM) -> tuple[Any, str, dict[str, Any]]:
+    """Put new layers into the model; return peft's configuration, the adapter's name there, and the layers by path."""
+    try:
+        from peft import LoraConfig
+        from peft.tuners.lora import LoraLayer, LoraModel
+    except ImportError as error:
+        raise MissingDependencyError("peft", "lora") from error
+    if targets.parameters and config.dropout:
+        raise OptionError("--dropout must be 0 where experts are changed; or take --modules attention")
+    alpha = config.alpha_per_rank * config.r
+    settings = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=lm.name,
+        revision=lm.revision,
+        r=config.r,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        target_modules=list(targets.layers),
+        target_parameters=list(targets.parameters) or None,
+        fan_in_fan_out=targets.transposed,
+    )
+    label = f"qpeft{len(getattr(lm.model, 'peft_config', {}))}"
+    with warnings.catch_warnings():
+        # Several adapters in one model are what is wanted.
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        try:
+            LoraModel(lm.model, settings, label)
+        except ValueError as error:
+            raise OptionError(f"LoRA cannot be put into {lm.name!r}: {' '.join(str(error).split())}") from error
+    paths = lm.model.named_modules()
+    return settings, label, {path: m for path, m in paths if isinstance(m, LoraLayer) and label in m.lora_A}
+
+
+def _descend(root: nn.Module, path: str) -> nn.Module:
+    """Return the module at a path, made where it is missing."""
+    for part in path.split("."):
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    return root
