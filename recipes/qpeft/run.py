@@ -16,13 +16,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from cells import GROUPS, Cell
+from scipy.stats import kendalltau
 
 from qpeft import adapters
 from qpeft.adapters._folder import load_adapter, save_adapter
 from qpeft.data.candidates import candidates_from_run
 from qpeft.data.collection import Collection, open_collection
+from qpeft.evaluation.interpolation import interpolate
 from qpeft.evaluation.measures import evaluate
 from qpeft.loading import load_lm
 from qpeft.model_config import ModelConfig
@@ -33,7 +36,7 @@ from qpeft.training.config import TrainingConfig
 from qpeft.training.dev import DevRanking
 from qpeft.training.groups import groups_from_collection
 from qpeft.training.trainer import Collator, fit
-from qpeft.types import Candidates, Group, Query, Run
+from qpeft.types import Candidates, Group, Hit, Query, Ranking, Run
 
 MEASURES = "nDCG@10 RR@10 R@5 R@10 CandHit@10 CandHit_clean@10 CandR@10 CandR_clean@10"
 DEPTH = 30
@@ -159,7 +162,29 @@ def measure_on(
     seconds = time.perf_counter() - started
     pairs = sum(len(item.passages) for item in items)
     judged = {item.query.id: qrels[item.query.id] for item in items}
-    return {"per_query": per_query(run, judged), "passages/s": round(pairs / seconds, 1)}
+    first = Run(
+        (
+            Ranking(item.query.id, tuple(Hit(p.id, s) for p, s in zip(item.passages, item.scores, strict=True)))
+            for item in items
+        ),
+        "bm25",
+    )
+    return {
+        "per_query": per_query(run, judged),
+        "mixed": per_query(interpolate(first, run, 0.5), judged),
+        "agreement": agreement(first, run),
+        "passages/s": round(pairs / seconds, 1),
+    }
+
+
+def agreement(first: Run, run: Run) -> float:
+    """Return Kendall's tau between two rankings of the same passages, averaged over queries."""
+    taus = []
+    for query_id, ranking in run.items():
+        place = {hit.passage_id: rank for rank, hit in enumerate(first[query_id].hits)}
+        if len(place) > 1:
+            taus.append(kendalltau(range(len(place)), [place[hit.passage_id] for hit in ranking.hits]).statistic)
+    return round(float(np.mean(taus)), 4)
 
 
 def transfer(bench: Bench) -> None:

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from qpeft import losses
-from qpeft.errors import OptionError, QueryError
+from qpeft.errors import OptionError, QueryError, ScoreError
 from qpeft.training import config as training_config
 from qpeft.training.config import TrainingConfig
 from qpeft.training.dev import DevRanking
@@ -364,3 +364,11 @@ def test_checkpoints_hold_the_adapter_alone(lm, tmp_path):
     assert (newest / "adapter.safetensors").stat().st_size < 8 * adapter.count_parameters()
     assert json.loads((newest / "trainer_state.json").read_text())["global_step"] == 6
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
+
+
+def test_a_loss_that_is_no_number_ends_the_training(lm, tmp_path):
+    adapter = build("soft_prompt", lm)
+    with torch.no_grad():
+        adapter.vectors.fill_(torch.nan)
+    with pytest.raises(ScoreError, match="the loss became nan"):
+        train(lm, adapter, tmp_path)

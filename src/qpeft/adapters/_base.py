@@ -46,8 +46,8 @@ class Adapter(nn.Module, abc.ABC):
         return {}
 
     def count_parameters(self) -> int:
-        """Return how many parameters are trained."""
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        """Return how many parameters training changes; the same before it, in its midst and after loading."""
+        return sum(parameter.numel() for parameter in self.parameters())
 
 
 class PromptAdapter(Adapter):

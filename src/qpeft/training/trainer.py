@@ -28,7 +28,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from qpeft import losses
 from qpeft.adapters._base import Adapter
-from qpeft.errors import OptionError
+from qpeft.errors import OptionError, ScoreError
 from qpeft.lm import CausalLM
 from qpeft.template import Prompt, Row
 from qpeft.training.config import TrainingConfig
@@ -145,6 +145,9 @@ class Learner(nn.Module):
             with torch.no_grad():
                 zero_shot = self._scores(batch, None)
             loss = loss + config.anchor * losses.anchor(scores, zero_shot, mask)
+        if not torch.isfinite(loss):
+            # The Trainer would leave such losses out of its log, and save what came of them.
+            raise ScoreError(f"the loss became {float(loss)}: lower --learning-rate, or set --max-grad-norm")
         return {"loss": loss, "scores": scores.detach()}
 
     def _scores(self, batch: Batch, adapter: Adapter | None) -> Tensor:
