@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ def card(described: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
         f"* trained parameters: {described['trained_parameters']:,}",
         f"* template: {described['template']['name']} (version {described['template']['version']})",
     ]
-    lines += [f"* {name}: {value}" for name, value in described["options"].items()]
+    lines += [f"* {name}: {json.dumps(value)}" for name, value in described["options"].items()]
     for title, key in (("Training", "training"), ("Dev", "dev")):
         facts = provenance.get(key)
         if facts:

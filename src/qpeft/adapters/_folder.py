@@ -94,6 +94,7 @@ def save_adapter(
         prefix = _prefix(adapter)
         tensors = {prefix + key: value.detach().cpu().contiguous() for key, value in adapter.state_dict().items()}
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        shutil.copymode(temporary / CONFIG, temporary / WEIGHTS)  # safetensors lets only the owner read
         (temporary / "README.md").write_text(card(described, provenance or {}), encoding="utf-8")
         text = json.dumps(dict(provenance or {}), indent=2, ensure_ascii=False)
         (temporary / "provenance.json").write_text(text + "\n", encoding="utf-8")

@@ -147,7 +147,7 @@ class Learner(nn.Module):
             loss = loss + config.anchor * losses.anchor(scores, zero_shot, mask)
         if not torch.isfinite(loss):
             # The Trainer would leave such losses out of its log, and save what came of them.
-            raise ScoreError(f"the loss became {float(loss)}: lower --learning-rate, or set --max-grad-norm")
+            raise ScoreError(f"the loss became {float(loss.detach())}: lower --learning-rate, or set --max-grad-norm")
         return {"loss": loss, "scores": scores.detach()}
 
     def _scores(self, batch: Batch, adapter: Adapter | None) -> Tensor:
@@ -249,7 +249,7 @@ def trainer(
         num_train_epochs=1,  # the data set holds all epochs, so that its order does not depend on where one resumes
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.scheduler,
-        warmup_steps=math.ceil(config.warmup * steps),
+        warmup_steps=int(config.warmup * steps),
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         # What is logged is a mean since the last time, so a checkpoint must not fall between two.
