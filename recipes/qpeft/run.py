@@ -39,7 +39,9 @@ from qpeft.training.trainer import Collator, fit
 from qpeft.types import Candidates, Group, Hit, Query, Ranking, Run
 
 MEASURES = "nDCG@10 RR@10 R@5 R@10 CandHit@10 CandHit_clean@10 CandR@10 CandR_clean@10"
-DEPTH = 30
+NEGATIVE_DEPTH = 30
+DEPTHS = {"reddit-shift": 30, "squad": 30, "wiki-shift": 20, "nq-mini": 20, "cacm": 30}
+"""Candidates of a test query."""
 TEST_QUERIES = {"reddit-shift": 600, "squad": 300, "wiki-shift": 200, "nq-mini": 200, "cacm": 52}
 DEV_QUERIES, DEV_DEPTH = 150, 15
 STORE_GIB = 5.0
@@ -91,7 +93,7 @@ class Bench:
         for home in homes:
             share = cell.queries // len(homes)
             found += groups_from_collection(
-                self.collection(home), "train", negatives=negatives, seed=cell.seed, queries=share, depth=DEPTH
+                self.collection(home), "train", negatives=negatives, seed=cell.seed, queries=share, depth=NEGATIVE_DEPTH
             )[0]
         return found
 
@@ -139,9 +141,24 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
         "test": {},
     }
     if cell.test:
-        save_adapter(bench.output / "adapters" / cell.name, cell.adapter, adapter, lm, load_template(cell.template))
+        folder = bench.output / "adapters" / cell.name
+        facts = provenance(**{name: result[name] for name in ("cell", "dev", "history")}, training=summary(result))
+        save_adapter(folder, cell.adapter, adapter, lm, load_template(cell.template), provenance=facts)
         result["test"] = {homes[0]: measure_on(bench, prompt, homes[0], adapter, cell.shuffled)}
     return result
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """Return what a model card says of a training."""
+    cell = result["cell"]
+    return {
+        "collections (train splits)": cell["home"].replace("+", ", "),
+        "queries": cell["queries"],
+        "seed": cell["seed"],
+        "steps": result["steps"],
+        "seconds": result["training_seconds"],
+        **cell["training"],
+    }
 
 
 def measure_on(
@@ -153,7 +170,7 @@ def measure_on(
     items: list[Candidates] | None = None,
 ) -> dict[str, Any]:
     """Rank candidates of a collection's test queries; by default those of the sample."""
-    items = items or bench.candidates(name, "test", TEST_QUERIES[name], DEPTH)
+    items = items or bench.candidates(name, "test", TEST_QUERIES[name], DEPTHS[name])
     qrels = bench.collection(name).qrels("test")
     read = others([item.query for item in items]) if shuffled else None
     ranking = DevRanking(bench.lm, prompt, items, qrels, "RR@10", read)
@@ -187,20 +204,22 @@ def agreement(first: Run, run: Run) -> float:
     return round(float(np.mean(taus)), 4)
 
 
-def transfer(bench: Bench) -> None:
-    """Measure the finished adapters of the first seed on the collections that they were not trained on."""
-    paths = sorted((bench.output / "cells").glob("*-seed1-*.json"))
-    for name in TEST_QUERIES:  # collection by collection, so that each passage is encoded once
+def transfer(bench: Bench, names: list[str]) -> None:
+    """Measure the finished Q-PEFT adapters of the first seed on the collections that they were not trained on."""
+    paths = sorted((bench.output / "cells").glob("*-qpeft_[ar]-*seed1-*.json"))
+    for name in names:  # collection by collection, so that each passage is encoded once
         for path in paths:
             result = json.loads(path.read_text(encoding="utf-8"))
             folder = bench.output / "adapters" / path.stem
-            if name in result["test"] or not folder.exists() or result["cell"]["shuffled"]:
+            if name in result["test"] or not folder.exists():
                 continue
             opened = load_adapter(folder, bench.lm)
             prompt = Prompt(
                 opened.template, bench.lm.tokenizer, bench.lm.max_length, hint_length=opened.adapter.hint_length
             )
-            result["test"][name] = measure_on(bench, prompt, name, opened.adapter)
+            measured = measure_on(bench, prompt, name, opened.adapter)
+            result = json.loads(path.read_text(encoding="utf-8"))  # another worker may have added to it meanwhile
+            result["test"][name] = measured
             write(path, result)
             print(time.strftime("%H:%M:%S"), name, path.stem, flush=True)
 
@@ -229,14 +248,14 @@ def first_trial(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def baselines(bench: Bench) -> dict[str, Any]:
+def measured_alone(bench: Bench) -> dict[str, Any]:
     """Measure the first stage, and the model alone."""
     prompt = Prompt(load_template("plain"), bench.lm.tokenizer, bench.lm.max_length)
     found: dict[str, Any] = {"bm25": {}, "zero_shot": {}}
     for name, count in TEST_QUERIES.items():
         queries = bench.queries(name, "test", count)
         qrels = bench.collection(name).qrels("test")
-        run = bench.first_stage(name, queries, DEPTH)
+        run = bench.first_stage(name, queries, DEPTHS[name])
         found["bm25"][name] = {"per_query": per_query(run, {q.id: qrels[q.id] for q in queries})}
         found["zero_shot"][name] = measure_on(bench, prompt, name, None)
     return found
@@ -260,13 +279,13 @@ def main() -> None:
     number, of = map(int, args.worker.split("/"))
     bench = Bench(args.data, args.output)
     if args.group == "baselines":
-        write(args.output / "cells" / "baselines.json", {**baselines(bench), "made": provenance()})
+        write(args.output / "cells" / "baselines.json", {**measured_alone(bench), "made": provenance()})
         return
     if args.group == "first_trial":
         write(args.output / "first-trial.json", {**first_trial(bench), "made": provenance()})
         return
     if args.group == "transfer":
-        transfer(bench)
+        transfer(bench, list(TEST_QUERIES)[number::of])
         return
     for cell in list(GROUPS[args.group]())[number::of]:
         path = args.output / "cells" / f"{cell.name}.json"
