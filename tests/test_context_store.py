@@ -76,6 +76,19 @@ def test_what_does_not_fit_goes_to_disk_and_comes_back(make_lm, tmp_path):
     assert damaged.store.misses == len(PASSAGES)
 
 
+def test_states_of_each_layer_have_a_file_of_their_own(make_lm, tmp_path):
+    lm = make_lm("llama")
+    (row, *_) = rows_for(lm, queries=[QUERY])
+    stored = with_store(lm, 0, tmp_path)
+    for _ in range(2):
+        for layer in (0, None, 2):
+            found, expected = stored.encode(row.context, layer), lm.encode(row.context, layer)
+            assert torch.equal(found.cache, expected.cache)
+            assert (found.states is None) == (layer is None)
+            assert layer is None or torch.equal(found.states, expected.states)
+    assert (stored.store.misses, stored.store.hits) == (3, 3)
+
+
 def test_the_passage_prior_bypasses_the_store(make_lm):
     lm = make_lm("gpt2")
     stored = with_store(lm)

@@ -160,6 +160,14 @@ def test_place_of_the_hint(tokenizer):
     assert Prompt(Template("none", 1, "a {passage}", "{query}"), tokenizer, 512).rows(QUERY, PASSAGE)[0].hint is None
 
 
+def test_room_is_kept_for_hints_of_the_query_that_is_read(tokenizers):
+    prompt = Prompt(load_template("plain"), tokenizers["wordpiece"], 64, hint_length=lambda tokens: 2 * tokens)
+    passage = Passage("p", "the sea " * 100)
+    for read in (None, Query("r", "who"), Query("s", "who was the old king of the city?")):
+        (row,) = prompt.rows(QUERY, passage, hint_query=read)
+        assert len(row) + 2 * len(row.query) == 64
+
+
 def test_fingerprint_changes_with_what_can_change_a_score():
     template = load_template("plain")
     assert dataclasses.replace(template, description="other words").fingerprint == template.fingerprint

@@ -120,6 +120,20 @@ def test_rows_with_their_hints_fit_the_model(name, make_lm):
         tight.rows(QUERIES[0], long)
 
 
+def test_hints_count_in_the_tokens_of_a_batch(name, models):
+    lm = alike(models["llama"], batch_tokens=200)
+    adapter = build(name, lm)
+    seen = []
+    hook = lm.model.register_forward_pre_hook(
+        lambda module, inputs, options: seen.append(options.get("inputs_embeds")), with_kwargs=True
+    )
+    lm.log_probs(rows_for(lm, adapter), adapters=adapter)
+    hook.remove()
+    sizes = [len(vectors) * (vectors.shape[1] + 1) for vectors in seen if vectors is not None]
+    assert len(sizes) > 1
+    assert max(sizes) <= 200
+
+
 def padded(lm, adapter, seed):
     """Return pairs of three rows of unlike lengths, and what stands in their padding, drawn by a seed."""
     rows = rows_for(lm, adapter)[:3]

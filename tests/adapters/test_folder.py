@@ -83,6 +83,11 @@ def test_a_trainable_table_is_kept(lm, tmp_path):
     assert torch.equal(opened.token_table, adapter.token_table)
 
 
+def test_a_loaded_adapter_has_no_dropout(lm, tmp_path):
+    save_adapter(tmp_path / "mine", "qpeft_a", build("qpeft_a", lm, attn_dropout=0.5), lm, PLAIN)
+    assert not any(module.training for module in load_adapter(tmp_path / "mine", lm).adapter.modules())
+
+
 def test_other_models_are_refused(folder, lm, make_lm):
     class Wide(torch.nn.Module):
         """A model whose embedding table has another shape."""

@@ -221,6 +221,14 @@ def test_c_reads_the_states_of_the_passage(lm):
     assert not torch.allclose(c(read).vectors, c(moved).vectors, atol=1e-3)
 
 
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_encoding_returns_the_states_of_the_layer_asked_for(lm, layer):
+    (row, *_) = rows_for(lm, build("qpeft_c", lm))
+    with torch.no_grad():
+        out = lm.model(input_ids=torch.tensor([row.context]), output_hidden_states=True)
+    torch.testing.assert_close(lm.encode(row.context, layer).states, out.hidden_states[layer][0], atol=1e-4, rtol=0)
+
+
 def test_the_same_context_is_kept_for_each_layer(lm):
     stored = with_store(lm)
     made = [build("qpeft_c", lm, trained=True, layer=layer) for layer in (0, 1)]

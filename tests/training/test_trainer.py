@@ -267,6 +267,20 @@ def test_patience_survives_an_interruption(lm, tmp_path):
     assert_equal(state(again), state(adapter))
 
 
+def test_dev_is_ranked_without_dropout(lm, tmp_path, monkeypatch):
+    adapter = build("qpeft_a", lm, attn_dropout=0.5)
+    dev, modes = dev_for(lm, adapter), []
+    measure = dev.measure
+
+    def watched(who):
+        modes.append(who.training)
+        return measure(who)
+
+    monkeypatch.setattr(dev, "measure", watched)
+    train(lm, adapter, tmp_path, dev=dev)
+    assert modes == [False] * 6
+
+
 def test_no_epochs_leave_the_adapter_untrained(lm, tmp_path):
     adapter = build("qpeft_a", lm)
     before = state(adapter)
