@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from qpeft.evaluation.significance import holm, paired_t
+from qpeft.evaluation.significance import bootstrap_interval, holm, paired_t
 
 MEASURES = ("nDCG@10", "RR@10", "R@10", "CandHit@10", "CandHit_clean@10")
 BASELINES = ("zero_shot", "soft_prompt")
@@ -80,8 +81,32 @@ def table(
             found = [c for c in comparisons if c["row"] == name and c["against"] == reference]
             marks.append("" if not found else f"{found[0]['difference']:+.3f} (p {shown(found[0]['p_holm'])})")
         seconds = statistics.fmean(c["training_seconds"] for c in cells)
-        lines.append([name, *values, *marks, f"{cells[0]['trained_parameters']:,}", f"{seconds:,.0f}"])
+        lines.append(
+            [f"{name} ({len(cells)})", *values, *marks, f"{cells[0]['trained_parameters']:,}", f"{seconds:,.0f}"]
+        )
     return lines, comparisons
+
+
+def figure(rows: dict[str, list[dict[str, Any]]], baselines: dict[str, Any], collection: str, path: Path) -> None:
+    """Draw each row's RR@10 against zero-shot: a dot per seed, the mean with a 95 % bootstrap interval over queries."""
+    reference = baselines["zero_shot"][collection]["per_query"]["RR@10"]
+    ordered = sorted(rows, key=lambda name: statistics.fmean(averaged(rows[name], collection, "RR@10").values()))
+    drawing = Figure(figsize=(7, 0.45 * len(rows) + 1.2), layout="constrained")
+    axes = drawing.add_subplot()
+    for place, name in enumerate(ordered):
+        own = averaged(rows[name], collection, "RR@10")
+        low, high = bootstrap_interval(np.array([own[q] - reference[q] for q in reference])) or (0.0, 0.0)
+        axes.plot([low, high], [place, place], color="#0072B2", linewidth=2)
+        axes.plot(statistics.fmean(own[q] - reference[q] for q in reference), place, "o", color="#0072B2", markersize=8)
+        for cell in rows[name]:
+            values = cell["test"][collection]["per_query"]["RR@10"]
+            difference = statistics.fmean(values[q] - reference[q] for q in reference)
+            axes.plot(difference, place + 0.18, "o", color="#D55E00", markersize=3)
+    axes.axvline(0, color="grey", linewidth=1)
+    axes.set_yticks(range(len(ordered)), ordered)
+    axes.set_xlabel(f"RR@10 on {collection} minus zero-shot; line: 95 % over queries, small dots: seeds")
+    axes.spines[["top", "right"]].set_visible(False)
+    drawing.savefig(path, dpi=130)
 
 
 def shown(p: float | None) -> str:
@@ -91,7 +116,14 @@ def shown(p: float | None) -> str:
 
 def markdown(lines: list[list[str]]) -> str:
     """Return lines as a Markdown table."""
-    head = ["", *MEASURES, "RR@10 − zero-shot", "RR@10 − soft prompt", "trained parameters", "training seconds"]
+    head = [
+        "row (seeds)",
+        *MEASURES,
+        "RR@10 − zero-shot",
+        "RR@10 − soft prompt",
+        "trained parameters",
+        "training seconds",
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
 
 
@@ -106,15 +138,21 @@ def main() -> None:
     for (home, queries, row), cells in read_cells(args.cells).items():
         grouped[home, queries][row] = cells
     texts, everything = [], {}
-    for (home, queries), rows in sorted(grouped.items()):
-        for collection in next(iter(rows.values()))[0]["test"]:
-            complete = {name: cells for name, cells in rows.items() if all(collection in c["test"] for c in cells)}
-            lines, comparisons = table(complete, baselines, collection)
-            count = len(baselines["bm25"][collection]["per_query"]["RR@10"])
-            title = f"### Trained on {home}, {queries} queries; measured on {collection}, {count} test queries"
-            texts.append(f"{title}\n\n{markdown(lines)}\n")
-            everything[f"{home} {queries} → {collection}"] = comparisons
     args.output.mkdir(parents=True, exist_ok=True)
+    for (home, queries), rows in sorted(grouped.items()):
+        for collection in baselines["bm25"]:
+            measured = {name: [c for c in cells if collection in c["test"]] for name, cells in rows.items()}
+            measured = {name: cells for name, cells in measured.items() if cells}
+            if not measured:
+                continue
+            lines, comparisons = table(measured, baselines, collection)
+            count = len(baselines["bm25"][collection]["per_query"]["RR@10"])
+            homes = home.replace("+", ", ")
+            title = f"### Trained on {homes}, {queries} queries; measured on {collection}, {count} test queries"
+            texts.append(f"{title}\n\n{markdown(lines)}\n")
+            if len(measured) > 3:
+                figure(measured, baselines, collection, args.output / f"{home}-{queries}-{collection}.png")
+            everything[f"{home} {queries} → {collection}"] = comparisons
     (args.output / "tables.md").write_text("\n".join(texts), encoding="utf-8")
     (args.output / "comparisons.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
 
