@@ -191,9 +191,10 @@ def test_configurations_that_cannot_be_used(folder, lm, tmp_path):
             load_adapter(folder, lm)
         assert str(folder) in str(caught.value)
         assert "\n" not in str(caught.value)
-    for nothing in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(AdapterError, match=rf"no adapter in '{nothing}': {CONFIG} is missing"):
-            load_adapter(nothing, lm)
+    with pytest.raises(AdapterError, match=rf"no adapter in '{tmp_path}': {CONFIG} is missing"):
+        load_adapter(tmp_path, lm)
+    with pytest.raises(AdapterError, match="no adapter 'tiny-lm-qpeft-x'; did you mean 'tiny-lm-qpeft-"):
+        load_adapter("tiny-lm-qpeft-x", lm)
 
 
 def full(*args, **kwargs):

@@ -125,6 +125,8 @@ def load_adapter(folder: str | Path, lm: CausalLM) -> AdapterFolder:
         AdapterError: no adapter folder, damaged, or made for another model; says what differs.
     """
     folder = adapter_path(folder)
+    if not folder.exists():
+        raise AdapterError(f"no adapter {str(folder)!r}{nearest(str(folder), embedded_adapters())}")
     described = read_config(folder)
     _check_base(folder, described["base"], lm)
     adapter, template = _build(folder, described, lm)
