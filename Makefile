@@ -9,7 +9,7 @@ demo: $(VENV)/core.stamp
 	$(BIN)/qpeft demo
 
 test: $(VENV)/dev.stamp
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

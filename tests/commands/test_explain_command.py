@@ -68,7 +68,7 @@ def test_json_agrees_with_score(options, capsys):
         (["--title", "only one"], "2 passages but 1 titles"),
         (["--template", "plian"], "did you mean 'plain'"),
         (["--max-passage-tokens", "0"], "at least 1"),
-        (["--adapter", "nowhere"], "no adapter in 'nowhere'"),
+        (["--adapter", "nowhere"], "no adapter 'nowhere'; known: tiny-lm-qpeft-a"),
         (["--passage", " "], "passage '2' has no tokens"),
     ],
 )
