@@ -223,6 +223,7 @@ class CausalLM(PretrainedLM):
         before = torch.zeros(len(encoded), past, dtype=torch.long)
         for i, (each, length) in enumerate(zip(encoded, starts, strict=True)):
             stacked[:, :, i, :, past - length : past] = each.cache[..., :length, :]
+            stacked[:, :, i, :, : past - length] = 0  # what is masked must be finite, and the room may be used
             before[i, past - length :] = 1
         whole = torch.cat([before, mask], 1)
         cache = DynamicCache()
