@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from qpeft.evaluation.measures import Evaluation
-from qpeft.evaluation.significance import Comparison, Test
+if TYPE_CHECKING:  # so that formatting a number does not import statistics
+    from qpeft.evaluation.measures import Evaluation
+    from qpeft.evaluation.significance import Comparison, Test
 
 BETTER, WORSE = "▲", "▼"
 TEST_NAMES = {
