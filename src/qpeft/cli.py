@@ -125,7 +125,14 @@ def parse(name: str, description: str, configs: Sequence[type[Any]], arguments: 
 def _add_options(parser: Any, config: type[Any]) -> None:
     from docstring_parser import parse_from_object
 
-    texts = {param.arg_name: param.description or "" for param in parse_from_object(config).params}
+    # A subclass documents its own fields only, and need not document again those whose defaults it changes.
+    texts = {
+        param.arg_name: param.description
+        for kind in reversed(config.__mro__)
+        if dataclasses.is_dataclass(kind)
+        for param in parse_from_object(kind).params
+        if param.description
+    }
     hints = get_type_hints(config)
     group = parser.add_argument_group((config.__doc__ or config.__name__).splitlines()[0].rstrip("."))
     for field in dataclasses.fields(config):

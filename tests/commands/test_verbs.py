@@ -175,3 +175,13 @@ def test_demo_goes_the_whole_way(tmp_path, capsys):
     assert main(["demo", "--output", str(tmp_path / "demo"), "--limit-queries", "2", "--depth", "3"]) == 0
     assert "query_likelihood+bm25" in capsys.readouterr().out
     assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("options", [["--adapter", "qpeft_c"], ["--adapter", "qpeft_r", "--preset", "authors"]])
+def test_inherited_options_have_help_too(options, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", *options, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--margin MARGIN Of the hinge, in nats per query token." in text
+    assert "Words before the hint." in text
+    assert "--patience PATIENCE Stop after so many evaluations" in text
