@@ -12,7 +12,7 @@ import qpeft
 ROOT = Path(qpeft.__file__).parent
 LAYERS = [
     {"errors"},
-    {"types"},
+    {"types", "registry"},
     {"provenance", "model_config"},
     {"template", "hints", "context_store", "losses"},
     {"layout"},

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SEEDS = (1, 2, 3)
-HOMES = ("reddit-shift", "squad")
 
 
 @dataclass(frozen=True)

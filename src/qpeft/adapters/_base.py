@@ -55,17 +55,17 @@ class PromptAdapter(Adapter):
 
     Args:
         lm: the frozen model; only its embedding layer is kept, and it is not a part of the adapter.
-        table: whether tokens are looked up in the model's own table, or in a trainable copy of it.
+        table: its `whole_table`, which most adapters start from.
+        lookup: whether tokens are looked up in the model's own table, or in a trainable copy of it.
     """
 
-    def __init__(self, lm: CausalLM, table: Table = "frozen") -> None:
+    def __init__(self, lm: CausalLM, table: Tensor, lookup: Table = "frozen") -> None:
         super().__init__()
         self._frozen = (lm.embeddings,)  # in a tuple, so that it is not taken for a part of this module
-        every = whole_table(lm)
-        self.width = every.shape[1]
-        self.scale = float(every.pow(2).mean().sqrt())
+        self.width = table.shape[1]
+        self.scale = float(table.pow(2).mean().sqrt())
         """Root mean square of the entries of the embedding table: the size that hint vectors should have."""
-        self.token_table = nn.Parameter(every) if table == "trainable" else None
+        self.token_table = nn.Parameter(table) if lookup == "trainable" else None
 
     def look_up(self, ids: Tensor) -> Tensor:
         """Return the vectors of tokens, `[…] → […, d]` float32, from the trainable copy if there is one."""
@@ -131,9 +131,10 @@ class HintNetwork(nn.Module):
         self._residual = init == "residual_zero"
         steps: list[nn.Module] = []
         if layers and self._residual:
-            steps = [nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, width)]
-            nn.init.zeros_(steps[2].weight)  # type: ignore[arg-type]
-            nn.init.zeros_(steps[2].bias)  # type: ignore[arg-type]
+            out = nn.Linear(hidden, width)
+            nn.init.zeros_(out.weight)
+            nn.init.zeros_(out.bias)
+            steps = [nn.Linear(width, hidden), nn.ReLU(), out]
         elif layers:
             steps = [nn.Linear(width, width)]
             for _ in range(layers):
@@ -141,11 +142,10 @@ class HintNetwork(nn.Module):
         self.steps = nn.Sequential(*steps)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        if not self._residual:
-            return self.steps(vectors)  # type: ignore[no-any-return]
         if not len(self.steps):
             return vectors
-        return vectors + self._scale * self.steps(vectors / self._scale)  # type: ignore[no-any-return]
+        out: Tensor = self.steps(vectors / self._scale if self._residual else vectors)
+        return vectors + self._scale * out if self._residual else out
 
 
 @torch.no_grad()

@@ -16,13 +16,14 @@ from qpeft.lm import CausalLM
 class PassagePrompt(PromptAdapter):
     """The module; see passage_prompt.py."""
 
+    config: Config
+
     def __init__(self, config: Config, lm: CausalLM) -> None:
         if config.k < 1:
             raise OptionError(f"--k is {config.k}; it must be at least 1")
-        super().__init__(lm)
-        self.config = config
-        self._k = config.k
         table = whole_table(lm)
+        super().__init__(lm, table)
+        self.config = config
         ids = lm.tokenizer(config.instruction, add_special_tokens=False)["input_ids"] if config.instruction else []
         self.instruction = nn.Parameter(table[torch.tensor(ids, dtype=torch.long)] / self.scale)
         self.attention = None
@@ -35,7 +36,7 @@ class PassagePrompt(PromptAdapter):
 
     def hint_length(self, query_tokens: int) -> int:
         """Return k and the instruction."""
-        return self._k + len(self.instruction)
+        return self.config.k + len(self.instruction)
 
     def forward(self, pairs: Pairs) -> Hints:
         """Read the passage and write."""

@@ -22,7 +22,8 @@ class QPeftA(PromptAdapter):
     """
 
     def __init__(self, config: Config, lm: CausalLM, reads_layer: int | None = None) -> None:
-        super().__init__(lm, config.token_table)
+        table = whole_table(lm)
+        super().__init__(lm, table, config.token_table)
         self.config = config
         self.reads_layer = reads_layer
         self.reads_template = config.template_tokens
@@ -33,7 +34,7 @@ class QPeftA(PromptAdapter):
             self.attention = DefaultAttention(self.width, config.num_heads, config.attn_dropout)
         else:
             self.attention = CosineAttention(
-                whole_table(lm),
+                table,
                 config.num_heads,
                 config.attn_dim,
                 config.attn_sharpness,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qpeft.adapters._base import HintNetwork, Markers, PromptAdapter
+from qpeft.adapters._base import HintNetwork, Markers, PromptAdapter, whole_table
 from qpeft.adapters._token_filter import TokenFilter, first_occurrences
 from qpeft.adapters.qpeft_r import Config
 from qpeft.errors import OptionError
@@ -16,14 +16,15 @@ from qpeft.lm import CausalLM
 class QPeftR(PromptAdapter):
     """The module; see qpeft_r.py."""
 
+    config: Config
+
     def __init__(self, config: Config, lm: CausalLM) -> None:
         if config.k < 1:
             raise OptionError(f"--k is {config.k}; it must be at least 1")
         if config.similarity_table == "trainable" and config.token_table == "frozen":
             raise OptionError("--similarity-table trainable needs --token-table trainable")
-        super().__init__(lm, config.token_table)
+        super().__init__(lm, whole_table(lm), config.token_table)
         self.config = config
-        self._k = config.k
         self.reads_template = config.template_tokens
         self.markers = Markers(lm.tokenizer, config.hint_prefix, config.hint_suffix, lm.device)
         self.filter = TokenFilter(config.token_filter, lm.tokenizer, lm.embeddings.weight.shape[0], lm.device)
@@ -32,7 +33,7 @@ class QPeftR(PromptAdapter):
 
     def hint_length(self, query_tokens: int) -> int:
         """Return k and the markers."""
-        return self._k + len(self.markers)
+        return self.config.k + len(self.markers)
 
     def forward(self, pairs: Pairs) -> Hints:
         """Choose tokens and write them."""

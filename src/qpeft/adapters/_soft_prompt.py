@@ -18,13 +18,13 @@ class SoftPrompt(PromptAdapter):
     def __init__(self, config: Config, lm: CausalLM) -> None:
         if config.length < 1:
             raise OptionError(f"--length is {config.length}; it must be at least 1")
-        super().__init__(lm)
+        table = whole_table(lm)
+        super().__init__(lm, table)
         self.config = config
-        self.vectors = nn.Parameter(self._start(config, lm) / self.scale)
+        self.vectors = nn.Parameter(self._start(config, lm, table) / self.scale)
         self.to(lm.device)
 
-    def _start(self, config: Config, lm: CausalLM) -> torch.Tensor:
-        table = whole_table(lm)
+    def _start(self, config: Config, lm: CausalLM, table: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(config.init_seed)
         if config.init == "random":
             return (torch.randn(config.length, self.width, generator=generator) * self.scale).to(table.device)

@@ -46,7 +46,6 @@ class Batch:
     rows: list[Row]
     mask: Tensor
     teacher: Tensor | None
-    passages: int
 
 
 class TrainingSet(Dataset[tuple[int, Group]]):
@@ -119,7 +118,7 @@ class Collator:
                     for (_, group), passages in zip(items, drawn, strict=True)
                 ]
             )
-        return {"batch": Batch(rows, mask, teacher, len(rows))}
+        return {"batch": Batch(rows, mask, teacher)}
 
     def _row(self, query: Query, passage: Passage) -> Row:
         return self._prompt.rows(query, passage, hint_query=self._hint_queries.get(query.id))[0]
@@ -204,85 +203,6 @@ class AdapterTrainer(Trainer):
         learner.adapter.load_state_dict(load_file(folder / WEIGHTS, device=str(self.args.device)))
 
 
-def trainer(
-    lm: CausalLM,
-    adapter: Adapter,
-    groups: Sequence[Group],
-    collator: Collator,
-    config: TrainingConfig,
-    *,
-    checkpoints: Path,
-    seed: int,
-    dev: DevRanking | None,
-    callbacks: Sequence[TrainerCallback] = (),
-    progress: bool = True,
-) -> AdapterTrainer:
-    """Return a trainer, ready to `train(resume_from_checkpoint=…)`; afterwards the adapter is the best by dev.
-
-    Args:
-        lm: the frozen model; with a context store, contexts are encoded once and kept.
-        adapter: what is trained; on the model's device.
-        groups: training queries with their passages.
-        collator: makes rows of them.
-        config: losses, rates, sizes.
-        checkpoints: folder for the Trainer's checkpoints.
-        seed: of the order of queries, and of dropout.
-        dev: what is measured; without it, the last state is kept.
-        callbacks: more of the Trainer's callbacks.
-        progress: show a progress bar.
-
-    Raises:
-        OptionError: options out of range, or no parameter to train.
-    """
-    if not groups:
-        raise OptionError("there is nothing to train on: no query has a positive passage")
-    if not any(parameter.requires_grad for parameter in adapter.parameters()):
-        raise OptionError("nothing of this adapter is trainable; for R, raise --mlp-layers or --token-table trainable")
-    data = TrainingSet(groups, config.epochs, seed)
-    steps = math.ceil(math.ceil(len(data) / config.batch_queries) / config.gradient_accumulation)
-    every = max(1, steps // max(1, config.evaluations))
-    stopping: list[TrainerCallback] = [EarlyStoppingCallback(config.patience)] if config.patience and dev else []
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        per_device_train_batch_size=config.batch_queries,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        num_train_epochs=1,  # the data set holds all epochs, so that its order does not depend on where one resumes
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.scheduler,
-        warmup_steps=int(config.warmup * steps),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        # What is logged is a mean since the last time, so a checkpoint must not fall between two.
-        logging_steps=max(n for n in range(1, max(1, steps // 50) + 1) if every % n == 0),
-        eval_strategy="steps" if dev else "no",
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        load_best_model_at_end=dev is not None,
-        metric_for_best_model=dev.name if dev else None,
-        greater_is_better=True,
-        report_to=list(config.report_to) or "none",
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
-        use_cpu=lm.device.type == "cpu",
-        seed=seed,
-        disable_tqdm=not progress,
-        save_only_model=False,
-        restore_callback_states_from_checkpoint=True,  # the patience that is left
-    )
-    return AdapterTrainer(
-        dev,
-        model=Learner(adapter, lm, config),
-        args=arguments,
-        train_dataset=data,
-        eval_dataset=data if dev else None,
-        data_collator=collator,
-        callbacks=[*stopping, *callbacks],
-    )
-
-
 @dataclass(frozen=True)
 class Fitted:
     """What training came to."""
@@ -346,7 +266,7 @@ def fit(
     history: list[dict[str, float]] = []
     steps = 0
     if config.epochs:
-        made = trainer(
+        made = _trainer(
             lm, adapter, groups, collator, config,
             checkpoints=checkpoints, seed=seed, dev=dev, callbacks=callbacks, progress=progress,
         )  # fmt: skip
@@ -361,6 +281,69 @@ def fit(
         found["trained"] = made.state.best_metric
     adapter.eval()
     return Fitted(history, found, time.perf_counter() - started, steps)
+
+
+def _trainer(
+    lm: CausalLM,
+    adapter: Adapter,
+    groups: Sequence[Group],
+    collator: Collator,
+    config: TrainingConfig,
+    *,
+    checkpoints: Path,
+    seed: int,
+    dev: DevRanking | None,
+    callbacks: Sequence[TrainerCallback],
+    progress: bool,
+) -> AdapterTrainer:
+    """Return a Trainer with the arguments of `fit`."""
+    if not groups:
+        raise OptionError("there is nothing to train on: no query has a positive passage")
+    if not any(parameter.requires_grad for parameter in adapter.parameters()):
+        raise OptionError("nothing of this adapter is trainable; for R, raise --mlp-layers or --token-table trainable")
+    data = TrainingSet(groups, config.epochs, seed)
+    steps = math.ceil(math.ceil(len(data) / config.batch_queries) / config.gradient_accumulation)
+    every = max(1, steps // max(1, config.evaluations))
+    stopping: list[TrainerCallback] = [EarlyStoppingCallback(config.patience)] if config.patience and dev else []
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=config.batch_queries,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        num_train_epochs=1,  # the data set holds all epochs, so that its order does not depend on where one resumes
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.scheduler,
+        warmup_steps=int(config.warmup * steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        # What is logged is a mean since the last time, so a checkpoint must not fall between two.
+        logging_steps=max(n for n in range(1, max(1, steps // 50) + 1) if every % n == 0),
+        eval_strategy="steps" if dev else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=dev is not None,
+        metric_for_best_model=dev.name if dev else None,
+        greater_is_better=True,
+        report_to=list(config.report_to) or "none",
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        use_cpu=lm.device.type == "cpu",
+        seed=seed,
+        disable_tqdm=not progress,
+        save_only_model=False,
+        restore_callback_states_from_checkpoint=True,  # the patience that is left
+    )
+    return AdapterTrainer(
+        dev,
+        model=Learner(adapter, lm, config),
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=data if dev else None,
+        data_collator=collator,
+        callbacks=[*stopping, *callbacks],
+    )
 
 
 def _newest(checkpoints: Path) -> str | None:
