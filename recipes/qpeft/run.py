@@ -248,6 +248,47 @@ def first_trial(bench: Bench) -> dict[str, Any]:
     return found
 
 
+FRESH_QUERIES, FRESH_CHUNK = 1500, 100
+
+
+def confirm(bench: Bench, number: int, of: int) -> None:
+    """Rank test queries that no other group reads, with the main adapters: a test of what the table suggested.
+
+    Chunk by chunk of queries, so that a chunk's passages are encoded once for all adapters.
+    """
+    name, known = "reddit-shift", TEST_QUERIES["reddit-shift"]
+    collection = bench.collection(name)
+    fresh = bench.queries(name, "test", known + FRESH_QUERIES)[known:]
+    paths = [
+        path
+        for path in sorted((bench.output / "cells").glob("reddit-shift-320-*.json"))
+        if json.loads(path.read_text(encoding="utf-8"))["cell"] in confirmed()
+    ]
+    plain = Prompt(load_template("plain"), bench.lm.tokenizer, bench.lm.max_length)
+    for start in range(0, FRESH_QUERIES, FRESH_CHUNK)[number::of]:
+        target = bench.output / "confirm" / f"{start:04d}.json"
+        if target.exists():
+            continue
+        run = bench.first_stage(name, fresh[start : start + FRESH_CHUNK], DEPTHS[name])
+        items = list(candidates_from_run(run, collection.queries("test"), collection.passages, DEPTHS[name]))
+        judged = {item.query.id: collection.qrels("test")[item.query.id] for item in items}
+        found = {"bm25": {"per_query": per_query(run, judged)}}
+        found["zero_shot"] = measure_on(bench, plain, name, None, items=items)
+        for path in paths:
+            opened = load_adapter(bench.output / "adapters" / path.stem, bench.lm)
+            length = opened.adapter.hint_length
+            prompt = Prompt(opened.template, bench.lm.tokenizer, bench.lm.max_length, hint_length=length)
+            found[path.stem] = measure_on(bench, prompt, name, opened.adapter, items=items)
+        write(target, {**found, "made": provenance()})
+        print(time.strftime("%H:%M:%S"), target.name, flush=True)
+
+
+def confirmed() -> list[dict[str, Any]]:
+    """Return the cells whose adapters `confirm` measures."""
+    rows = ("qpeft_a", "qpeft_r", "soft_prompt")
+    return [json.loads(json.dumps(dataclasses.asdict(cell))) for cell in GROUPS["main"]() if cell.row in rows]
+
+
 def measured_alone(bench: Bench) -> dict[str, Any]:
     """Measure the first stage, and the model alone."""
     prompt = Prompt(load_template("plain"), bench.lm.tokenizer, bench.lm.max_length)
@@ -272,7 +313,7 @@ def write(path: Path, value: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with the BEIR folders")
-    parser.add_argument("group", choices=[*GROUPS, "baselines", "first_trial", "transfer"])
+    parser.add_argument("group", choices=[*GROUPS, "baselines", "first_trial", "transfer", "confirm"])
     parser.add_argument("--worker", default="0/1")
     parser.add_argument("--output", type=Path, default=Path("out/qpeft"))
     args = parser.parse_args()
@@ -286,6 +327,9 @@ def main() -> None:
         return
     if args.group == "transfer":
         transfer(bench, list(TEST_QUERIES)[number::of])
+        return
+    if args.group == "confirm":
+        confirm(bench, number, of)
         return
     for cell in list(GROUPS[args.group]())[number::of]:
         path = args.output / "cells" / f"{cell.name}.json"

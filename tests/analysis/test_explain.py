@@ -9,7 +9,7 @@ from qpeft.analysis.explain import Explanation, PassageToken, QueryToken, explai
 from qpeft.analysis.explanation_page import explanation_page
 from qpeft.analysis.pieces import pieces, words
 from qpeft.errors import InputError, OptionError, ScoreError
-from qpeft.methods.query_likelihood import Config, QueryLikelihood
+from qpeft.methods.query_likelihood import Config, build_scorer
 from qpeft.methods.query_likelihood import build as build_method
 from qpeft.template import Prompt, Template, load_template
 from qpeft.types import Candidates, Passage, Query
@@ -176,7 +176,7 @@ def test_a_cut_passage_is_shown_as_far_as_it_was_read(lm, saved):
 
 def test_an_encoder_decoder_is_explained_without_an_adapter(t5, tmp_path):
     found = explain(t5, None, None, QUERY, PASSAGES)
-    scores = QueryLikelihood(Config(), t5, load_template("plain")).score([(QUERY, passage) for passage in PASSAGES])
+    scores = build_scorer(Config(), t5).score([(QUERY, passage) for passage in PASSAGES])
     assert [each.score for each in found] == pytest.approx(scores, abs=1e-4)
     with pytest.raises(OptionError, match="decoder-only"):
         explain(t5, tmp_path, None, QUERY, PASSAGES)

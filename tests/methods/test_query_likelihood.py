@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from qpeft.errors import OptionError, QueryError, ScoreError
-from qpeft.methods.query_likelihood import Config, QueryLikelihood, build
+from qpeft.methods.query_likelihood import Config, build, build_scorer
 from qpeft.template import Prompt, load_template
 from qpeft.types import Candidates, Passage, Query
 from reference import naive_log_probs
@@ -12,7 +12,7 @@ PASSAGE = Passage("p", "the light of the moon and the old red king of the salty 
 
 
 def score(lm, passage=PASSAGE, **options):
-    return QueryLikelihood(Config(**options), lm, load_template("plain")).score([(QUERY, passage)])[0]
+    return build_scorer(Config(**options), lm).score([(QUERY, passage)])[0]
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ from qpeft.adapters._base import Adapter
 from qpeft.adapters._card import card
 from qpeft.errors import AdapterError, InputError, OptionError, nearest
 from qpeft.lm import CausalLM
+from qpeft.pretrained import LanguageModel
 from qpeft.provenance import file_fingerprint
 from qpeft.template import Template
 
@@ -145,6 +146,30 @@ def load_adapter(folder: str | Path, lm: CausalLM) -> AdapterFolder:
         described["max_passage_tokens"],
         file_fingerprint(folder / WEIGHTS),
     )
+
+
+def open_adapter(
+    adapter: AdapterFolder | str | Path, lm: LanguageModel, template: Template | None, option: str | None = None
+) -> AdapterFolder:
+    """Open an adapter, unless it is open already, and make sure that it can be used with a model and a template.
+
+    Args:
+        adapter: its folder, the name of an embedded one, or an opened one.
+        lm: the language model.
+        template: what was asked for, if anything.
+        option: how it was asked for; by default the template's name.
+
+    Raises:
+        OptionError: the model has an encoder, or the adapter was trained with another template.
+        AdapterError: as `load_adapter`.
+    """
+    if not isinstance(lm, CausalLM):
+        raise OptionError("--adapter needs a decoder-only model")
+    opened = adapter if isinstance(adapter, AdapterFolder) else load_adapter(adapter, lm)
+    if template is not None and template.fingerprint != opened.template.fingerprint:
+        named = "the adapter" if isinstance(adapter, AdapterFolder) else f"adapter {str(adapter)!r}"
+        raise OptionError(f"--template {option or template.name}: {named} was trained with {opened.template.name!r}")
+    return opened
 
 
 def _build(folder: Path, described: Mapping[str, Any], lm: CausalLM) -> tuple[Adapter, Template]:

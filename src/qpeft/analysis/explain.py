@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from qpeft.adapters._folder import AdapterFolder, load_adapter
+from qpeft.adapters._folder import AdapterFolder, open_adapter
 from qpeft.analysis.pieces import pieces, words
-from qpeft.errors import InputError, OptionError
+from qpeft.errors import InputError
 from qpeft.hints import Hints, HintWriter, Pairs
 from qpeft.pretrained import LanguageModel, RowLogProbs
 from qpeft.template import Prompt, Row, Template, load_template
@@ -115,7 +115,7 @@ def explain(
         InputError: a passage has no tokens.
         ScoreError: the model gave a score that is no number, or two passages have one id.
     """
-    opened = _open(lm, adapter, template)
+    opened = None if adapter is None else open_adapter(adapter, lm, template)
     template = opened.template if opened else template or load_template("plain")
     if opened and max_passage_tokens is None:
         max_passage_tokens = opened.max_passage_tokens
@@ -249,19 +249,6 @@ def _context_texts(row: Row, tokenizer: Any, template: Template, passage: Passag
             shown[0] = f" {shown[0]}"
         texts += shown
     return texts
-
-
-def _open(
-    lm: LanguageModel, adapter: AdapterFolder | str | Path | None, template: Template | None
-) -> AdapterFolder | None:
-    if adapter is None:
-        return None
-    if lm.has_encoder:
-        raise OptionError("--adapter needs a decoder-only model")
-    opened = adapter if isinstance(adapter, AdapterFolder) else load_adapter(adapter, lm)  # type: ignore[arg-type]
-    if template is not None and template.fingerprint != opened.template.fingerprint:
-        raise OptionError(f"--template {template.name}: the adapter was trained with {opened.template.name!r}")
-    return opened
 
 
 def _query_tokens(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -60,6 +60,15 @@ def build(config: Config, lm: LanguageModel) -> Reranker:
     Raises:
         OptionError: options that contradict each other.
     """
+    return Pointwise(build_scorer(config, lm), config.queries_per_batch)
+
+
+def build_scorer(config: Config, lm: LanguageModel) -> QueryLikelihood:
+    """Return the scorer alone.
+
+    Raises:
+        OptionError: options that contradict each other.
+    """
     if config.windows and config.window_overlap >= config.windows:
         raise OptionError(f"--window_overlap {config.window_overlap} must be below --windows {config.windows}")
     if config.document_prior and lm.has_encoder:
@@ -68,47 +77,69 @@ def build(config: Config, lm: LanguageModel) -> Reranker:
         value = getattr(config, name)
         if value is not None and value < least:
             raise OptionError(f"--{name} is {value}; it must be at least {least}")
-    template = load_template(config.template or "plain")
+    template = None if config.template is None else load_template(config.template)
     if config.adapter is None:
-        return Pointwise(QueryLikelihood(config, lm, template), config.queries_per_batch)
-    if lm.has_encoder:
-        raise OptionError("--adapter needs a decoder-only model")
-    from qpeft.adapters._folder import load_adapter
+        return QueryLikelihood(config, lm, _prompt(config, lm, template or load_template("plain"), None))
+    from qpeft.adapters._folder import open_adapter
 
-    opened = load_adapter(config.adapter, lm)  # type: ignore[arg-type]
-    if config.template is not None and template.fingerprint != opened.template.fingerprint:
-        raise OptionError(
-            f"--template {config.template}: adapter {config.adapter!r} was trained with {opened.template.name!r}"
-        )
+    opened = open_adapter(config.adapter, lm, template, config.template)
     if config.max_passage_tokens is None:
         config = dataclasses.replace(config, max_passage_tokens=opened.max_passage_tokens)
-    scorer = QueryLikelihood(config, lm, opened.template, opened.adapter)
+    scorer = QueryLikelihood(config, lm, _prompt(config, lm, opened.template, opened.adapter), opened.adapter)
     scorer.facts["adapter"] = {"name": opened.name, "sha256": opened.sha256}
-    return Pointwise(scorer, config.queries_per_batch)
+    return scorer
+
+
+def _prompt(config: Config, lm: LanguageModel, template: Template, adapter: HintWriter | None) -> Prompt:
+    return Prompt(
+        template,
+        lm.tokenizer,
+        lm.max_length,
+        max_passage_tokens=config.max_passage_tokens,
+        hint_length=None if adapter is None else adapter.hint_length,
+        separate_target=lm.has_encoder,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The rows of some pairs; `owners` says of each row to which pair it belongs. A passage of zero tokens has none."""
+
+    rows: list[Row]
+    owners: list[int]
+    pairs: int
 
 
 class QueryLikelihood:
-    """Scores (query, passage) pairs by the log-likelihood of the query."""
+    """Scores (query, passage) pairs by the log-likelihood of the query.
+
+    Args:
+        config: options; those that the prompt and the adapter embody are not read.
+        lm: the language model.
+        prompt: template and tokenizer.
+        adapter: what writes hints, if anything.
+        hint_queries: what the adapter reads instead of a query, by query id (a control).
+    """
 
     def __init__(
-        self, config: Config, lm: LanguageModel, template: Template, adapter: HintWriter | None = None
+        self,
+        config: Config,
+        lm: LanguageModel,
+        prompt: Prompt,
+        adapter: HintWriter | None = None,
+        hint_queries: Mapping[str, Query] | None = None,
     ) -> None:
+        template = prompt.template
         self.counts = ScoringCounts()
         self.facts: dict[str, Any] = {
             "template": {"name": template.name, "version": template.version, "fingerprint": template.fingerprint}
         }
-        self.template = template
+        self.adapter = adapter
+        self.with_passage = bool(config.document_prior)
         self._config = config
         self._lm = lm
-        self._adapter = adapter
-        self._prompt = Prompt(
-            template,
-            lm.tokenizer,
-            lm.max_length,
-            max_passage_tokens=config.max_passage_tokens,
-            hint_length=None if adapter is None else adapter.hint_length,
-            separate_target=lm.has_encoder,
-        )
+        self._prompt = prompt
+        self._hint_queries = hint_queries or {}
 
     def check(self, query: Query) -> None:
         """Raise QueryError for a query that is empty or leaves no room for a passage."""
@@ -116,25 +147,45 @@ class QueryLikelihood:
 
     def score(self, pairs: Sequence[tuple[Query, Passage]]) -> list[float]:
         """Return the score of each pair, −∞ for a passage of zero tokens."""
-        rows: list[Row] = []
-        owners: list[int] = []
+        work = self.prepare(pairs)
+        return self.pool(work, self._lm.log_probs(work.rows, with_passage=self.with_passage, adapters=self.adapter))
+
+    def prepare(self, pairs: Sequence[tuple[Query, Passage]]) -> Work:
+        """Return the rows that the model must read, and count what happened to the input.
+
+        Raises:
+            QueryError: a query is empty or leaves no room for a passage.
+        """
+        work = Work([], [], len(pairs))
         for index, (query, passage) in enumerate(pairs):
             for row in self._rows(query, passage):
                 if row.passage[0] < row.passage[1]:
-                    rows.append(row)
-                    owners.append(index)
-        self._count(pairs, rows, owners)
-        pooled: list[list[float]] = [[] for _ in pairs]
-        values = self._lm.log_probs(rows, with_passage=bool(self._config.document_prior), adapters=self._adapter)
-        for owner, value in zip(owners, values, strict=True):
+                    work.rows.append(row)
+                    work.owners.append(index)
+        self.counts.pairs += work.pairs
+        self.counts.tokens += sum(len(row) for row in work.rows)
+        self.counts.truncated_passages += sum(row.truncated for row in work.rows)
+        self.counts.empty_passages += work.pairs - len(set(work.owners))
+        return work
+
+    def pool(self, work: Work, values: Sequence[RowLogProbs]) -> list[float]:
+        """Return the score of each pair from what the model said of its rows."""
+        pooled: list[list[float]] = [[] for _ in range(work.pairs)]
+        for owner, value in zip(work.owners, values, strict=True):
             pooled[owner].append(self._row_score(value))
         return [self._pool(scores) for scores in pooled]
 
     def _rows(self, query: Query, passage: Passage) -> list[Row]:
+        read = self._hint_queries.get(query.id)
         if not self._config.windows:
-            return self._prompt.rows(query, passage)
+            return self._prompt.rows(query, passage, hint_query=read)
         return self._prompt.rows(
-            query, passage, window=self._config.windows, overlap=self._config.window_overlap, windows=True
+            query,
+            passage,
+            window=self._config.windows,
+            overlap=self._config.window_overlap,
+            windows=True,
+            hint_query=read,
         )
 
     def _row_score(self, value: RowLogProbs) -> float:
@@ -150,9 +201,3 @@ class QueryLikelihood:
         if not all(map(math.isfinite, scores)):
             return math.nan  # no window may hide it, and −∞ means a passage of zero tokens
         return max(scores) if self._config.window_pool == "max" else sum(scores) / len(scores)
-
-    def _count(self, pairs: Sequence[tuple[Query, Passage]], rows: list[Row], owners: list[int]) -> None:
-        self.counts.pairs += len(pairs)
-        self.counts.tokens += sum(len(row) for row in rows)
-        self.counts.truncated_passages += sum(row.truncated for row in rows)
-        self.counts.empty_passages += len(pairs) - len(set(owners))

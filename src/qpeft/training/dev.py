@@ -8,8 +8,10 @@ from qpeft.errors import OptionError
 from qpeft.evaluation.measures import evaluate, parse_measures
 from qpeft.hints import HintWriter
 from qpeft.lm import CausalLM
+from qpeft.methods._pointwise import Pointwise
+from qpeft.methods.query_likelihood import Config, QueryLikelihood
 from qpeft.template import Prompt
-from qpeft.types import Candidates, Query, Ranking, Run
+from qpeft.types import Candidates, Query, Run
 
 
 class DevRanking:
@@ -45,22 +47,12 @@ class DevRanking:
         if len(parsed) > 1:
             raise OptionError(f"--measure {measure!r}: one measure decides, not {len(parsed)}")
         self.name = str(parsed[0])
-        self._hint_queries = hint_queries or {}
+        self._hint_queries = hint_queries
 
     def rank(self, adapter: HintWriter | None) -> Run:
         """Return the candidates in the order of the model with an adapter, or of the model alone."""
-        return Run((self._rank(item, adapter) for item in self._candidates), "dev")
-
-    def _rank(self, item: Candidates, adapter: HintWriter | None) -> Ranking:
-        read = self._hint_queries.get(item.query.id)
-        rows = {p.id: self._prompt.rows(item.query, p, hint_query=read)[0] for p in item.passages}
-        empty = [name for name, row in rows.items() if row.passage[0] == row.passage[1]]
-        for name in empty:  # as in reranking: what cannot be read comes last
-            del rows[name]
-        values = self._lm.log_probs(list(rows.values()), adapters=adapter)
-        pairs = zip(rows, values, strict=True)
-        ranking = Ranking.from_scores(item.query.id, [(name, float(v.target.double().mean())) for name, v in pairs])
-        return ranking.followed_by(sorted(empty, reverse=True))
+        scorer = QueryLikelihood(Config(), self._lm, self._prompt, adapter, self._hint_queries)
+        return Run(Pointwise(scorer).rerank(self._candidates), "dev")
 
     def measure(self, adapter: HintWriter | None) -> dict[str, float]:
         """Return the measure, averaged over the dev queries."""
