@@ -14,7 +14,7 @@ LAYERS = [
     {"errors"},
     {"types", "registry"},
     {"provenance", "model_config"},
-    {"template", "hints", "context_store", "losses"},
+    {"template", "hints", "context_store", "cpu_attention", "losses"},
     {"layout"},
     {"data", "retrieval"},
     {"evaluation"},

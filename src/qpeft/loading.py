@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
 
-from qpeft import methods
+from qpeft import cpu_attention, methods
 from qpeft.context_store import ContextStore
 from qpeft.encoder_decoder import EncoderDecoderLM
 from qpeft.errors import MissingDependencyError, ModelError, OptionError, nearest
@@ -66,13 +66,9 @@ def load_lm(config: ModelConfig) -> LanguageModel:
         if config.passage_cache:
             raise OptionError("--passage-cache is for decoder-only models")
         return EncoderDecoderLM(model, tokenizer, **facts)
+    _choose_attention(model, config.attention, device)
     _check_causal(model, config.model)
-    store = None
-    if config.passage_cache:
-        store = ContextStore(int(config.passage_cache * 2**30))
-        if device.type == "cpu":
-            # A few tokens against a long context: here the fused kernel is the slower one (docs/decisions.md).
-            model.set_attn_implementation("eager")
+    store = ContextStore(int(config.passage_cache * 2**30)) if config.passage_cache else None
     return CausalLM(model, tokenizer, store=store, **facts)
 
 
@@ -165,9 +161,37 @@ def cpu_matmul_seconds(dtype: torch.dtype) -> float:
 
 
 def _batch_tokens(device: torch.device, config: ModelConfig) -> int:
+    """Return what keeps a GPU busy, and what a CPU's cache memory holds: larger batches are slower there."""
     if device.type != "cpu":
         return 65_536
-    return 32_768 if config.passage_cache else 8_192  # over encoded contexts, few of the tokens are computed
+    # Over encoded contexts, few of the tokens are computed.
+    return torch.get_num_threads() * (8_192 if config.passage_cache else 1_024)
+
+
+def _choose_attention(model: Any, name: str, device: torch.device) -> None:
+    """Set how attention is computed.
+
+    Raises:
+        OptionError: the model has no such attention.
+    """
+    if name == "auto" and device.type != "cpu":
+        return
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(cpu_attention.NAME if name == "auto" else name)
+        _two_rows(model)
+    except (ValueError, ImportError, NotImplementedError) as error:
+        if name != "auto":
+            raise OptionError(f"--attention {name}: {str(error).splitlines()[0]}") from error
+        model.set_attn_implementation(before)  # it needs more than ours can do
+
+
+@torch.inference_mode()
+def _two_rows(model: Any) -> torch.Tensor:
+    """Return logits `[2, V]` at the first position of two rows that differ in the second."""
+    rows = torch.tensor([[1, 2], [1, 3]], device=model.device)
+    logits: torch.Tensor = model(input_ids=rows, use_cache=False).logits[:, 0].float()
+    return logits
 
 
 def _check_choices(config: Any) -> None:
@@ -178,11 +202,10 @@ def _check_choices(config: Any) -> None:
             raise OptionError(f"{name} is {value!r}{nearest(str(value), choices)}")
 
 
-@torch.inference_mode()
 def _check_causal(model: Any, name: str) -> None:
     """Refuse a model that reads in both directions, such as plain BERT: it would see the query that it should guess."""
-    first = model(input_ids=torch.tensor([[1, 2], [1, 3]], device=model.device), use_cache=False).logits[:, 0].float()
-    if not torch.allclose(first[0], first[1], rtol=1e-2, atol=1e-2):
+    first, second = _two_rows(model)
+    if not torch.allclose(first, second, rtol=1e-2, atol=1e-2):
         raise ModelError(f"model {name!r} reads in both directions, so it gives no likelihoods")
 
 

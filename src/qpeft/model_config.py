@@ -21,6 +21,8 @@ class ModelConfig:
     """auto: bfloat16 on GPUs that have it; on CPUs whichever of bfloat16 and float32 multiplies faster here."""
     device: str = "auto"
     """auto (cuda, then mps, then cpu), or a torch device such as cuda:1."""
+    attention: str = "auto"
+    """auto (on CPUs our own), or a name that transformers knows: eager, sdpa, flash_attention_2, flex_attention."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load weights in 8 or 4 bits (needs bitsandbytes)."""
     trust_remote_code: bool = False
