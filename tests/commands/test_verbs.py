@@ -190,11 +190,8 @@ def test_inherited_options_have_help_too(options, capsys):
 def test_passages_encoded_ahead_are_found_by_reranking(toy, rerank_arguments, tmp_path, capsys):
     plain, cached, folder = tmp_path / "plain.trec", tmp_path / "cached.trec", tmp_path / "cache"
     assert main(rerank_arguments(plain)) == 0
-    model = [
-        *rerank_arguments(cached)[rerank_arguments(cached).index("--model") :][:2],
-        "--passage-cache-folder",
-        str(folder),
-    ]
+    arguments, cache = rerank_arguments(cached), ["--passage-cache-folder", str(folder)]
+    model = [*arguments[arguments.index("--model") :], *cache]
     index = ["index-cache", "--collection", str(toy), *model]
     count = len(open_collection(str(toy)).passages)
     for new in (count, 0):
@@ -205,7 +202,7 @@ def test_passages_encoded_ahead_are_found_by_reranking(toy, rerank_arguments, tm
     files[0].unlink()
     assert main(index) == 0
     assert f"{count} passages, 1 encoded now" in capsys.readouterr().out
-    assert main([*rerank_arguments(cached), *model[2:]]) == 0
+    assert main([*arguments, *cache]) == 0
     for query, ranking in read_run(cached).items():
         expected = {hit.passage_id: hit.score for hit in read_run(plain)[query].hits}
         assert {hit.passage_id: hit.score for hit in ranking.hits} == pytest.approx(expected, abs=1e-4)
