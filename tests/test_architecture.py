@@ -14,6 +14,7 @@ LAYERS = [
     {"errors"},
     {"types", "registry"},
     {"provenance", "model_config"},
+    {"tuning"},
     {"template", "hints", "context_store", "cpu_attention", "losses"},
     {"layout"},
     {"data", "retrieval"},

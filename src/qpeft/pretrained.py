@@ -43,7 +43,13 @@ class LanguageModel(Protocol):
     name: str
     tokenizer: Any
     max_length: int
+    batch_tokens: int
     has_encoder: bool
+
+    @property
+    def attention_kernel(self) -> str:
+        """Name of what computes attention, as transformers knows it."""
+        ...
 
     @property
     def device(self) -> torch.device:
@@ -96,8 +102,17 @@ class PretrainedLM:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.model = model.eval().requires_grad_(False)
-        self._batch_tokens = batch_tokens
-        self._budget = batch_tokens  # halved when memory runs out, grows back afterwards
+        self.batch_tokens = batch_tokens
+
+    @property
+    def batch_tokens(self) -> int:
+        """Padded tokens that a forward may have."""
+        return self._batch_tokens
+
+    @batch_tokens.setter
+    def batch_tokens(self, count: int) -> None:
+        self._batch_tokens = count
+        self._budget = count  # halved when memory runs out, grows back afterwards
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +123,11 @@ class PretrainedLM:
     def dtype(self) -> str:
         """Name of the weights' type, as the option `--dtype` spells it."""
         return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def attention_kernel(self) -> str:
+        """Name of what computes attention, as transformers knows it."""
+        return str(self.model.config._attn_implementation)
 
     @property
     def revision(self) -> str | None:
@@ -161,7 +181,7 @@ class PretrainedLM:
             del waiting[-count:]
             for i, value in zip(chosen, values, strict=True):
                 results[i] = value
-        self._budget = min(self._batch_tokens, self._budget * 2)
+        self._budget = min(self.batch_tokens, self._budget * 2)
         return [result for result in results if result is not None]
 
     def _forward(
