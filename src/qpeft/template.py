@@ -190,7 +190,7 @@ class Prompt:
         self.max_length = max_length
         self._tokenizer = tokenizer
         self._separate = separate_target
-        self._max_passage_tokens = max_passage_tokens
+        self.max_passage_tokens = max_passage_tokens
         self._hint_length = hint_length
         marked = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
         self._adds_space = bool(marked) and marked[0].startswith("▁")
@@ -210,6 +210,7 @@ class Prompt:
         overlap: int = 0,
         windows: bool = False,
         hint_query: Query | None = None,
+        max_passage_tokens: int | None = None,
     ) -> list[Row]:
         """Return the pair as one row, or, with `windows`, as one row per window of the passage.
 
@@ -220,6 +221,7 @@ class Prompt:
             overlap: tokens that consecutive windows share.
             windows: cover the whole passage instead of cutting it.
             hint_query: what an adapter reads instead of the query (a control: hints that belong to another query).
+            max_passage_tokens: a bound on this passage, beside that of the prompt; without windows.
 
         Raises:
             QueryError: the query is empty, or leaves no room for a passage.
@@ -238,6 +240,7 @@ class Prompt:
             return Row(context, target, scored, (start, end), hint, read, truncated)
 
         if not windows:
+            room = min(room, max_passage_tokens or room)
             return [row(ids[:room], len(ids) > room)]
         width = min(room, window or room)
         if width <= overlap:
@@ -274,7 +277,7 @@ class Prompt:
                 f"the limit is {self.max_length} (a query is never cut)"
             )
         room = self.max_length - (fixed if self._separate else used)
-        return room if self._max_passage_tokens is None else min(room, self._max_passage_tokens)
+        return room if self.max_passage_tokens is None else min(room, self.max_passage_tokens)
 
     def _context_pieces(self) -> tuple[list[int], bool, list[int], int | None, str]:
         """Tokenise the literals of the context.
