@@ -64,13 +64,16 @@ def build(config: Config, lm: LanguageModel) -> Reranker:
     return Pointwise(build_scorer(config, lm), config.queries_per_batch)
 
 
-def build_scorer(config: Config, lm: LanguageModel, opened: AdapterFolder | None = None) -> QueryLikelihood:
+def build_scorer(
+    config: Config, lm: LanguageModel, opened: AdapterFolder | None = None, *, kept_passages: int = 65_536
+) -> QueryLikelihood:
     """Return the scorer alone.
 
     Args:
         config: options.
         lm: the language model.
         opened: an adapter that is open already, in place of `config.adapter`.
+        kept_passages: see `Prompt`.
 
     Raises:
         OptionError: options that contradict each other.
@@ -86,18 +89,22 @@ def build_scorer(config: Config, lm: LanguageModel, opened: AdapterFolder | None
     template = None if config.template is None else load_template(config.template)
     adapter = opened or config.adapter
     if adapter is None:
-        return QueryLikelihood(config, lm, _prompt(config, lm, template or load_template("plain"), None))
+        prompt = _prompt(config, lm, template or load_template("plain"), None, kept_passages)
+        return QueryLikelihood(config, lm, prompt)
     from qpeft.adapters._folder import open_adapter
 
     opened = open_adapter(adapter, lm, template, config.template)
     if config.max_passage_tokens is None:
         config = dataclasses.replace(config, max_passage_tokens=opened.max_passage_tokens)
-    scorer = QueryLikelihood(config, lm, _prompt(config, lm, opened.template, opened.adapter), opened.adapter)
+    prompt = _prompt(config, lm, opened.template, opened.adapter, kept_passages)
+    scorer = QueryLikelihood(config, lm, prompt, opened.adapter)
     scorer.facts["adapter"] = {"name": opened.name, "sha256": opened.sha256}
     return scorer
 
 
-def _prompt(config: Config, lm: LanguageModel, template: Template, adapter: HintWriter | None) -> Prompt:
+def _prompt(
+    config: Config, lm: LanguageModel, template: Template, adapter: HintWriter | None, kept_passages: int
+) -> Prompt:
     return Prompt(
         template,
         lm.tokenizer,
@@ -105,6 +112,7 @@ def _prompt(config: Config, lm: LanguageModel, template: Template, adapter: Hint
         max_passage_tokens=config.max_passage_tokens,
         hint_length=None if adapter is None else adapter.hint_length,
         separate_target=lm.has_encoder,
+        kept_passages=kept_passages,
     )
 
 

@@ -21,6 +21,8 @@ from qpeft.types import Passage, Query
 
 Pair = tuple[Query, Passage]
 T = TypeVar("T")
+MAX_CALLS = 32
+"""Explanations, and adapters to load or drop, that may wait."""
 
 
 class OverloadedError(Exception):
@@ -78,7 +80,8 @@ class Batcher:
         self._waiting: deque[Job] = deque()
         self._thread = ThreadPoolExecutor(1, "qpeft-model")
         self._changed = asyncio.Event()
-        self._alone = asyncio.Semaphore(1)
+        self._alone = asyncio.Lock()
+        self._calls = 0
         self._worker: asyncio.Task[None] | None = None
         self._pairs_per_second = 0.0
         self.queued = 0
@@ -118,9 +121,19 @@ class Batcher:
             self._leave(job)
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Call a function in the model's thread, between two batches; only one such call waits there at a time."""
-        async with self._alone:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        """Call a function in the model's thread, between two batches; such calls and batches take turns.
+
+        Raises:
+            OverloadedError: too many wait.
+        """
+        if self._calls >= MAX_CALLS:
+            raise OverloadedError(self._retry_after())
+        self._calls += 1
+        try:
+            async with self._alone:
+                return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+        finally:
+            self._calls -= 1
 
     def _count(self, pairs: int) -> None:
         self.queued += pairs
@@ -184,6 +197,7 @@ class Batcher:
             return
         if isinstance(outcome, Exception):
             job.future.set_exception(outcome)
+            self._leave(job)
             return
         job.parts.append(outcome)
         if sum(len(part.scores) for part in job.parts) == len(job.pairs):

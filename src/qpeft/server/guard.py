@@ -6,6 +6,7 @@ Plain ASGI, because it has to act on a body before it is read, and on a connecti
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import os
@@ -106,8 +107,8 @@ class Guard:
             seconds = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "none")
             self._service.metrics.request(route, status, seconds)
-            facts = {"method": scope["method"], "path": scope["path"], "status": status}
-            log("request", id=request_id, **facts, ms=round(1000 * seconds, 1), **scope["state"].get("facts", {}))
+            facts = {"method": scope["method"], "path": scope["path"][:200], "status": status}
+            log("request", id=request_id, **facts, ms=round(1000 * seconds, 1))
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         settings = self._service.settings
@@ -163,7 +164,7 @@ class Guard:
             seconds = self._service.settings.request_timeout
             await _refuse(scope, receive, send, Refusal(504, f"not done within {seconds:g} s"))
         elif not work.cancelled():
-            work.result()
+            work.exception()  # starlette raises what the application has turned into a response and logged
 
 
 async def _disconnect(receive: Receive) -> None:
@@ -179,7 +180,8 @@ async def _body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
     """
     too_large = Refusal(413, f"the body is larger than {limit} bytes", headers={"Connection": "close"})
     length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-    if not length.isdigit() or int(length) > limit:
+    if int(length) > limit:
+        await _discard(receive)
         raise too_large
     pieces: list[bytes] = []
     size = 0
@@ -191,9 +193,18 @@ async def _body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
         pieces.append(piece)
         size += len(piece)
         if size > limit:
+            await _discard(receive)
             raise too_large
         if not message.get("more_body"):
             return b"".join(pieces)
+
+
+async def _discard(receive: Receive) -> None:
+    """Read on for a moment: a connection that is closed over unread data is reset, and the response lost."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(1):
+            while (message := await receive())["type"] == "http.request" and message.get("more_body"):
+                pass
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, refusal: Refusal) -> None:

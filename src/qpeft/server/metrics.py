@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 FILL = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
@@ -14,20 +16,20 @@ class Metrics:
     """Prometheus metrics of one server."""
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
-        registry = {"registry": self._registry}
-        self._requests = Counter("qpeft_requests", "Requests", ["route", "status"], **registry)
+        self._requests = Counter("qpeft_requests", "Responses", ["route", "status"], registry=None)
         self._latency = Histogram(
-            "qpeft_request_seconds", "Time from request to response", ["route"], buckets=SECONDS, **registry
+            "qpeft_request_seconds", "From request to response", ["route"], buckets=SECONDS, registry=None
         )
-        self._fill = Histogram("qpeft_batch_fill", "Pairs of a batch / pairs allowed", buckets=FILL, **registry)
-        self._pairs = Counter("qpeft_pairs", "(query, document) pairs scored", **registry)
-        self._tokens = Counter("qpeft_tokens", "Tokens that the model read", **registry)
-        self._truncated = Counter("qpeft_truncated_documents", "Documents that were cut to fit", **registry)
-        self.queued = Gauge("qpeft_queued_pairs", "Pairs that wait for the model", **registry)
-        self._ready = Gauge("qpeft_ready", "1 while requests are taken", **registry)
-        self._hits = Gauge("qpeft_passage_cache_hits_total", "Passages found encoded", **registry)
-        self._misses = Gauge("qpeft_passage_cache_misses_total", "Passages that had to be encoded", **registry)
+        self._fill = Histogram("qpeft_batch_fill", "Pairs of a batch / pairs allowed", buckets=FILL, registry=None)
+        self._pairs = Counter("qpeft_pairs", "(query, document) pairs scored", registry=None)
+        self._tokens = Counter("qpeft_tokens", "Tokens that the model read", registry=None)
+        self._truncated = Counter("qpeft_truncated_documents", "Documents that were cut to fit", registry=None)
+        self.queued = Gauge("qpeft_queued_pairs", "Pairs that wait for the model", registry=None)
+        self._registry = CollectorRegistry()
+        for each in (
+            self._requests, self._latency, self._fill, self._pairs, self._tokens, self._truncated, self.queued
+        ):  # fmt: skip
+            self._registry.register(each)
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """Count a response; `route` is a pattern, not a path, so that clients cannot invent labels."""
@@ -46,10 +48,19 @@ class Metrics:
 
     def watch(self, ready: Callable[[], bool], cache: Callable[[], tuple[int, int]]) -> None:
         """Say where to look, at every scrape, for readiness and for (hits, misses) of the passage cache."""
-        self._ready.set_function(lambda: float(ready()))
-        self._hits.set_function(lambda: float(cache()[0]))
-        self._misses.set_function(lambda: float(cache()[1]))
+        self._registry.register(_Watched(ready, cache))
 
     def text(self) -> bytes:
         """Return all of them in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+class _Watched(Collector):
+    def __init__(self, ready: Callable[[], bool], cache: Callable[[], tuple[int, int]]) -> None:
+        self._ready, self._cache = ready, cache
+
+    def collect(self) -> Iterator[Metric]:
+        hits, misses = self._cache()
+        yield GaugeMetricFamily("qpeft_ready", "1 while requests are taken", float(self._ready()))
+        yield CounterMetricFamily("qpeft_passage_cache_hits", "Passages found encoded", hits)
+        yield CounterMetricFamily("qpeft_passage_cache_misses", "Passages that had to be encoded", misses)

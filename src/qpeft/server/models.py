@@ -44,7 +44,23 @@ class ServedModel:
     calibration: Calibration | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     users: int = 0
-    unused: asyncio.Event = field(default_factory=asyncio.Event)
+    _unused: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Count a user within this context."""
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
+            self._unused.set()
+
+    async def unused(self) -> None:
+        """Return once nobody uses it."""
+        while self.users:
+            self._unused.clear()
+            await self._unused.wait()
 
 
 class Models:
@@ -60,49 +76,32 @@ class Models:
         self.base = Path(lm.name).name if Path(lm.name).is_dir() else lm.name
         self._settings = settings
         self._folder = None if settings.adapters is None else Path(settings.adapters)
-        if self._folder is not None and not self._folder.is_dir():
-            raise OptionError(f"--adapters {settings.adapters}: no such folder")
         config = Config(template=settings.template, max_passage_tokens=settings.max_passage_tokens)
-        self._served = {self.base: ServedModel(self.base, build_scorer(config, lm))}
+        self._served = {self.base: ServedModel(self.base, build_scorer(config, lm, kept_passages=0))}
 
     @property
     def served(self) -> dict[str, ServedModel]:
         """What can be asked for now, the base first."""
         return dict(self._served)
 
-    @contextmanager
-    def using(self, name: str | None) -> Iterator[ServedModel]:
-        """Give the model of a name, which is not taken away within this context; None is the base.
+    def find(self, name: str | None) -> ServedModel:
+        """Return the model of a name; None is the base.
 
         Raises:
             UnknownModelError: there is none of that name.
         """
         found = self._served.get(name or self.base)
         if found is None:
-            raise UnknownModelError(f"no model {name!r}{nearest(str(name), self._served)}")
-        found.users += 1
-        try:
-            yield found
-        finally:
-            found.users -= 1
-            if not found.users:
-                found.unused.set()
+            raise UnknownModelError(f"no model {str(name)[:200]!r}{nearest(str(name)[:200], self._served)}")
+        return found
 
     def available(self) -> dict[str, Path]:
-        """Return the adapter folders by name: the embedded ones for the embedded model, then those of the folder.
-
-        A link that leads out of the folder is left out.
-        """
+        """Return the adapter folders by name: the embedded ones for the embedded model, then those of the folder."""
         found = {}
         if self.lm.name == EMBEDDED:
             found = {name: adapter_path(name) for name in embedded_adapters()}
         if self._folder is not None:
-            root = self._folder.resolve()
-            for path in sorted(self._folder.iterdir()):
-                real = path.resolve()
-                inside = all(each.resolve().is_relative_to(root) for each in (path, *path.glob("*")))
-                if inside and real.is_dir() and not path.name.startswith("."):
-                    found[path.name] = real
+            found |= {path.name: path for path in sorted(self._folder.iterdir()) if _usable(path, self._folder)}
         return found
 
     def open(self, name: str) -> ServedModel:
@@ -119,17 +118,20 @@ class Models:
             opened = load_adapter(available[name], self.lm)  # type: ignore[arg-type]
         except OptionError as error:
             raise AdapterError(str(error)) from error
-        scorer = build_scorer(Config(max_passage_tokens=self._settings.max_passage_tokens), self.lm, opened)
+        config = Config(max_passage_tokens=self._settings.max_passage_tokens)
+        scorer = build_scorer(config, self.lm, opened, kept_passages=0)
         made = ServedModel(f"{self.base}:{name}", scorer, opened)
         warm_up(made)
         return made
 
-    def serve(self, model: ServedModel) -> None:
-        """Let a model be asked for, from now on."""
+    def serve(self, model: ServedModel) -> ServedModel | None:
+        """Let a model be asked for, from now on; return what had its name before."""
+        before = self._served.get(model.name)
         self._served[model.name] = model
+        return before
 
-    async def drop(self, name: str) -> ServedModel:
-        """Take an adapter out of service and return it once nobody uses it.
+    def drop(self, name: str) -> ServedModel:
+        """Take an adapter out of service; it may still be in use.
 
         Raises:
             UnknownModelError: it is not served.
@@ -137,11 +139,7 @@ class Models:
         adapters = {key.removeprefix(f"{self.base}:"): key for key in self._served if key != self.base}
         if name not in adapters:
             raise UnknownModelError(f"adapter {name!r} is not served{nearest(name, adapters)}")
-        model = self._served.pop(adapters[name])
-        while model.users:
-            model.unused.clear()
-            await model.unused.wait()
-        return model
+        return self._served.pop(adapters[name])
 
     def open_all(self) -> None:
         """Serve every adapter that fits the base; one that does not is logged."""
@@ -153,6 +151,16 @@ class Models:
                 self.serve(self.open(name))
             except QpeftError as error:
                 log("adapter not served", logging.WARNING, adapter=name, reason=str(error))
+
+
+def _usable(path: Path, root: Path) -> bool:
+    """Return whether this is a folder whose files all lie within `root`, whatever the links, and has a plain name."""
+    try:
+        real = [each.resolve(strict=True) for each in (path, *path.iterdir())]
+    except (OSError, RuntimeError):
+        return False
+    inside = all(each.is_relative_to(root.resolve()) for each in real)
+    return inside and path.name.isprintable() and not path.name.startswith(".")
 
 
 def warm_up(model: ServedModel) -> None:

@@ -27,7 +27,7 @@ class Search:
     """One query with its candidates, and what is wanted of them.
 
     `top_n` None: all. `raw`: nats per query token instead of a probability. `max_passage_tokens`: cut documents there.
-    `may_cut` False: a document that does not fit is an error. `explain`: reasons too.
+    `may_cut` False: a document that does not fit is an error. `explain`: reasons too. `name` stands in messages.
     """
 
     query: str
@@ -37,6 +37,7 @@ class Search:
     max_passage_tokens: int | None = None
     may_cut: bool = True
     explain: bool = False
+    name: str = "query"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ async def rank(batcher: Batcher, model: ServedModel, search: Search) -> Answer:
         ScoreError: the model gave a score that is no number.
         OverloadedError: the queue is full.
     """
-    query = Query("query", search.query)
+    query = Query(search.name, search.query)
     pairs = [(query, document) for document in search.documents]
     scored = await batcher.score(model.scorer, pairs, search.max_passage_tokens)
     if not search.may_cut and any(scored.truncated):
@@ -103,9 +104,7 @@ async def _reasons(
 ) -> dict[int, dict[str, Any]]:
     """Return the explanations of the documents that can be read, by position."""
     readable = [index for index, score in enumerate(scored.scores) if score != -math.inf]
-    passages = [
-        Passage(str(index), search.documents[index].text, search.documents[index].title) for index in readable
-    ]
+    passages = [Passage(str(index), search.documents[index].text, search.documents[index].title) for index in readable]
     if not passages:
         return {}
     prompt = model.scorer.prompt

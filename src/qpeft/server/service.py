@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Literal, TypeVar
 
 from qpeft.context_store import ContextStore
 from qpeft.pretrained import LanguageModel
@@ -18,6 +18,7 @@ from qpeft.server.ranking import MAX_EXPLAINED, Answer, Search, rank
 from qpeft.server.refusals import Refusal
 from qpeft.server.settings import Settings
 
+T = TypeVar("T")
 State = Literal["loading", "ready", "draining", "failed"]
 
 
@@ -51,6 +52,7 @@ class Service:
         self._open_lm = open_lm
         self._models: Models | None = None
         self._loading: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
         self.metrics.watch(lambda: self.state == "ready", self._cache)
 
     def start(self) -> None:
@@ -92,7 +94,8 @@ class Service:
             QpeftError, OverloadedError: as `ranking.rank`; UnknownModelError.
         """
         self._check(searches)
-        with self.models.using(name) as model:
+        model = self.models.find(name)
+        with model.in_use():
             tasks = [asyncio.ensure_future(rank(self.batcher, model, search)) for search in searches]
             try:
                 answers = await asyncio.gather(*tasks)
@@ -112,12 +115,16 @@ class Service:
             UnknownModelError, AdapterError: as `Models.open`.
         """
         models = self.models
-        made = await self.batcher.run(lambda: models.open(name))
-        if made.name in models.served:
-            await self.drop_adapter(name)
-        models.serve(made)
-        log("adapter loaded", model=made.name)
-        return made
+
+        async def load() -> ServedModel:
+            made = await self.batcher.run(lambda: models.open(name))
+            before = models.serve(made)
+            log("adapter loaded", model=made.name)
+            if before is not None:
+                await self._retire(before)
+            return made
+
+        return await self._to_the_end(load())
 
     async def drop_adapter(self, name: str) -> ServedModel:
         """Take an adapter out of service, and out of memory once its last request is answered.
@@ -126,11 +133,22 @@ class Service:
             Refusal: not ready.
             UnknownModelError: it is not served.
         """
-        dropped = await self.models.drop(name)
-        if dropped.adapter is not None:
-            await self.batcher.run(dropped.adapter.adapter.withdraw)
+        dropped = self.models.drop(name)
         log("adapter dropped", model=dropped.name)
+        await self._to_the_end(self._retire(dropped))
         return dropped
+
+    async def _retire(self, model: ServedModel) -> None:
+        await model.unused()
+        if model.adapter is not None:
+            await self.batcher.run(model.adapter.adapter.withdraw)
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await something that goes on if the client goes away, so that nothing is left half done."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
 
     async def _load(self) -> None:
         started = time.monotonic()
