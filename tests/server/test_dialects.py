@@ -116,6 +116,20 @@ def test_batch(client, offline):
     assert found["usage"]["total_tokens"] == both
 
 
+def test_null_is_what_was_not_given(client):
+    nulls = dict.fromkeys(("model", "top_n", "max_tokens_per_doc", "return_documents", "raw_scores", "explain"))
+    documents = [{"text": "the sea", "title": None}, "the sky"]
+    for route in ("/v1/rerank", "/v2/rerank", "/rerank"):
+        given = post(client, route, query=QUERY, documents=documents)
+        with_nulls = post(client, route, query=QUERY, documents=documents, **nulls, use_activation=None)
+        assert with_nulls["results"] == given["results"]
+    nulls = dict.fromkeys(("model", "raw_scores", "return_text", "truncate"))
+    texts = ["the sea", "the sky"]
+    assert post(client, "/rerank", query=QUERY, texts=texts, **nulls) == post(
+        client, "/rerank", query=QUERY, texts=texts
+    )
+
+
 def test_usage_is_what_the_model_read(client, lm):
     lm.forget()
     found = post(client, "/v2/rerank", query=QUERY, documents=DOCUMENTS)
