@@ -194,14 +194,17 @@ def test_explanations_are_those_of_the_command(client, lm):
 
 def test_a_calibration_gives_the_probabilities(client, offline):
     model = client.app.state.service.models.find(None)
-    model.calibration = lambda scores: [1 / (1 + math.exp(-score - 6)) for score in scores]
+    seen = []
+    model.calibration = lambda scores: seen.append(len(scores)) or [1 / (1 + math.exp(-score - 6)) for score in scores]
     try:
         found = post(client, "/v2/rerank", query=QUERY, documents=[*DOCUMENTS, ""])
+        post(client, "/v2/rerank", query=QUERY, documents=[*DOCUMENTS, ""], top_n=1)
         raw = post(client, "/v2/rerank", query=QUERY, documents=[*DOCUMENTS, ""], raw_scores=True)
     finally:
         model.calibration = None
     wanted = [(i, 1 / (1 + math.exp(-score - 6))) for i, score in expected(offline, raw=True)]
     assert_ranked(found["results"], [*wanted, (5, 0.0)])
+    assert seen == [5, 5]  # all that can be read, whatever comes back
     assert_ranked(raw["results"][:5], expected(offline, raw=True))
 
 

@@ -95,17 +95,17 @@ async def _answer(batcher: Batcher, model: ServedModel, ask: Ask, search: Search
         raise TruncatedError(f"document {scored.truncated.index(True)} does not fit, and truncate is false")
     scores = [(str(index), score) for index, score in enumerate(scored.scores)]
     ranking = Ranking.from_scores(search.name, floor_unreadable(search.name, scores))
-    hits = [(int(hit.passage_id), hit.score) for hit in ranking.by_position()[: search.top_n]]
+    hits = [(int(hit.passage_id), hit.score) for hit in ranking.by_position()]
     shown = hits if ask.raw else _probabilities(model, scored, hits)
     reasons = await _reasons(batcher, model, ask, search, scored) if ask.explain else {}
-    results = [Result(index, score, reasons.get(index)) for index, score in shown]
+    results = [Result(index, score, reasons.get(index)) for index, score in shown[: search.top_n]]
     return Answer(results, sum(scored.tokens), sum(scored.truncated))
 
 
 def _probabilities(model: ServedModel, scored: Scored, hits: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """Return (position, probability): the calibrated one, else the geometric mean of the query tokens'.
 
-    What cannot be read has 0.
+    `hits` are all of a query's, since a calibration may compare them. What cannot be read has 0.
     """
     readable = [(index, score) for index, score in hits if scored.scores[index] != -math.inf]
     values = [score for _, score in readable]
