@@ -26,6 +26,7 @@ LAYERS = [
     {"analysis"},
     {"loading"},
     {"training"},
+    {"server"},
     {"commands"},
     {"cli"},
     {"__main__"},
