@@ -25,6 +25,7 @@ COMMANDS = {
     "train": "train an adapter: the language model stays frozen",
     "fuse": "merge several runs by reciprocal rank",
     "interpolate": "mix a reranked run with its first stage, the weight chosen on dev",
+    "calibrate": "map scores to the probability that a passage is relevant, fitted on dev",
     "score": "score passages for a query, or JSON lines on standard input",
     "explain": "show what an adapter changed in each query token, and which passage words it read",
     "evaluate": "measure runs",
