@@ -311,7 +311,7 @@ def _fit_platt(scores: Values, relevant: Labels) -> Platt:
 
     start = _pair(0.0, math.log(positive / (count - positive)))
     found = minimize(
-        loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None), (None, None)], options={"ftol": 1e-14}
+        loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None), (None, None)], options={"ftol": 0, "gtol": 1e-10}
     )
     slope = float(found.x[0] / spread)
     return Platt(slope, float(found.x[1] - slope * centre))

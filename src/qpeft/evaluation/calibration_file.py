@@ -66,9 +66,9 @@ class ScoreOrigin:
 
     def difference(self, other: ScoreOrigin) -> str | None:
         """Say what differs, this one's first; None if nothing does. An option that only one of them has is let pass."""
-        theirs = _other_model(self.model, other.model)
-        if theirs:
-            return f"model {_named(self.model)}, not of {theirs}"
+        by = next((key for key in ("sha256", "revision") if self.model.get(key) and other.model.get(key)), "name")
+        if self.model.get(by) != other.model.get(by):
+            return f"model {_named(self.model, by)}, not of {_named(other.model, by)}"
         if self.template["fingerprint"] != other.template["fingerprint"]:
             return f"template {_named(self.template, 'fingerprint')}, not of {_named(other.template, 'fingerprint')}"
         own, their = self.adapter or {}, other.adapter or {}
@@ -100,7 +100,7 @@ class Calibration:
         """Name of the kind of map."""
         return next(name for name, kind in MAPS.items() if isinstance(self.map, kind))
 
-    def probabilities(self, scores: Sequence[float]) -> list[float]:
+    def __call__(self, scores: Sequence[float]) -> list[float]:
         """Return the probability that each passage is relevant; equal ones may belong to different scores.
 
         Args:
@@ -170,17 +170,10 @@ def read_calibration(path: StrPath) -> Calibration:
         raise FormatError(path, None, f"not a calibration of qpeft: {error}") from error
 
 
-def _other_model(own: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    for key in ("sha256", "revision"):
-        if own.get(key) and other.get(key):
-            return None if own[key] == other[key] else _named(other, key)
-    return None if own.get("name") == other.get("name") else repr(other.get("name"))
-
-
-def _named(facts: Mapping[str, Any], key: str = "sha256") -> str:
-    mark = facts.get(key)
-    return f"{facts.get('name')!r}" + (f" ({mark:.12})" if mark else "")
+def _named(facts: Mapping[str, Any], by: str) -> str:
+    mark = "" if by == "name" else f" ({facts[by]:.12})"
+    return f"{facts.get('name')!r}{mark}"
 
 
 def _adapter(facts: Mapping[str, Any]) -> str:
-    return f"adapter {_named(facts)}" if facts else "the model alone"
+    return f"adapter {_named(facts, 'sha256')}" if facts else "the model alone"
