@@ -226,9 +226,16 @@ class Bin:
     relevant: float
 
 
-def reliability(probabilities: Values, relevant: Labels) -> list[Bin]:
-    """Return up to ten bins that hold about equally many pairs; equal probabilities stand in one bin."""
-    edges = np.unique(np.quantile(probabilities, np.linspace(0, 1, _BINS + 1)[1:-1]))
+def reliability(probabilities: Values, relevant: Labels, edges: Values | None = None) -> list[Bin]:
+    """Return the bins that are not empty; equal probabilities stand in one bin.
+
+    Args:
+        probabilities: `[N]`.
+        relevant: `[N]`.
+        edges: rising bounds between bins; by default those of ten bins that hold about equally many pairs.
+    """
+    if edges is None:
+        edges = np.unique(np.quantile(probabilities, np.linspace(0, 1, _BINS + 1)[1:-1]))
     place = np.searchsorted(edges, probabilities, side="right")
     inside = [place == number for number in np.unique(place)]
     return [Bin(int(b.sum()), float(probabilities[b].mean()), float(relevant[b].mean())) for b in inside]
