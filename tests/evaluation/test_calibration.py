@@ -129,6 +129,15 @@ def test_calibrations_never_fall(method, pairs, asked):
     assert (np.diff(values) >= (0 if method == "isotonic" else -1e-15)).all()
 
 
+def test_rounding_carries_no_line_past_its_end():
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        scores, probabilities = np.sort(rng.normal(size=2)), np.sort(rng.random(2))
+        below = np.nextafter(scores[1], -9)
+        asked = [np.nextafter(below, -9), below, scores[1]]
+        assert (np.diff(Isotonic(tuple(scores), tuple(probabilities))(asked)) >= 0).all()
+
+
 @pytest.mark.parametrize("method", ["platt", "isotonic"])
 def test_what_cannot_be_fitted(method):
     for bad in (math.nan, math.inf, -math.inf):
