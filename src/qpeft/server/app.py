@@ -54,9 +54,9 @@ def create_app(settings: Settings, open_lm: Callable[[], LanguageModel], keys: S
     app.include_router(router)
     open_paths = set(OPEN)
     if importlib.util.find_spec(PAGE) is not None:
-        page = importlib.import_module(PAGE).router
-        app.include_router(page)
-        open_paths |= {route.path for route in page.routes}
+        page = importlib.import_module(PAGE)
+        app.include_router(page.router)
+        open_paths |= page.OPEN
     for kind in (RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _failed)
     app.add_middleware(Guard, service=service, keys=keys, open_paths=open_paths)

@@ -6,24 +6,23 @@ An adapter is found by its name in a listing of the folder; no path that a clien
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qpeft.adapters._folder import AdapterFolder, adapter_path, embedded_adapters, load_adapter
 from qpeft.errors import AdapterError, InputError, OptionError, QpeftError, nearest
+from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, read_calibration
 from qpeft.methods.query_likelihood import Config, QueryLikelihood, build_scorer
 from qpeft.model_config import EMBEDDED
 from qpeft.pretrained import LanguageModel
 from qpeft.server.logs import log
 from qpeft.server.settings import Settings
 from qpeft.types import Passage, Query
-
-Calibration = Callable[[Sequence[float]], Sequence[float]]
-"""Raw scores of one query's documents in nats → probabilities of relevance."""
 
 
 class UnknownModelError(InputError):
@@ -34,7 +33,7 @@ class UnknownModelError(InputError):
 class ServedModel:
     """A name that requests may ask for.
 
-    `calibration` turns raw scores into probabilities; without one, the geometric mean of the query tokens'
+    `calibration` turns the raw scores of a query's documents into probabilities; without one, the geometric mean of the query tokens'
     probabilities stands for it.
     """
 
@@ -77,7 +76,11 @@ class Models:
         self._settings = settings
         self._folder = None if settings.adapters is None else Path(settings.adapters)
         config = Config(template=settings.template, max_passage_tokens=settings.max_passage_tokens)
-        self._served = {self.base: ServedModel(self.base, build_scorer(config, lm, kept_passages=0))}
+        scorer = build_scorer(config, lm, kept_passages=0)
+        calibration = read_calibration(settings.calibration) if settings.calibration else None
+        if calibration is not None:
+            calibration.check(self._origin(scorer, config), f"--calibration {settings.calibration}")
+        self._served = {self.base: ServedModel(self.base, scorer, calibration=calibration)}
 
     @property
     def served(self) -> dict[str, ServedModel]:
@@ -120,9 +123,19 @@ class Models:
             raise AdapterError(str(error)) from error
         config = Config(max_passage_tokens=self._settings.max_passage_tokens)
         scorer = build_scorer(config, self.lm, opened, kept_passages=0)
-        made = ServedModel(f"{self.base}:{name}", scorer, opened)
+        if opened.calibration is not None:
+            try:
+                opened.calibration.check(self._origin(scorer, config), f"adapter {name!r}: its calibration")
+            except InputError as error:
+                raise AdapterError(str(error)) from error
+        made = ServedModel(f"{self.base}:{name}", scorer, opened, opened.calibration)
         warm_up(made)
         return made
+
+    def _origin(self, scorer: QueryLikelihood, config: Config) -> ScoreOrigin:
+        """Return what a scorer's scores are scores of."""
+        model = {"name": self.lm.name, "revision": self.lm.revision, "sha256": self.lm.sha256}
+        return ScoreOrigin.of(model, scorer.facts, "query_likelihood", dataclasses.asdict(config))
 
     def serve(self, model: ServedModel) -> ServedModel | None:
         """Let a model be asked for, from now on; return what had its name before."""

@@ -72,10 +72,10 @@ async def rank(batcher: Batcher, model: ServedModel, search: Search) -> Answer:
     scored = await batcher.score(model.scorer, pairs, search.max_passage_tokens)
     if not search.may_cut and any(scored.truncated):
         raise TruncatedError(f"document {scored.truncated.index(True)} does not fit, and truncate is false")
-    hits = Ranking.from_scores("query", floored(scored.scores)).by_position()[: search.top_n]
-    shown = dict(hits_shown(model, scored, [(int(hit.passage_id), hit.score) for hit in hits], search.raw))
+    hits = Ranking.from_scores("query", floored(scored.scores)).by_position()
+    shown = hits_shown(model, scored, [(int(hit.passage_id), hit.score) for hit in hits], search.raw)
     reasons = await _reasons(batcher, model, search, query, scored) if search.explain else {}
-    results = [Result(index, score, reasons.get(index)) for index, score in shown.items()]
+    results = [Result(index, score, reasons.get(index)) for index, score in shown[: search.top_n]]
     return Answer(results, scored.tokens, sum(scored.truncated))
 
 
@@ -87,7 +87,10 @@ def floored(scores: Sequence[float]) -> list[tuple[str, float]]:
 def hits_shown(
     model: ServedModel, scored: Scored, hits: Sequence[tuple[int, float]], raw: bool
 ) -> list[tuple[int, float]]:
-    """Return (position, score as the client sees it): nats, or a probability, which is 0 for what cannot be read."""
+    """Return (position, score as the client sees it): nats, or a probability, which is 0 for what cannot be read.
+
+    `hits` are all of a query's: a calibration may compare them.
+    """
     if raw:
         return list(hits)
     readable = [index for index, _ in hits if scored.scores[index] != -math.inf]
@@ -95,7 +98,7 @@ def hits_shown(
     if model.calibration is None:
         likely = dict(zip(readable, (min(1.0, math.exp(value)) for value in values), strict=True))
     else:
-        likely = dict(zip(readable, map(float, model.calibration(values)), strict=True))
+        likely = dict(zip(readable, model.calibration(values), strict=True))
     return [(index, likely.get(index, 0.0)) for index, _ in hits]
 
 
