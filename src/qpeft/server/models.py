@@ -33,8 +33,8 @@ class UnknownModelError(InputError):
 class ServedModel:
     """A name that requests may ask for.
 
-    `calibration` turns the raw scores of a query's documents into probabilities; without one, the geometric mean of the query tokens'
-    probabilities stands for it.
+    `calibration` turns the raw scores of a query's documents into probabilities; without one, the geometric mean of the
+    query tokens' probabilities stands for it.
     """
 
     name: str
