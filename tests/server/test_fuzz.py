@@ -49,31 +49,13 @@ def test_requests_made_from_the_documentation(server, operation, mode):
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=20),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(), max_size=5), inner, max_size=4)
-    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(), max_size=5), inner, max_size=4),
     max_leaves=10,
 )
-NAMES = [
-    "model",
-    "query",
-    "documents",
-    "texts",
-    "text_1",
-    "text_2",
-    "queries",
-    "items",
-    "top_n",
-    "max_tokens_per_doc",
-    "return_documents",
-    "raw_scores",
-    "use_activation",
-    "explain",
-    "rank_fields",
-    "truncate",
-    "truncation_direction",
-    "return_text",
-]
+NAMES = (
+    "model query documents texts text_1 text_2 queries items top_n max_tokens_per_doc return_documents raw_scores "
+    "use_activation explain rank_fields truncate truncation_direction return_text"
+).split()
 texts = st.text(st.characters(), max_size=30)  # lone surrogates too
 plausible = st.fixed_dictionaries(
     {},

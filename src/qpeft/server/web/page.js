@@ -9,9 +9,14 @@ import { reasons } from "./why.js";
 
 const $ = (id) => document.getElementById(id);
 const RETRY = 2000; // ms between questions to a server whose model is being opened
-const state = { known: [], off: new Set(), rankings: [], documents: [], asked: null, judged: "", chosen: null };
+const state = {
+  known: [], off: new Set(), // systems, and the ids of those that are not asked
+  documents: [], rankings: [], chosen: null, // what is shown, and the passage whose reasons are
+  judged: "", // the query that the grades are for
+  asked: null, retry: null,
+};
 
-const passages = new Passages($("passages"), $("count"), () => {});
+const passages = new Passages($("passages"), $("count"));
 const columns = new Columns($("columns"), $("views"), why);
 
 function alertWith(message) {
@@ -32,7 +37,9 @@ function trouble(error) {
   }
 }
 
-async function refresh({ quietly = false } = {}) {
+/** Bring the list of systems up to date; `tell` says which failures are shown. */
+async function refresh(tell = () => true) {
+  clearTimeout(state.retry);
   try {
     show(await systems());
     $("served").textContent = `${state.known[1].name} · ${count(state.known.length - 2, "adapter")}`;
@@ -40,8 +47,9 @@ async function refresh({ quietly = false } = {}) {
   } catch (error) {
     if (error.status === 503) {
       $("served").textContent = "the model is being opened …";
-      setTimeout(() => refresh({ quietly: true }), RETRY);
-    } else if (!quietly) trouble(error);
+      state.retry = setTimeout(() => refresh(() => false), RETRY);
+    }
+    if (tell(error)) trouble(error);
     return false;
   }
 }
@@ -80,7 +88,6 @@ async function pick() {
     $("query").value = $("question").selectedOptions[0].textContent;
     state.judged = $("query").value;
     passages.replace(documents);
-    alertWith("");
   } catch (error) {
     trouble(error);
   }
@@ -93,27 +100,35 @@ function addPassages(text) {
   say(found.length ? `Added ${count(found.length, "passage")}.` : "");
 }
 
+/** Say what is missing, and go there. */
+function missing(id, message) {
+  alertWith(message);
+  $(id).focus();
+}
+
 async function submit() {
   if ($("more").value.trim()) addPassages($("more").value);
   const query = $("query").value.trim();
   const documents = passages.values();
-  const problem = !query ? ["query", "Write a query first."]
-    : !documents.length ? ["more", "Add passages first."]
-      : state.known.every((system) => state.off.has(system.id)) ? ["refresh", "Choose what to rank with first."] : null;
-  if (problem) {
-    alertWith(problem[1]);
-    if (problem[0] === "more") $("editor").open = true;
-    $(problem[0]).focus();
-    return;
+  if (!query) return missing("query", "Write a query first.");
+  if (!documents.length) {
+    $("editor").open = true;
+    return missing("more", "Add passages first.");
   }
   if (query !== state.judged) documents.forEach((each) => (each.grade = 0));
   state.asked?.abort();
   const asked = (state.asked = new AbortController());
   alertWith("");
+  say("Ranking …");
   $("rank").setAttribute("aria-busy", "true");
   try {
-    if (!(await refresh())) return;
-    await run(query, documents, state.known.filter((system) => !state.off.has(system.id)), asked.signal);
+    if (!(await refresh())) return say("");
+    const chosen = state.known.filter((system) => !state.off.has(system.id));
+    if (!chosen.length) {
+      say("");
+      return missing("refresh", "Choose what to rank with first.");
+    }
+    await run(query, documents, chosen, asked.signal);
   } catch (error) {
     if (error.name !== "AbortError") throw error;
   } finally {
@@ -219,8 +234,8 @@ $("why").addEventListener("click", ({ target }) => {
   if (target === $("why")) $("why").close(); // the backdrop
 });
 document.addEventListener("visibilitychange", () => {
-  if (!document.hidden) refresh({ quietly: true });
+  if (!document.hidden) refresh(() => false);
 });
 
-refresh();
+refresh((error) => error.status !== 503);
 fillQuestions().catch(trouble);

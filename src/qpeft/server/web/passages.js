@@ -10,11 +10,10 @@ export function split(text) {
 }
 
 export class Passages {
-  /** `changed` is called whenever a passage is added, edited or removed. */
-  constructor(list, count, changed) {
+  /** `list` is where they stand, `count` what says how many there are. */
+  constructor(list, count) {
     this.list = list;
     this.count = count;
-    this.changed = changed;
   }
 
   /** Return the passages as they stand: title, text, and the grade of those that were not edited. */
@@ -40,10 +39,7 @@ export class Passages {
   item({ title = "", text, grade = 0 }) {
     const field = el("textarea", {
       rows: 2, value: text,
-      oninput: () => {
-        item.dataset.grade = 0; // what was judged was the text as it stood
-        this.changed();
-      },
+      oninput: () => (item.dataset.grade = 0), // what was judged was the text as it stood
     });
     const remove = el("button", { type: "button", class: "remove", onclick: () => this.remove(item) }, "✕");
     const item = el("li", {}, el("label", {}), field, remove);
@@ -68,6 +64,5 @@ export class Passages {
       remove.setAttribute("aria-label", `Remove passage ${place + 1}`);
     });
     this.count.textContent = this.list.children.length;
-    this.changed();
   }
 }

@@ -1,7 +1,7 @@
 // What made a passage's scores, system by system.
 
 import { score } from "./columns.js";
-import { el, hidden, movement, number } from "./dom.js";
+import { el, movement, number } from "./dom.js";
 import { MAX_EXPLAINED } from "./ranking.js";
 
 const FAINT = 0.04; // of the largest; less cannot be seen
@@ -75,7 +75,7 @@ function passageText(explanation) {
     const blank = token.text.slice(0, token.text.length - text.length);
     if (token.chosen) {
       return [blank, el("mark", { "--s": 1, title: `hint word ${token.chosen}` }, text,
-        el("sup", {}, hidden("hint word "), String(token.chosen)))];
+        el("sup", { "aria-hidden": "true" }, String(token.chosen)))]; // the hint is listed below
     }
     if (token.attention && token.attention >= FAINT * top) {
       const share = `${(100 * token.attention).toFixed(1)} % of the attention`;
