@@ -95,6 +95,34 @@ def test_passages_are_cut_at_their_end_and_nothing_else_is(tokenizer):
     assert bounded.passage[1] - bounded.passage[0] == 7
 
 
+def test_a_bound_on_one_passage_stands_beside_that_of_the_prompt(tokenizer):
+    prompt = Prompt(load_template("plain"), tokenizer, 256, max_passage_tokens=5)
+    long = Passage("p", "the sea is salty " * 10)
+    for bound, length in ((None, 5), (3, 3), (9, 5)):
+        (row,) = prompt.rows(QUERY, long, max_passage_tokens=bound)
+        assert row.passage[1] - row.passage[0] == length
+        assert row.truncated
+
+
+def test_passages_are_kept_for_the_next_query_or_not(tokenizer):
+    texts = []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, text, **options):
+            texts.append(text)
+            return tokenizer(text, **options)
+
+    for kept, times in ((8, 1), (0, 2)):
+        prompt = Prompt(load_template("plain"), Counting(), 256, kept_passages=kept)
+        texts.clear()
+        for query in (QUERY, Query("other", "who")):
+            prompt.rows(query, PASSAGE)
+        assert sum(PASSAGE.text in text for text in texts) == times
+
+
 def test_a_query_that_leaves_no_room_is_an_error(tokenizer):
     fixed = len(Prompt(load_template("plain"), tokenizer, 512).rows(QUERY, Passage("p", ""))[0])
     assert Prompt(load_template("plain"), tokenizer, fixed + 1).rows(QUERY, PASSAGE)[0].truncated
