@@ -162,31 +162,29 @@ def test_rankings_stand_side_by_side_and_are_the_servers(opened, server):
         assert shown == [f"−{-result['relevance_score']:.2f} nats" for result in expected]
     assert order(page, "BM25")[0] == PASSAGES[0]
     assert re.search(r"\d+ ms|\d+\.\d s", page.get_by_role("region", name="tiny-lm", exact=True).inner_text())
-    assert all(
-        text.startswith("P ")
-        for text in page.get_by_role("region", name="tiny-lm", exact=True).locator(".score").all_inner_texts()
-    )
+    body = {"query": "why is the sky blue", "documents": list(PASSAGES)}
+    likely = [result["relevance_score"] for result in server.post("/v1/rerank", json=body).json()["results"]]
+    shown = page.get_by_role("region", name="tiny-lm", exact=True).locator(".score").all_inner_texts()
+    assert shown == [f"P {value:.2f}" for value in likely]
     assert "platt, centred" in page.get_by_role("region", name="tiny-lm", exact=True).inner_text()
     assert "not calibrated" in page.get_by_role("region", name="tiny-lm-qpeft-a").inner_text()
 
 
 def test_movement_is_against_the_first_column(opened, server):
     page = opened(server)
-    write(
-        page,
-        "what lives under water",
-        ["What is under the sink?", "A fish swims in the deep sea.", "Cats sleep a lot."],
-    )
+    few(page)
     rank(page)
-    first = order(page, "BM25")
+    first, places = order(page, "BM25"), []
     for name in ("tiny-lm", "tiny-lm-qpeft-a"):
         moved = page.get_by_role("region", name=name, exact=True).locator(".moved").all_text_contents()
         for place, (text, movement) in enumerate(zip(order(page, name), moved, strict=True)):
             won = first.index(text) - place
+            places.append(won)
             assert movement.startswith(
                 f"▲{won} up {won} " if won > 0 else f"▼{-won} down {-won} " if won < 0 else "= same"
             )
-    assert page.locator(".lines path").count() == 3 * 3
+    assert min(places) < 0 < max(places)
+    assert page.locator(".lines path").count() == 3 * 5
 
 
 def test_an_example_comes_with_candidates_and_grades(opened, server):
@@ -234,13 +232,13 @@ def test_explanations_are_the_servers(opened, server):
     page = opened(server)
     write(page, "why is the sky blue", PASSAGES)
     rank(page)
-    page.get_by_role("region", name="tiny-lm-qpeft-r").get_by_role("button").first.click()
+    page.get_by_role("region", name="tiny-lm-qpeft-r").get_by_role("button").last.click()
     dialog = page.get_by_role("dialog")
-    best = by_api(server, "why is the sky blue", PASSAGES, "tiny-lm:tiny-lm-qpeft-r")[0]["index"]
-    expect(dialog.get_by_role("heading", level=2)).to_contain_text(PASSAGES[best][:40])
+    worst = by_api(server, "why is the sky blue", PASSAGES, "tiny-lm:tiny-lm-qpeft-r")[-1]["index"]
+    expect(dialog.get_by_role("heading", level=2)).to_contain_text(PASSAGES[worst][:40])
     body = {"query": "why is the sky blue", "documents": list(PASSAGES), "model": "tiny-lm:tiny-lm-qpeft-r"}
     results = server.post("/v1/rerank", json=body | {"explain": True}).json()["results"]
-    explanation = next(result["explanation"] for result in results if result["index"] == best)
+    explanation = next(result["explanation"] for result in results if result["index"] == worst)
     tokens = dialog.locator("section").last.locator(".tokens li")
     assert tokens.count() == len(explanation["query_tokens"])
     for item, token in zip(tokens.all(), explanation["query_tokens"], strict=True):
