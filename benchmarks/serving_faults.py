@@ -124,7 +124,8 @@ async def soak(args: argparse.Namespace) -> dict[str, Any]:
     ends = time.monotonic() + 60 * args.soak
     memory: list[float] = []
     done = 0
-    async with serving(args, "--adapters", args.adapters) if args.adapters else serving(args) as server:
+    options = ["--request-timeout", "600", *(["--adapters", args.adapters] if args.adapters else [])]
+    async with serving(args, *options) as server:
         names = [card["id"] for card in (await server.client.get("/v1/models")).json()["data"]]
 
         async def client(number: int) -> None:

@@ -4,7 +4,7 @@ import itertools
 import pytest
 
 from qpeft.errors import FormatError, OptionError, QueryError
-from qpeft.template import Prompt, Template, available_templates, load_template
+from qpeft.template import KeptTokens, Prompt, Template, available_templates, load_template
 from qpeft.types import Passage, Query
 
 QUERY = Query("q1", "why is the sky blue?")
@@ -104,23 +104,34 @@ def test_a_bound_on_one_passage_stands_beside_that_of_the_prompt(tokenizer):
         assert row.truncated
 
 
-def test_passages_are_kept_for_the_next_query_or_not(tokenizer):
-    texts = []
+def test_tokens_are_kept_up_to_so_many_characters():
+    kept = KeptTokens(10)
+    made = []
 
-    class Counting:
-        def __getattr__(self, name):
-            return getattr(tokenizer, name)
+    def get(text, space=False):
+        return kept.get(text, space, lambda: made.append((text, space)) or [len(text), space])
 
-        def __call__(self, text, **options):
-            texts.append(text)
-            return tokenizer(text, **options)
+    assert [get("four"), get("four"), get("four", True)] == [(4, False), (4, False), (4, True)]
+    assert made == [("four", False), ("four", True)]
+    get("four")  # so that the other is the oldest
+    get("six ty")
+    get("four")
+    assert made == [("four", False), ("four", True), ("six ty", False)]
+    get("four", True)
+    assert made[-1] == ("four", True)
+    get("longer than ten")  # is not kept itself, and everything else had to go
+    get("four")
+    assert made[-2:] == [("longer than ten", False), ("four", False)]
 
-    for kept, times in ((8, 1), (0, 2)):
-        prompt = Prompt(load_template("plain"), Counting(), 256, kept_passages=kept)
-        texts.clear()
-        for query in (QUERY, Query("other", "who")):
-            prompt.rows(query, PASSAGE)
-        assert sum(PASSAGE.text in text for text in texts) == times
+
+def test_prompts_share_kept_tokens_whatever_stands_before_the_passage(tokenizers):
+    tokenizer = tokenizers["bytes"]
+    spaced = Template("spaced", 1, "text: {passage}", "query: {query}")
+    bare = Template("bare", 1, "{passage}", "query: {query}")
+    kept = KeptTokens()
+    for template in (spaced, bare, spaced):
+        shared = Prompt(template, tokenizer, 512, kept=kept).rows(QUERY, PASSAGE)
+        assert shared == Prompt(template, tokenizer, 512).rows(QUERY, PASSAGE)
 
 
 def test_a_query_that_leaves_no_room_is_an_error(tokenizer):

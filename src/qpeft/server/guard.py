@@ -185,9 +185,10 @@ async def _body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
         Refusal: it is, or says that it is, larger than the limit.
     """
     too_large = Refusal(413, f"the body is larger than {limit} bytes", headers={"Connection": "close"})
-    length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-    if int(length) > limit:
-        await _discard(receive)
+    headers = dict(scope["headers"])
+    if int(headers.get(b"content-length", 0)) > limit:
+        if b"expect" not in headers:  # such a client sends its body only once it is asked for
+            await _discard(receive)
         raise too_large
     pieces: list[bytes] = []
     size = 0

@@ -22,7 +22,12 @@ from qpeft.model_config import EMBEDDED
 from qpeft.pretrained import LanguageModel
 from qpeft.server.logs import log
 from qpeft.server.settings import Settings
+from qpeft.template import KeptTokens
 from qpeft.types import Passage, Query
+
+
+KEPT_CHARACTERS = 8_000_000
+"""Of documents whose tokens are kept; some 100 MB."""
 
 
 class UnknownModelError(InputError):
@@ -76,7 +81,8 @@ class Models:
         self._settings = settings
         self._folder = None if settings.adapters is None else Path(settings.adapters)
         config = Config(template=settings.template, max_passage_tokens=settings.max_passage_tokens)
-        scorer = build_scorer(config, lm, kept_passages=0)
+        self._kept = KeptTokens(KEPT_CHARACTERS)
+        scorer = build_scorer(config, lm, kept=self._kept)
         calibration = read_calibration(settings.calibration) if settings.calibration else None
         if calibration is not None:
             calibration.check(self._origin(scorer, config), f"--calibration {settings.calibration}")
@@ -122,7 +128,7 @@ class Models:
         except OptionError as error:
             raise AdapterError(str(error)) from error
         config = Config(max_passage_tokens=self._settings.max_passage_tokens)
-        scorer = build_scorer(config, self.lm, opened, kept_passages=0)
+        scorer = build_scorer(config, self.lm, opened, kept=self._kept)
         if opened.calibration is not None:
             try:
                 opened.calibration.check(self._origin(scorer, config), f"adapter {name!r}: its calibration")
