@@ -25,7 +25,6 @@ from qpeft.server.settings import Settings
 from qpeft.template import KeptTokens
 from qpeft.types import Passage, Query
 
-
 KEPT_CHARACTERS = 8_000_000
 """Of documents whose tokens are kept; some 100 MB."""
 
