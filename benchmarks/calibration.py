@@ -112,24 +112,19 @@ def of_five(pairs: JudgedPairs, fold: np.ndarray) -> dict[str, object]:
 def between(one: JudgedPairs, other: JudgedPairs) -> dict[str, object]:
     # All that is known of the other collection is the first one's base rate.
     base = brier(np.full(len(other.scores), one.relevant.mean()), other.relevant)
-    return {
-        f"{method}{', centred' * centred}": quality(
-            fit(method, (left := one.centred() if centred else one).scores, left.relevant)(
-                (other.centred() if centred else other).scores
-            ),
-            other,
-            base,
-            folds(other, 5),
-        )
-        for centred in (False, True)
-        for method in ("platt", "isotonic")
-    }
+    fold = folds(other, 5)
+    found = {}
+    for name, left, right in (("platt", one, other), ("platt, centred", one.centred(), other.centred())):
+        found[name] = quality(fit("platt", left.scores, left.relevant)(right.scores), other, base, fold)
+    return found
 
 
 def quality(found: np.ndarray, pairs: JudgedPairs, base: float, fold: np.ndarray) -> dict[str, object]:
     kept = keep(0.5, found, pairs, fold)
     return {
         "skill": 1 - brier(found, pairs.relevant) / base,
+        "promised": float(found.mean()),
+        "relevant": float(pairs.relevant.mean()),
         "ece": expected_calibration_error(found, pairs.relevant),
         "at 0.5": {
             "per query": kept.per_query,

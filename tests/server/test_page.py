@@ -438,6 +438,7 @@ def test_refusals_are_shown_in_words(opened, locked, server):
     too_many = "That is too much at once: 10 documents; at most 8 are allowed."
     expect(page.get_by_role("alert")).to_have_text(too_many)
     assert page.locator("#columns .failed").all_inner_texts() == [too_many] * 4
+    expect(page.locator("#status")).to_have_text("")
     write(page, "word " * 3000, PASSAGES)
     page.get_by_role("checkbox", name="BM25").uncheck()
     page.get_by_role("button", name="Rank", exact=True).click()

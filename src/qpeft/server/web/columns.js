@@ -136,6 +136,6 @@ function scale(system) {
 }
 
 /** Return a time in words. */
-export function time(seconds) {
+function time(seconds) {
   return seconds < 1 ? `${Math.round(1000 * seconds)} ms` : `${seconds.toFixed(1)} s`;
 }

@@ -160,6 +160,7 @@ async function run(query, documents, chosen, signal) {
     }
   }
   if (failed) trouble(failed);
+  if (!state.rankings.length) return say("");
   const done = `Ranked ${count(documents.length, "passage")} with ${count(state.rankings.length, "system")}.`;
   say(done);
   for (const [nth, ranking] of state.rankings.entries()) {
