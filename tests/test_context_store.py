@@ -74,7 +74,9 @@ def test_threads_may_share_a_model(make_lm):
     try:
         with ThreadPoolExecutor(8) as pool:
             for _ in range(5):
-                for value, reference in zip(pool.map(lambda row: stored.log_probs([row]), rows), references, strict=True):
+                for value, reference in zip(
+                    pool.map(lambda row: stored.log_probs([row]), rows), references, strict=True
+                ):
                     assert_same(value, reference, exactly=True)
     finally:
         sys.setswitchinterval(patience)
