@@ -25,6 +25,7 @@ LAYERS = [
     {"analysis"},
     {"loading"},
     {"training"},
+    {"server"},
     {"commands"},
     {"cli"},
     {"__main__"},

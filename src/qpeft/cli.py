@@ -33,6 +33,7 @@ COMMANDS = {
     "data convert": "turn other formats into a BEIR folder",
     "push": "send an adapter folder to the model hub",
     "pull": "fetch an adapter folder from the model hub",
+    "serve": "answer rerank requests over HTTP",
     "doctor": "say what is installed and whether the scorer is right on this machine",
     "demo": "the whole way on the embedded collection",
 }

@@ -252,10 +252,14 @@ def _start(row: Row, hint: int) -> int:
 
 
 def _by_model(adapters: Sequence[HintWriter | None]) -> list[list[int]]:
-    """Return the rows that one and the same model can score: those of each adapter that changes it, and the others."""
-    groups: dict[int | None, list[int]] = {}
+    """Return the rows that can share a forward pass.
+
+    Those of each adapter that changes the model; of the others, those whose adapters read one layer's states, or none.
+    """
+    groups: dict[tuple[int | None, int | None], list[int]] = {}
     for row, adapter in enumerate(adapters):
-        groups.setdefault(id(adapter) if adapter is not None and adapter.changes_lm else None, []).append(row)
+        changing = id(adapter) if adapter is not None and adapter.changes_lm else None
+        groups.setdefault((changing, None if adapter is None else adapter.reads_layer), []).append(row)
     return list(groups.values())
 
 

@@ -172,6 +172,7 @@ class Prompt:
         max_passage_tokens: further bound on the passage.
         hint_length: vectors that an adapter writes for a query of so many tokens; room is kept for them.
         separate_target: the model has an encoder, which reads the context alone.
+        kept_passages: passages whose tokens are kept in memory for the next query; a server keeps none.
     """
 
     def __init__(
@@ -183,6 +184,7 @@ class Prompt:
         max_passage_tokens: int | None = None,
         hint_length: Callable[[int], int] | None = None,
         separate_target: bool = False,
+        kept_passages: int = 65_536,
     ) -> None:
         if hint_length is not None and hint_length(1) and "{hint}" not in template.context:
             raise OptionError(f"template {template.name!r} has no place for a hint: {{hint}} is missing in its context")
@@ -190,8 +192,11 @@ class Prompt:
         self.max_length = max_length
         self._tokenizer = tokenizer
         self._separate = separate_target
-        self._max_passage_tokens = max_passage_tokens
+        self.max_passage_tokens = max_passage_tokens
         self._hint_length = hint_length
+        # Of each prompt's own, so that they go when it goes.
+        self._passage_ids = functools.lru_cache(kept_passages)(self._tokenize_passage)
+        self._target = functools.lru_cache(256)(self._tokenize_target)
         marked = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
         self._adds_space = bool(marked) and marked[0].startswith("▁")
         self._before, self._spaced_passage, self._after, self._hint_offset, blank = self._context_pieces()
@@ -210,6 +215,7 @@ class Prompt:
         overlap: int = 0,
         windows: bool = False,
         hint_query: Query | None = None,
+        max_passage_tokens: int | None = None,
     ) -> list[Row]:
         """Return the pair as one row, or, with `windows`, as one row per window of the passage.
 
@@ -220,6 +226,7 @@ class Prompt:
             overlap: tokens that consecutive windows share.
             windows: cover the whole passage instead of cutting it.
             hint_query: what an adapter reads instead of the query (a control: hints that belong to another query).
+            max_passage_tokens: a bound on this passage, beside that of the prompt; without windows.
 
         Raises:
             QueryError: the query is empty, or leaves no room for a passage.
@@ -238,6 +245,7 @@ class Prompt:
             return Row(context, target, scored, (start, end), hint, read, truncated)
 
         if not windows:
+            room = min(room, max_passage_tokens or room)
             return [row(ids[:room], len(ids) > room)]
         width = min(room, window or room)
         if width <= overlap:
@@ -250,13 +258,11 @@ class Prompt:
         before_passage = self._hint_offset < 0
         return len(self._before) + self._hint_offset if before_passage else passage_end + self._hint_offset
 
-    @functools.lru_cache(maxsize=65536)  # noqa: B019 — a prompt lives as long as its model
-    def _passage_ids(self, passage: Passage) -> tuple[int, ...]:
+    def _tokenize_passage(self, passage: Passage) -> tuple[int, ...]:
         text = self.template.passage_text(passage)
         return tuple(self._ids(text, space=self._spaced_passage)) if text else ()
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019
-    def _target(self, query: Query) -> tuple[tuple[int, ...], tuple[bool, ...], tuple[int, ...]]:
+    def _tokenize_target(self, query: Query) -> tuple[tuple[int, ...], tuple[bool, ...], tuple[int, ...]]:
         """Return the ids after the context, which of them are scored, and those of the query alone."""
         ids = self._ids(self.template.query_text(query), space=self._spaced_query)
         if not ids:
@@ -274,7 +280,7 @@ class Prompt:
                 f"the limit is {self.max_length} (a query is never cut)"
             )
         room = self.max_length - (fixed if self._separate else used)
-        return room if self._max_passage_tokens is None else min(room, self._max_passage_tokens)
+        return room if self.max_passage_tokens is None else min(room, self.max_passage_tokens)
 
     def _context_pieces(self) -> tuple[list[int], bool, list[int], int | None, str]:
         """Tokenise the literals of the context.

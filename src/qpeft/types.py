@@ -98,6 +98,10 @@ class Ranking:
         hits.sort(key=lambda hit: hit.score, reverse=True)
         return cls(query_id, tuple(hits))
 
+    def by_position(self) -> list[Hit]:
+        """Return the hits with equal scores in the order given, for passages whose ids are their positions."""
+        return sorted(self.hits, key=lambda hit: (-hit.score, int(hit.passage_id)))
+
     @property
     def constant(self) -> bool:
         """Whether several passages share one score: then the order is the tie rule's, not the model's."""
@@ -235,8 +239,8 @@ class Reranker(abc.ABC):
             end = start
             while end < len(pairs) and pairs[end][0] == pairs[start][0]:
                 end += 1
-            ranked = self._hits(pairs[start][0], [text for _, text in pairs[start:end]])
-            by_position = {int(hit.passage_id): hit.score for hit in ranked}
+            ranking = self._ranking(pairs[start][0], [text for _, text in pairs[start:end]])
+            by_position = {int(hit.passage_id): hit.score for hit in ranking.hits}
             scores += [by_position[i] for i in range(end - start)]
             start = end
         return scores
@@ -252,16 +256,15 @@ class Reranker(abc.ABC):
         """
         if top_k is not None and top_k < 1:
             raise OptionError(f"top_k is {top_k}; it must be at least 1")
-        hits = sorted(self._hits(query, passages), key=lambda hit: (-hit.score, int(hit.passage_id)))
         ranked: list[RankedPassage] = []
-        for hit in hits[:top_k]:
+        for hit in self._ranking(query, passages).by_position()[:top_k]:
             entry = RankedPassage(corpus_id=int(hit.passage_id), score=hit.score)
             if return_documents:
                 entry["text"] = passages[int(hit.passage_id)]
             ranked.append(entry)
         return ranked
 
-    def _hits(self, query: str, passages: Sequence[str]) -> tuple[Hit, ...]:
+    def _ranking(self, query: str, passages: Sequence[str]) -> Ranking:
         candidates = Candidates(Query("query", query), tuple(Passage(str(i), text) for i, text in enumerate(passages)))
         (ranking,) = self.rerank([candidates])
-        return ranking.hits
+        return ranking

@@ -26,6 +26,7 @@ from qpeft.template import Prompt, Row, Template, load_template
 from qpeft.types import Passage, Query, Reranker, ScoringCounts
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
+    from qpeft.adapters._folder import AdapterFolder
     from qpeft.hints import HintWriter
     from qpeft.pretrained import LanguageModel, RowLogProbs
 
@@ -63,8 +64,16 @@ def build(config: Config, lm: LanguageModel) -> Reranker:
     return Pointwise(build_scorer(config, lm), config.queries_per_batch)
 
 
-def build_scorer(config: Config, lm: LanguageModel) -> QueryLikelihood:
+def build_scorer(
+    config: Config, lm: LanguageModel, opened: AdapterFolder | None = None, *, kept_passages: int = 65_536
+) -> QueryLikelihood:
     """Return the scorer alone.
+
+    Args:
+        config: options.
+        lm: the language model.
+        opened: an adapter that is open already, in place of `config.adapter`.
+        kept_passages: see `Prompt`.
 
     Raises:
         OptionError: options that contradict each other.
@@ -78,19 +87,24 @@ def build_scorer(config: Config, lm: LanguageModel) -> QueryLikelihood:
         if value is not None and value < least:
             raise OptionError(f"--{name} is {value}; it must be at least {least}")
     template = None if config.template is None else load_template(config.template)
-    if config.adapter is None:
-        return QueryLikelihood(config, lm, _prompt(config, lm, template or load_template("plain"), None))
+    adapter = opened or config.adapter
+    if adapter is None:
+        prompt = _prompt(config, lm, template or load_template("plain"), None, kept_passages)
+        return QueryLikelihood(config, lm, prompt)
     from qpeft.adapters._folder import open_adapter
 
-    opened = open_adapter(config.adapter, lm, template, config.template)
+    opened = open_adapter(adapter, lm, template, config.template)
     if config.max_passage_tokens is None:
         config = dataclasses.replace(config, max_passage_tokens=opened.max_passage_tokens)
-    scorer = QueryLikelihood(config, lm, _prompt(config, lm, opened.template, opened.adapter), opened.adapter)
+    prompt = _prompt(config, lm, opened.template, opened.adapter, kept_passages)
+    scorer = QueryLikelihood(config, lm, prompt, opened.adapter)
     scorer.facts["adapter"] = {"name": opened.name, "sha256": opened.sha256}
     return scorer
 
 
-def _prompt(config: Config, lm: LanguageModel, template: Template, adapter: HintWriter | None) -> Prompt:
+def _prompt(
+    config: Config, lm: LanguageModel, template: Template, adapter: HintWriter | None, kept_passages: int
+) -> Prompt:
     return Prompt(
         template,
         lm.tokenizer,
@@ -98,6 +112,7 @@ def _prompt(config: Config, lm: LanguageModel, template: Template, adapter: Hint
         max_passage_tokens=config.max_passage_tokens,
         hint_length=None if adapter is None else adapter.hint_length,
         separate_target=lm.has_encoder,
+        kept_passages=kept_passages,
     )
 
 
@@ -137,8 +152,8 @@ class QueryLikelihood:
         self.adapter = adapter
         self.with_passage = bool(config.document_prior)
         self._config = config
-        self._lm = lm
-        self._prompt = prompt
+        self.lm = lm
+        self.prompt = prompt
         self._hint_queries = hint_queries or {}
 
     def check(self, query: Query) -> None:
@@ -148,17 +163,21 @@ class QueryLikelihood:
     def score(self, pairs: Sequence[tuple[Query, Passage]]) -> list[float]:
         """Return the score of each pair, −∞ for a passage of zero tokens."""
         work = self.prepare(pairs)
-        return self.pool(work, self._lm.log_probs(work.rows, with_passage=self.with_passage, adapters=self.adapter))
+        return self.pool(work, self.lm.log_probs(work.rows, with_passage=self.with_passage, adapters=self.adapter))
 
-    def prepare(self, pairs: Sequence[tuple[Query, Passage]]) -> Work:
+    def prepare(self, pairs: Sequence[tuple[Query, Passage]], max_passage_tokens: int | None = None) -> Work:
         """Return the rows that the model must read, and count what happened to the input.
+
+        Args:
+            pairs: queries and passages.
+            max_passage_tokens: a bound on these passages, beside that of the options.
 
         Raises:
             QueryError: a query is empty or leaves no room for a passage.
         """
         work = Work([], [], len(pairs))
         for index, (query, passage) in enumerate(pairs):
-            for row in self._rows(query, passage):
+            for row in self._rows(query, passage, max_passage_tokens):
                 if row.passage[0] < row.passage[1]:
                     work.rows.append(row)
                     work.owners.append(index)
@@ -175,11 +194,11 @@ class QueryLikelihood:
             pooled[owner].append(self._row_score(value))
         return [self._pool(scores) for scores in pooled]
 
-    def _rows(self, query: Query, passage: Passage) -> list[Row]:
+    def _rows(self, query: Query, passage: Passage, max_passage_tokens: int | None = None) -> list[Row]:
         read = self._hint_queries.get(query.id)
         if not self._config.windows:
-            return self._prompt.rows(query, passage, hint_query=read)
-        return self._prompt.rows(
+            return self.prompt.rows(query, passage, hint_query=read, max_passage_tokens=max_passage_tokens)
+        return self.prompt.rows(
             query,
             passage,
             window=self._config.windows,

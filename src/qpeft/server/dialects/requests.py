@@ -1,0 +1,250 @@
+"""What clients send, and the searches that it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from qpeft.server.ranking import Search
+from qpeft.types import Passage
+
+UNSPECIFIED = "default/not-specified"
+"""What infinity's client sends as `model` when it was given none."""
+TAGS = ("tei", "documents", "text", "object", "str", "list[str]", "function-before[_whole(), str]")
+"""What stands in pydantic's locations without being a field."""
+
+
+def _whole(value: Any) -> Any:
+    """Join surrogate pairs and replace lone surrogates, which no tokenizer takes, by U+FFFD."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_whole)]
+Model = Annotated[Text | None, Field(description="BASE:ADAPTER, or BASE or nothing for the model alone.")]
+QueryText = Annotated[Text, Field(min_length=1, description="Never cut.")]
+TopN = Annotated[int | None, Field(ge=0, description="Return the best so many; 0 or nothing: all.")]
+MaxTokensPerDoc = Annotated[int | None, Field(ge=1, description="Cut documents to so many tokens.")]
+RawScores = Annotated[bool, Field(description="Nats per query token instead of a score in [0, 1].")]
+UseActivation = Annotated[bool | None, Field(description="vLLM's name for the opposite of raw_scores.")]
+Explain = Annotated[bool, Field(description="Add what made the scores: log-probabilities of the query's tokens.")]
+
+
+class Document(BaseModel):
+    """A text with a title; other fields count where `rank_fields` names them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    text: Text = ""
+    title: Text = ""
+
+
+AnyDocument = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[Document, Tag("object")],
+    Discriminator(lambda value: "text" if isinstance(value, str) else "object"),
+]
+Documents = Annotated[list[AnyDocument], Field(min_length=1)]
+
+
+def _passages(documents: Sequence[str | Document], rank_fields: Sequence[str] | None = None) -> list[Passage]:
+    return [_passage(document, rank_fields) for document in documents]
+
+
+def _passage(document: str | Document, rank_fields: Sequence[str] | None) -> Passage:
+    if isinstance(document, str):
+        return Passage("document", document)
+    if rank_fields is None:
+        return Passage("document", document.text, document.title)
+    values = [_whole(getattr(document, name, None)) for name in rank_fields]
+    return Passage("document", " ".join(str(value) for value in values if isinstance(value, str | int | float)))
+
+
+class RerankV2(BaseModel):
+    """Cohere v2 and vLLM."""
+
+    model: Model = None
+    query: QueryText
+    documents: Documents
+    top_n: TopN = None
+    max_tokens_per_doc: MaxTokensPerDoc = None
+    return_documents: bool = False
+    raw_scores: RawScores = False
+    use_activation: UseActivation = None
+    explain: Explain = False
+
+    def search(self) -> Search:
+        """Return what is asked for."""
+        return Search(
+            self.query,
+            _passages(self.documents),
+            top_n=self.top_n or None,
+            raw=self.raw_scores or self.use_activation is False,
+            max_passage_tokens=self.max_tokens_per_doc,
+            explain=self.explain,
+        )
+
+
+class RerankV1(BaseModel):
+    """Cohere v1, Jina and vLLM; documents come back unless `return_documents` is false, as with Jina and vLLM."""
+
+    model: Model = None
+    query: QueryText
+    documents: Documents
+    top_n: TopN = None
+    rank_fields: Annotated[list[Text] | None, Field(min_length=1, description="Fields of a document to read.")] = None
+    max_tokens_per_doc: MaxTokensPerDoc = None
+    return_documents: bool | None = True
+    raw_scores: RawScores = False
+    use_activation: UseActivation = None
+    explain: Explain = False
+
+    def search(self) -> Search:
+        """Return what is asked for."""
+        return Search(
+            self.query,
+            _passages(self.documents, self.rank_fields),
+            top_n=self.top_n or None,
+            raw=self.raw_scores or self.use_activation is False,
+            max_passage_tokens=self.max_tokens_per_doc,
+            explain=self.explain,
+        )
+
+
+class RerankTei(BaseModel):
+    """Text Embeddings Inference."""
+
+    model: Model = None
+    query: QueryText
+    texts: list[Text]
+    raw_scores: RawScores = False
+    return_text: bool = False
+    truncate: Annotated[bool | None, Field(description="false: a text that does not fit is an error.")] = None
+    truncation_direction: Annotated[Literal["right", "Right"], Field(description="Texts are cut at their end.")] = (
+        "right"
+    )
+
+    def search(self) -> Search:
+        """Return what is asked for."""
+        return Search(self.query, _passages(self.texts), raw=self.raw_scores, may_cut=self.truncate is not False)
+
+
+class RerankDocuments(BaseModel):
+    """infinity where there are `raw_scores`, else vLLM."""
+
+    model: Model = None
+    query: QueryText
+    documents: Documents
+    top_n: TopN = None
+    max_tokens_per_doc: MaxTokensPerDoc = None
+    return_documents: bool | None = None
+    raw_scores: bool | None = None
+    use_activation: UseActivation = None
+
+    @property
+    def of_infinity(self) -> bool:
+        """Whether the client is infinity's, which always says `raw_scores`."""
+        return self.raw_scores is not None
+
+    @property
+    def wants_documents(self) -> bool:
+        """Whether documents come back: vLLM's always, unless they are declined; infinity's where asked for."""
+        return not self.of_infinity if self.return_documents is None else self.return_documents
+
+    def search(self) -> Search:
+        """Return what is asked for."""
+        return Search(
+            self.query,
+            _passages(self.documents),
+            top_n=self.top_n or None,
+            raw=bool(self.raw_scores) or self.use_activation is False,
+            max_passage_tokens=self.max_tokens_per_doc,
+        )
+
+
+def _by_field(body: Any) -> str:
+    return "tei" if isinstance(body, dict) and "texts" in body else "documents"
+
+
+AnyRerank = Annotated[
+    Annotated[RerankTei, Tag("tei")] | Annotated[RerankDocuments, Tag("documents")], Discriminator(_by_field)
+]
+
+
+class OneOfMany(BaseModel):
+    """One of the queries of a batch."""
+
+    query: QueryText
+    documents: Documents
+    top_n: TopN = None
+
+
+class RerankBatch(BaseModel):
+    """Many queries at once."""
+
+    model: Model = None
+    queries: Annotated[list[OneOfMany], Field(min_length=1)]
+    top_n: Annotated[int | None, Field(ge=0, description="For queries that have none of their own.")] = None
+    max_tokens_per_doc: MaxTokensPerDoc = None
+    return_documents: bool = False
+    raw_scores: RawScores = False
+
+    def searches(self) -> list[Search]:
+        """Return what is asked for, query by query."""
+        return [
+            Search(
+                each.query,
+                _passages(each.documents),
+                top_n=(self.top_n if each.top_n is None else each.top_n) or None,
+                raw=self.raw_scores,
+                max_passage_tokens=self.max_tokens_per_doc,
+                name=f"queries.{place}",
+            )
+            for place, each in enumerate(self.queries)
+        ]
+
+
+class Score(BaseModel):
+    """vLLM's pairs, one query with N documents, or N with N.
+
+    `text_1` and `queries` are one, and so are `text_2`, `documents` and `items`.
+    """
+
+    model: Model = None
+    text_1: Text | list[Text] | None = None
+    text_2: Text | list[Text] | None = None
+    queries: Text | list[Text] | None = None
+    documents: Text | list[Text] | None = None
+    items: Text | list[Text] | None = None
+    raw_scores: RawScores = False
+    use_activation: UseActivation = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Score:
+        queries, documents = self._sides()
+        if not queries or not documents:
+            raise ValueError("give text_1 and text_2, or queries and documents")
+        if len(queries) not in (1, len(documents)):
+            raise ValueError(f"{len(queries)} queries but {len(documents)} documents; give 1 to N or N to N")
+        return self
+
+    def searches(self) -> list[Search]:
+        """Return one search for 1 to N, else one for each pair."""
+        queries, documents = self._sides()
+        raw = self.raw_scores or self.use_activation is False
+        if len(queries) == 1:
+            return [Search(queries[0], _passages(documents), raw=raw)]
+        return [
+            Search(query, _passages([document]), raw=raw, name=f"queries.{place}")
+            for place, (query, document) in enumerate(zip(queries, documents, strict=True))
+        ]
+
+    def _sides(self) -> tuple[list[str], list[str]]:
+        left = next((each for each in (self.text_1, self.queries) if each is not None), [])
+        right = next((each for each in (self.text_2, self.documents, self.items) if each is not None), [])
+        return [left] if isinstance(left, str) else left, [right] if isinstance(right, str) else right

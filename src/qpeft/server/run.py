@@ -1,0 +1,103 @@
+"""Listening, signals and exit: accepted requests are answered before the server ends."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from qpeft.errors import OptionError
+from qpeft.server.service import Service
+from qpeft.server.settings import Settings
+
+
+class Server(uvicorn.Server):
+    """uvicorn that first drains: while requests at hand are answered, new ones get 503, and then it ends with 0."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and end again if the model cannot be opened."""
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        self._watch = asyncio.create_task(self._end_if_failed())
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain on the first signal, end at once on the second."""
+        if self._draining is None and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._drain)
+        else:
+            self.should_exit = self.force_exit = True
+
+    def _drain(self) -> None:
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain_and_exit())
+
+    async def _drain_and_exit(self) -> None:
+        await self._service.drain()
+        self.should_exit = True
+
+    async def _end_if_failed(self) -> None:
+        await self._service.settled.wait()
+        if self._service.failure is not None:
+            self.should_exit = True
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Return a listening socket.
+
+    Raises:
+        OptionError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise OptionError(f"--host {settings.host} --port {settings.port}: {error.strerror or error}") from error
+
+
+def url_of(listening: socket.socket) -> str:
+    """Return where a socket can be reached."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(app: FastAPI, settings: Settings, announce: Callable[[str, Sequence[str]], None]) -> None:
+    """Serve until a signal comes.
+
+    Args:
+        app: the application.
+        settings: options.
+        announce: called with the URL and the served models once requests are taken.
+
+    Raises:
+        OptionError: the address cannot be had.
+        QpeftError: the model cannot be opened.
+    """
+    service: Service = app.state.service
+    listening = listen(settings)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=30, lifespan="on"
+    )
+
+    async def run() -> None:
+        server = Server(config, service)
+        serving = asyncio.create_task(server.serve([listening]))
+        settled = asyncio.create_task(service.settled.wait())
+        await asyncio.wait({serving, settled}, return_when=asyncio.FIRST_COMPLETED)
+        if service.state == "ready":
+            announce(url_of(listening), list(service.models.served))
+        settled.cancel()
+        await serving
+
+    asyncio.run(run())
+    if service.failure is not None:
+        raise service.failure
