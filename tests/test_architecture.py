@@ -26,7 +26,7 @@ LAYERS = [
     {"loading"},
     {"training"},
     {"server"},
-    {"commands"},
+    {"commands", "integrations"},
     {"cli"},
     {"__main__"},
 ]

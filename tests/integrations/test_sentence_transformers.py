@@ -44,6 +44,15 @@ def test_predict_returns_what_was_asked_for(encoder, tiny):
     assert encoder.predict([]).shape == (0,)
 
 
+def test_batches_reach_across_queries(tiny, candidates):
+    encoder = CrossEncoder("tiny-lm", dtype="float32", device="cpu", queries_per_batch=2)
+    sizes = []
+    score = encoder.reranker._scorer.score
+    encoder.reranker._scorer.score = lambda pairs: sizes.append(len(pairs)) or score(pairs)
+    assert list(encoder.predict(PAIRS)) == pytest.approx(tiny.predict(PAIRS), abs=1e-4)
+    assert sizes == [3], "two queries, three pairs"
+
+
 def test_activation(encoder, tiny):
     wanted = torch.tensor(tiny.predict(PAIRS)).sigmoid()
     assert list(encoder.predict(PAIRS, activation_fn=torch.nn.Sigmoid())) == pytest.approx(wanted.tolist())
