@@ -15,11 +15,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qpeft.errors import MissingDependencyError, OptionError
 from qpeft.model_config import ModelConfig
 from qpeft.server.settings import Settings as Config
+
+if TYPE_CHECKING:  # so that options can be listed without importing torch
+    from qpeft.pretrained import LanguageModel
 
 
 def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
@@ -35,17 +38,25 @@ def run(config: Config, model: ModelConfig) -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(error.name or "fastapi", "server") from error
-    from qpeft.loading import load_lm
     from qpeft.server.app import create_app
     from qpeft.server.guard import read_keys
-    from qpeft.server.logs import set_up
+    from qpeft.server.logs import on_stderr
     from qpeft.server.run import serve
 
     if config.adapters is not None and not Path(config.adapters).is_dir():
         raise OptionError(f"--adapters {config.adapters}: no such folder")
-    set_up()
     keys = read_keys(config.api_key_file)
-    serve(create_app(config, functools.partial(load_lm, model), keys), config, _announce)
+    with on_stderr():
+        serve(create_app(config, functools.partial(_open, model), keys), config, _announce)
+
+
+def _open(model: ModelConfig) -> LanguageModel:
+    from transformers.utils import logging
+
+    from qpeft.loading import load_lm
+
+    logging.disable_progress_bar()  # standard error is for JSON lines
+    return load_lm(model)
 
 
 def _announce(url: str, models: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -16,14 +15,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from qpeft import server
-from qpeft.errors import AdapterError, QueryError
+from qpeft.errors import AdapterError, QpeftError, QueryError
 from qpeft.pretrained import LanguageModel
 from qpeft.server.batcher import OverloadedError
 from qpeft.server.guard import OPEN, Guard
-from qpeft.server.logs import log
 from qpeft.server.models import UnknownModelError
 from qpeft.server.ranking import TruncatedError
-from qpeft.server.refusals import Refusal, of_validation, response
+from qpeft.server.refusals import Refusal, of_fault, of_validation, response
 from qpeft.server.routes import router
 from qpeft.server.service import Service
 from qpeft.server.settings import Settings
@@ -57,7 +55,7 @@ def create_app(settings: Settings, open_lm: Callable[[], LanguageModel], keys: S
         page = importlib.import_module(PAGE).router
         app.include_router(page)
         open_paths |= {route.path for route in page.routes}
-    for kind in (RequestValidationError, HTTPException, Exception):
+    for kind in (Refusal, RequestValidationError, HTTPException, QpeftError, OverloadedError):
         app.add_exception_handler(kind, _failed)
     app.add_middleware(Guard, service=service, keys=keys, open_paths=open_paths)
     if settings.cors_origin:
@@ -72,19 +70,15 @@ def create_app(settings: Settings, open_lm: Callable[[], LanguageModel], keys: S
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """Turn any error into a response in the request's dialect; what is not the client's fault is logged."""
+    """Turn an error that is raised on purpose into a response in the request's dialect."""
     state = request.scope["state"]
     body = getattr(error, "body", None)
     if request.url.path == "/rerank" and isinstance(body, dict) and "texts" in body:
         state["dialect"] = "tei"
-    refusal = _refusal(error, state["request_id"])
-    if refusal.status == 500:
-        log("failed", logging.ERROR, id=state["request_id"], exception=error)
-    return response(refusal, state.get("dialect", "openai"), state["request_id"])
+    return response(_refusal(error, state["request_id"]), state.get("dialect", "openai"), state["request_id"])
 
 
 def _refusal(error: Exception, request_id: str) -> Refusal:
-    """Return the refusal that says what went wrong; of a fault of ours, no more than where to look it up."""
     match error:
         case Refusal():
             return error
@@ -102,4 +96,4 @@ def _refusal(error: Exception, request_id: str) -> Refusal:
             return Refusal(413, str(error), "truncate")
         case AdapterError():
             return Refusal(409, str(error), "name")
-    return Refusal(500, f"internal error; the log has more under {request_id}")
+    return of_fault(error, request_id)

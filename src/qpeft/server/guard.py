@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qpeft.errors import FormatError, InputError
 from qpeft.server.logs import log
-from qpeft.server.refusals import Refusal, response
+from qpeft.server.refusals import Refusal, of_fault, response
 from qpeft.server.service import Service
 
 KEYS_VARIABLE = "QPEFT_API_KEYS"
@@ -163,8 +163,10 @@ class Guard:
         if late and not sent:
             seconds = self._service.settings.request_timeout
             await _refuse(scope, receive, send, Refusal(504, f"not done within {seconds:g} s"))
-        elif not work.cancelled():
-            work.exception()  # starlette raises what the application has turned into a response and logged
+        elif not work.cancelled() and (error := work.exception()) is not None:
+            refusal = of_fault(error, scope["state"]["request_id"])
+            if not sent:
+                await _refuse(scope, receive, send, refusal)
 
 
 async def _disconnect(receive: Receive) -> None:

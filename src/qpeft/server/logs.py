@@ -6,6 +6,8 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 logger = logging.getLogger("qpeft.server")
@@ -32,11 +34,19 @@ def log(event: str, level: int = logging.INFO, *, exception: BaseException | Non
     logger.log(level, event, exc_info=exception, extra={"facts": facts})
 
 
-def set_up() -> None:
-    """Send this package's logs and those of uvicorn to standard error."""
+@contextmanager
+def on_stderr() -> Iterator[None]:
+    """Send this package's logs and uvicorn's warnings to standard error within this context."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name, level in (("qpeft.server", logging.INFO), ("uvicorn", logging.WARNING)):
-        named = logging.getLogger(name)
-        named.handlers, named.propagate = [handler], False
-        named.setLevel(level)
+    loggers = [logging.getLogger(name) for name in ("qpeft.server", "uvicorn")]
+    before = [(each.handlers, each.propagate, each.level) for each in loggers]
+    for each, level in zip(loggers, (logging.INFO, logging.WARNING), strict=True):
+        each.handlers, each.propagate = [handler], False
+        each.setLevel(level)
+    try:
+        yield
+    finally:
+        for each, (handlers, propagate, level) in zip(loggers, before, strict=True):
+            each.handlers, each.propagate = handlers, propagate
+            each.setLevel(level)

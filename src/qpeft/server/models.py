@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qpeft.adapters._folder import AdapterFolder, adapter_path, embedded_adapters, load_adapter
+from qpeft.adapters._folder import AdapterFolder, adapter_path, embedded_adapters, open_adapter
 from qpeft.errors import AdapterError, InputError, OptionError, QpeftError, nearest
 from qpeft.methods.query_likelihood import Config, QueryLikelihood, build_scorer
 from qpeft.model_config import EMBEDDED
@@ -115,7 +115,7 @@ class Models:
         if name not in available:
             raise UnknownModelError(f"no adapter {name!r}{nearest(name, available)}")
         try:
-            opened = load_adapter(available[name], self.lm)  # type: ignore[arg-type]
+            opened = open_adapter(available[name], self.lm, None)
         except OptionError as error:
             raise AdapterError(str(error)) from error
         config = Config(max_passage_tokens=self._settings.max_passage_tokens)

@@ -7,13 +7,15 @@ and infinity speak, and beside it Cohere's `message`.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from qpeft.server.dialects.requests import TAGS
+from qpeft.server.dialects.requests import field_of
+from qpeft.server.logs import log
 
 Dialect = Literal["openai", "tei"]
 
@@ -95,6 +97,11 @@ def of_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
     first = errors[0]
     if first["type"] == "json_invalid":
         return Refusal(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
-    # Behind "body", and without the branch of a union that pydantic tried.
-    name = ".".join(str(part) for part in first["loc"][1:] if part not in TAGS) or "body"
+    name = field_of(first["loc"][1:]) or "body"
     return Refusal(422, f"{name[:200]}: {str(first['msg']).removeprefix('Value error, ')[:300]}", name[:200])
+
+
+def of_fault(error: BaseException, request_id: str) -> Refusal:
+    """Log an error that is not the client's; return a refusal that says no more than where to look it up."""
+    log("failed", logging.ERROR, id=request_id, exception=error)
+    return Refusal(500, f"internal error; the log has more under {request_id}")

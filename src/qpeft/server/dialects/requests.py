@@ -12,8 +12,6 @@ from qpeft.types import Passage
 
 UNSPECIFIED = "default/not-specified"
 """What infinity's client sends as `model` when it was given none."""
-TAGS = ("tei", "documents", "text", "object", "str", "list[str]", "function-before[_whole(), str]")
-"""What stands in pydantic's locations without being a field."""
 
 
 def _whole(value: Any) -> Any:
@@ -44,12 +42,28 @@ class Document(BaseModel):
     text: Text = ""
     title: Text = ""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return {_whole(name): each for name, each in value.items()} if isinstance(value, dict) else value
 
+
+# Unions are decided by looking, so that an error is about what was meant. A tag stands in pydantic's locations of
+# errors; one in parentheses is not taken for a field (`field_of`).
 AnyDocument = Annotated[
-    Annotated[Text, Tag("text")] | Annotated[Document, Tag("object")],
-    Discriminator(lambda value: "text" if isinstance(value, str) else "object"),
+    Annotated[Text, Tag("(text)")] | Annotated[Document, Tag("(object)")],
+    Discriminator(lambda value: "(text)" if isinstance(value, str) else "(object)"),
+]
+Texts = Annotated[
+    Annotated[Text, Tag("(text)")] | Annotated[list[Text], Tag("(list)")],
+    Discriminator(lambda value: "(text)" if isinstance(value, str) else "(list)"),
 ]
 Documents = Annotated[list[AnyDocument], Field(min_length=1)]
+
+
+def field_of(location: Sequence[str | int]) -> str:
+    """Return the field that one of pydantic's locations of errors points to, such as `documents.3.text`."""
+    return ".".join(str(part) for part in location if not str(part).startswith("("))
 
 
 def _passages(documents: Sequence[str | Document], rank_fields: Sequence[str] | None = None) -> list[Passage]:
@@ -167,12 +181,9 @@ class RerankDocuments(BaseModel):
         )
 
 
-def _by_field(body: Any) -> str:
-    return "tei" if isinstance(body, dict) and "texts" in body else "documents"
-
-
 AnyRerank = Annotated[
-    Annotated[RerankTei, Tag("tei")] | Annotated[RerankDocuments, Tag("documents")], Discriminator(_by_field)
+    Annotated[RerankTei, Tag("(tei)")] | Annotated[RerankDocuments, Tag("(documents)")],
+    Discriminator(lambda body: "(tei)" if isinstance(body, dict) and "texts" in body else "(documents)"),
 ]
 
 
@@ -216,11 +227,11 @@ class Score(BaseModel):
     """
 
     model: Model = None
-    text_1: Text | list[Text] | None = None
-    text_2: Text | list[Text] | None = None
-    queries: Text | list[Text] | None = None
-    documents: Text | list[Text] | None = None
-    items: Text | list[Text] | None = None
+    text_1: Texts | None = None
+    text_2: Texts | None = None
+    queries: Texts | None = None
+    documents: Texts | None = None
+    items: Texts | None = None
     raw_scores: RawScores = False
     use_activation: UseActivation = None
 
