@@ -1,13 +1,7 @@
-import os
-import tempfile
-
 import pytest
 
 from mini_candidates import mini_candidates
 from qpeft import Reranker
-
-os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"
-os.environ["MTEB_CACHE"] = tempfile.mkdtemp(prefix="mteb-")  # made on import
 
 
 @pytest.fixture(scope="session")
