@@ -18,7 +18,8 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -162,6 +163,32 @@ class Row:
         return len(self.context) + len(self.target)
 
 
+class KeptTokens:
+    """Tokens of the texts that were read last; prompts with one tokenizer may share them.
+
+    Args:
+        characters: length of all these texts together; tokens take some ten bytes a character, at worst forty.
+    """
+
+    def __init__(self, characters: int = 32_000_000) -> None:
+        self._characters = characters
+        self._kept: OrderedDict[tuple[str, bool], tuple[int, ...]] = OrderedDict()
+        self._used = 0
+
+    def get(self, text: str, space: bool, tokenize: Callable[[], Sequence[int]]) -> tuple[int, ...]:
+        """Return a text's tokens, kept or made; `space`: whether one stands before it."""
+        found = self._kept.get((text, space))
+        if found is not None:
+            self._kept.move_to_end((text, space))
+            return found
+        found = self._kept[text, space] = tuple(tokenize())
+        self._used += len(text)
+        while self._used > self._characters:
+            (oldest, _), _ = self._kept.popitem(last=False)
+            self._used -= len(oldest)
+        return found
+
+
 class Prompt:
     """A template bound to a tokenizer and to a budget in tokens.
 
@@ -172,7 +199,7 @@ class Prompt:
         max_passage_tokens: further bound on the passage.
         hint_length: vectors that an adapter writes for a query of so many tokens; room is kept for them.
         separate_target: the model has an encoder, which reads the context alone.
-        kept_passages: passages whose tokens are kept in memory for the next query; a server keeps none.
+        kept: where tokens of passages are kept for the next query; by default a store of its own.
     """
 
     def __init__(
@@ -184,7 +211,7 @@ class Prompt:
         max_passage_tokens: int | None = None,
         hint_length: Callable[[int], int] | None = None,
         separate_target: bool = False,
-        kept_passages: int = 65_536,
+        kept: KeptTokens | None = None,
     ) -> None:
         if hint_length is not None and hint_length(1) and "{hint}" not in template.context:
             raise OptionError(f"template {template.name!r} has no place for a hint: {{hint}} is missing in its context")
@@ -194,9 +221,8 @@ class Prompt:
         self._separate = separate_target
         self.max_passage_tokens = max_passage_tokens
         self._hint_length = hint_length
-        # Of each prompt's own, so that they go when it goes.
-        self._passage_ids = functools.lru_cache(kept_passages)(self._tokenize_passage)
-        self._target = functools.lru_cache(256)(self._tokenize_target)
+        self._kept = kept or KeptTokens()
+        self._target = functools.lru_cache(256)(self._tokenize_target)  # its own, so that it goes with the prompt
         marked = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
         self._adds_space = bool(marked) and marked[0].startswith("▁")
         self._before, self._spaced_passage, self._after, self._hint_offset, blank = self._context_pieces()
@@ -258,9 +284,11 @@ class Prompt:
         before_passage = self._hint_offset < 0
         return len(self._before) + self._hint_offset if before_passage else passage_end + self._hint_offset
 
-    def _tokenize_passage(self, passage: Passage) -> tuple[int, ...]:
+    def _passage_ids(self, passage: Passage) -> tuple[int, ...]:
         text = self.template.passage_text(passage)
-        return tuple(self._ids(text, space=self._spaced_passage)) if text else ()
+        if not text:
+            return ()
+        return self._kept.get(text, self._spaced_passage, lambda: self._ids(text, space=self._spaced_passage))
 
     def _tokenize_target(self, query: Query) -> tuple[tuple[int, ...], tuple[bool, ...], tuple[int, ...]]:
         """Return the ids after the context, which of them are scored, and those of the query alone."""

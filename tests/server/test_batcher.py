@@ -62,7 +62,7 @@ def test_requests_share_a_batch_and_get_their_own_scores(lm):
     assert len(lm.batches) == 1
     for one, scores in zip(found, alone, strict=True):
         assert one.scores == pytest.approx(scores, abs=1e-5)
-    assert sum(one.tokens for one in found) == sum(len(row) for row in lm.batches[0][0])
+    assert sum(tokens for one in found for tokens in one.tokens) == sum(len(row) for row in lm.batches[0][0])
 
 
 def test_a_lone_request_waits_for_company_but_not_for_ever(lm):

@@ -116,6 +116,20 @@ def test_batch(client, offline):
     assert found["usage"]["total_tokens"] == both
 
 
+def test_null_is_what_was_not_given(client):
+    nulls = dict.fromkeys(("model", "top_n", "max_tokens_per_doc", "return_documents", "raw_scores", "explain"))
+    documents = [{"text": "the sea", "title": None}, "the sky"]
+    for route in ("/v1/rerank", "/v2/rerank", "/rerank"):
+        given = post(client, route, query=QUERY, documents=documents)
+        with_nulls = post(client, route, query=QUERY, documents=documents, **nulls, use_activation=None)
+        assert with_nulls["results"] == given["results"]
+    nulls = dict.fromkeys(("model", "raw_scores", "return_text", "truncate"))
+    texts = ["the sea", "the sky"]
+    assert post(client, "/rerank", query=QUERY, texts=texts, **nulls) == post(
+        client, "/rerank", query=QUERY, texts=texts
+    )
+
+
 def test_usage_is_what_the_model_read(client, lm):
     lm.forget()
     found = post(client, "/v2/rerank", query=QUERY, documents=DOCUMENTS)
@@ -180,14 +194,17 @@ def test_explanations_are_those_of_the_command(client, lm):
 
 def test_a_calibration_gives_the_probabilities(client, offline):
     model = client.app.state.service.models.find(None)
-    model.calibration = lambda scores: [1 / (1 + math.exp(-score - 6)) for score in scores]
+    seen = []
+    model.calibration = lambda scores: seen.append(len(scores)) or [1 / (1 + math.exp(-score - 6)) for score in scores]
     try:
         found = post(client, "/v2/rerank", query=QUERY, documents=[*DOCUMENTS, ""])
+        post(client, "/v2/rerank", query=QUERY, documents=[*DOCUMENTS, ""], top_n=1)
         raw = post(client, "/v2/rerank", query=QUERY, documents=[*DOCUMENTS, ""], raw_scores=True)
     finally:
         model.calibration = None
     wanted = [(i, 1 / (1 + math.exp(-score - 6))) for i, score in expected(offline, raw=True)]
     assert_ranked(found["results"], [*wanted, (5, 0.0)])
+    assert seen == [5, 5]  # all that can be read, whatever comes back
     assert_ranked(raw["results"][:5], expected(offline, raw=True))
 
 

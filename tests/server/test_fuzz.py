@@ -15,6 +15,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from qpeft.server.app import create_app
+from qpeft.server.dialects import requests
 from qpeft.server.settings import Settings
 from tiny_server import Watched, ready
 
@@ -47,17 +48,14 @@ def test_requests_made_from_the_documentation(server, operation, mode):
     ask()
 
 
+names = st.text(st.characters(), max_size=5)
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=20),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(), max_size=5), inner, max_size=4)
-    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4),
     max_leaves=10,
 )
-NAMES = (
-    "model query documents texts text_1 text_2 queries items top_n max_tokens_per_doc return_documents raw_scores "
-    "use_activation explain rank_fields truncate truncation_direction return_text"
-).split()
+REQUESTS = (requests.RerankV1, requests.RerankTei, requests.RerankDocuments, requests.RerankBatch, requests.Score)
+NAMES = sorted({name for request in REQUESTS for name in request.model_fields})
 texts = st.text(st.characters(), max_size=30)  # lone surrogates too
 plausible = st.fixed_dictionaries(
     {},

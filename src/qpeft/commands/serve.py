@@ -55,7 +55,7 @@ def _open(model: ModelConfig) -> LanguageModel:
 
     from qpeft.loading import load_lm
 
-    logging.disable_progress_bar()  # standard error is for JSON lines
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # standard error is for JSON lines
     return load_lm(model)
 
 

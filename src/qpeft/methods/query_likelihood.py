@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qpeft.errors import OptionError
 from qpeft.methods._pointwise import Pointwise
-from qpeft.template import Prompt, Row, Template, load_template
+from qpeft.template import KeptTokens, Prompt, Row, Template, load_template
 from qpeft.types import Passage, Query, Reranker, ScoringCounts
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
@@ -65,7 +65,7 @@ def build(config: Config, lm: LanguageModel) -> Reranker:
 
 
 def build_scorer(
-    config: Config, lm: LanguageModel, opened: AdapterFolder | None = None, *, kept_passages: int = 65_536
+    config: Config, lm: LanguageModel, opened: AdapterFolder | None = None, *, kept: KeptTokens | None = None
 ) -> QueryLikelihood:
     """Return the scorer alone.
 
@@ -73,7 +73,7 @@ def build_scorer(
         config: options.
         lm: the language model.
         opened: an adapter that is open already, in place of `config.adapter`.
-        kept_passages: see `Prompt`.
+        kept: see `Prompt`.
 
     Raises:
         OptionError: options that contradict each other.
@@ -89,21 +89,21 @@ def build_scorer(
     template = None if config.template is None else load_template(config.template)
     adapter = opened or config.adapter
     if adapter is None:
-        prompt = _prompt(config, lm, template or load_template("plain"), None, kept_passages)
+        prompt = _prompt(config, lm, template or load_template("plain"), None, kept)
         return QueryLikelihood(config, lm, prompt)
     from qpeft.adapters._folder import open_adapter
 
     opened = open_adapter(adapter, lm, template, config.template)
     if config.max_passage_tokens is None:
         config = dataclasses.replace(config, max_passage_tokens=opened.max_passage_tokens)
-    prompt = _prompt(config, lm, opened.template, opened.adapter, kept_passages)
+    prompt = _prompt(config, lm, opened.template, opened.adapter, kept)
     scorer = QueryLikelihood(config, lm, prompt, opened.adapter)
     scorer.facts["adapter"] = {"name": opened.name, "sha256": opened.sha256}
     return scorer
 
 
 def _prompt(
-    config: Config, lm: LanguageModel, template: Template, adapter: HintWriter | None, kept_passages: int
+    config: Config, lm: LanguageModel, template: Template, adapter: HintWriter | None, kept: KeptTokens | None
 ) -> Prompt:
     return Prompt(
         template,
@@ -112,7 +112,7 @@ def _prompt(
         max_passage_tokens=config.max_passage_tokens,
         hint_length=None if adapter is None else adapter.hint_length,
         separate_target=lm.has_encoder,
-        kept_passages=kept_passages,
+        kept=kept,
     )
 
 

@@ -35,11 +35,15 @@ class OverloadedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Raw scores of some pairs in nats (−∞: unreadable), tokens that the model read, and which passages were cut."""
+    """For each of some pairs: the score in nats (−∞: unreadable), tokens that the model read, whether it was cut."""
 
     scores: list[float]
-    tokens: int
+    tokens: list[int]
     truncated: list[bool]
+
+    def part(self, start: int, end: int) -> Scored:
+        """Return some consecutive pairs."""
+        return Scored(self.scores[start:end], self.tokens[start:end], self.truncated[start:end])
 
 
 @dataclass(eq=False, slots=True)
@@ -204,7 +208,7 @@ class Batcher:
             job.future.set_result(
                 Scored(
                     [score for part in job.parts for score in part.scores],
-                    sum(part.tokens for part in job.parts),
+                    [tokens for part in job.parts for tokens in part.tokens],
                     [cut for part in job.parts for cut in part.truncated],
                 )
             )
@@ -237,10 +241,11 @@ def _model(chunks: Sequence[Chunk], works: Sequence[tuple[int, Work]]) -> list[t
         done: list[tuple[int, Scored | Exception]] = []
         for place, work in works:
             scores = chunks[place].job.scorer.pool(work, [next(values) for _ in work.rows])
-            truncated = [False] * work.pairs
+            scored = Scored(scores, [0] * work.pairs, [False] * work.pairs)
             for owner, row in zip(work.owners, work.rows, strict=True):
-                truncated[owner] = truncated[owner] or row.truncated
-            done.append((place, Scored(scores, sum(map(len, work.rows)), truncated)))
+                scored.tokens[owner] += len(row)
+                scored.truncated[owner] |= row.truncated
+            done.append((place, scored))
         return done
     except Exception as error:
         if len(works) == 1:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+import logging
 import os
 import re
 import time
@@ -24,6 +25,8 @@ from qpeft.server.refusals import Refusal, of_fault, response
 from qpeft.server.service import Service
 
 KEYS_VARIABLE = "QPEFT_API_KEYS"
+PROBES = frozenset({"/health", "/ready", "/metrics"})
+"""Are asked so often that their success is not worth a line."""
 OPEN = frozenset({"/health", "/ready", "/docs", "/openapi.json"})
 """Need no key: probes have none, and the documentation is no secret."""
 
@@ -108,7 +111,8 @@ class Guard:
             route = getattr(scope.get("route"), "path", "none")
             self._service.metrics.request(route, status, seconds)
             facts = {"method": scope["method"], "path": scope["path"][:200], "status": status}
-            log("request", id=request_id, **facts, ms=round(1000 * seconds, 1))
+            level = logging.DEBUG if status == 200 and scope["path"] in PROBES else logging.INFO
+            log("request", level, id=request_id, **facts, ms=round(1000 * seconds, 1))
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         settings = self._service.settings

@@ -20,10 +20,15 @@ from qpeft.model_config import EMBEDDED
 from qpeft.pretrained import LanguageModel
 from qpeft.server.logs import log
 from qpeft.server.settings import Settings
+from qpeft.template import KeptTokens
 from qpeft.types import Passage, Query
 
 Calibration = Callable[[Sequence[float]], Sequence[float]]
 """Raw scores of one query's documents in nats → probabilities of relevance."""
+
+
+KEPT_CHARACTERS = 8_000_000
+"""Of documents whose tokens are kept; some 100 MB."""
 
 
 class UnknownModelError(InputError):
@@ -77,7 +82,8 @@ class Models:
         self._settings = settings
         self._folder = None if settings.adapters is None else Path(settings.adapters)
         config = Config(template=settings.template, max_passage_tokens=settings.max_passage_tokens)
-        self._served = {self.base: ServedModel(self.base, build_scorer(config, lm, kept_passages=0))}
+        self._kept = KeptTokens(KEPT_CHARACTERS)
+        self._served = {self.base: ServedModel(self.base, build_scorer(config, lm, kept=self._kept))}
 
     @property
     def served(self) -> dict[str, ServedModel]:
@@ -119,7 +125,7 @@ class Models:
         except OptionError as error:
             raise AdapterError(str(error)) from error
         config = Config(max_passage_tokens=self._settings.max_passage_tokens)
-        scorer = build_scorer(config, self.lm, opened, kept_passages=0)
+        scorer = build_scorer(config, self.lm, opened, kept=self._kept)
         made = ServedModel(f"{self.base}:{name}", scorer, opened)
         warm_up(made)
         return made

@@ -24,20 +24,27 @@ class TruncatedError(InputError):
 
 @dataclass(frozen=True)
 class Search:
-    """One query with its candidates, and what is wanted of them.
-
-    `top_n` None: all. `raw`: nats per query token instead of a probability. `max_passage_tokens`: cut documents there.
-    `may_cut` False: a document that does not fit is an error. `explain`: reasons too. `name` stands in messages.
-    """
+    """One query with its candidates; `top_n` None: all of them come back. `name` stands in messages."""
 
     query: str
     documents: Sequence[Passage]
     top_n: int | None = None
+    name: str = "query"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What one request wants of one model.
+
+    `raw`: nats per query token instead of a probability. `max_passage_tokens`: documents are cut there. `may_cut`
+    False: a document that does not fit is an error. `explain`: reasons too.
+    """
+
+    searches: Sequence[Search]
     raw: bool = False
     max_passage_tokens: int | None = None
     may_cut: bool = True
     explain: bool = False
-    name: str = "query"
 
 
 @dataclass(frozen=True)
@@ -58,49 +65,60 @@ class Answer:
     truncated: int
 
 
-async def rank(batcher: Batcher, model: ServedModel, search: Search) -> Answer:
-    """Rank the documents of a query.
+async def rank(batcher: Batcher, model: ServedModel, ask: Ask) -> list[Answer]:
+    """Rank the documents of each query; all of them wait in the queue as one.
 
     Raises:
-        QueryError: the query is empty or leaves no room for a document.
+        QueryError: a query is empty or leaves no room for a document.
         TruncatedError: a document does not fit and may not be cut.
         ScoreError: the model gave a score that is no number.
         OverloadedError: the queue is full.
     """
-    query = Query(search.name, search.query)
-    pairs = [(query, document) for document in search.documents]
-    scored = await batcher.score(model.scorer, pairs, search.max_passage_tokens)
-    if not search.may_cut and any(scored.truncated):
+    pairs = [
+        (query, document)
+        for search in ask.searches
+        for query in [Query(search.name, search.query)]
+        for document in search.documents
+    ]
+    scored = await batcher.score(model.scorer, pairs, ask.max_passage_tokens)
+    answers = []
+    start = 0
+    for search in ask.searches:
+        own = scored.part(start, start + len(search.documents))
+        answers.append(await _answer(batcher, model, ask, search, own))
+        start += len(search.documents)
+    return answers
+
+
+async def _answer(batcher: Batcher, model: ServedModel, ask: Ask, search: Search, scored: Scored) -> Answer:
+    if not ask.may_cut and any(scored.truncated):
         raise TruncatedError(f"document {scored.truncated.index(True)} does not fit, and truncate is false")
-    hits = Ranking.from_scores("query", floored(scored.scores)).by_position()[: search.top_n]
-    shown = dict(hits_shown(model, scored, [(int(hit.passage_id), hit.score) for hit in hits], search.raw))
-    reasons = await _reasons(batcher, model, search, query, scored) if search.explain else {}
-    results = [Result(index, score, reasons.get(index)) for index, score in shown.items()]
-    return Answer(results, scored.tokens, sum(scored.truncated))
+    scores = [(str(index), score) for index, score in enumerate(scored.scores)]
+    ranking = Ranking.from_scores(search.name, floor_unreadable(search.name, scores))
+    hits = [(int(hit.passage_id), hit.score) for hit in ranking.by_position()]
+    shown = hits if ask.raw else _probabilities(model, scored, hits)
+    reasons = await _reasons(batcher, model, ask, search, scored) if ask.explain else {}
+    results = [Result(index, score, reasons.get(index)) for index, score in shown[: search.top_n]]
+    return Answer(results, sum(scored.tokens), sum(scored.truncated))
 
 
-def floored(scores: Sequence[float]) -> list[tuple[str, float]]:
-    """Return (position, score) of one query's documents, with a finite score for those that cannot be read."""
-    return floor_unreadable("query", [(str(index), score) for index, score in enumerate(scores)])
+def _probabilities(model: ServedModel, scored: Scored, hits: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return (position, probability): the calibrated one, else the geometric mean of the query tokens'.
 
-
-def hits_shown(
-    model: ServedModel, scored: Scored, hits: Sequence[tuple[int, float]], raw: bool
-) -> list[tuple[int, float]]:
-    """Return (position, score as the client sees it): nats, or a probability, which is 0 for what cannot be read."""
-    if raw:
-        return list(hits)
-    readable = [index for index, _ in hits if scored.scores[index] != -math.inf]
-    values = [score for index, score in hits if scored.scores[index] != -math.inf]
-    if model.calibration is None:
-        likely = dict(zip(readable, (min(1.0, math.exp(value)) for value in values), strict=True))
+    `hits` are all of a query's, since a calibration may compare them. What cannot be read has 0.
+    """
+    readable = [(index, score) for index, score in hits if scored.scores[index] != -math.inf]
+    values = [score for _, score in readable]
+    if model.calibration is not None:
+        likely = [float(value) for value in model.calibration(values)]
     else:
-        likely = dict(zip(readable, map(float, model.calibration(values)), strict=True))
-    return [(index, likely.get(index, 0.0)) for index, _ in hits]
+        likely = [min(1.0, math.exp(value)) for value in values]
+    found = dict(zip((index for index, _ in readable), likely, strict=True))
+    return [(index, found.get(index, 0.0)) for index, _ in hits]
 
 
 async def _reasons(
-    batcher: Batcher, model: ServedModel, search: Search, query: Query, scored: Scored
+    batcher: Batcher, model: ServedModel, ask: Ask, search: Search, scored: Scored
 ) -> dict[int, dict[str, Any]]:
     """Return the explanations of the documents that can be read, by position."""
     readable = [index for index, score in enumerate(scored.scores) if score != -math.inf]
@@ -108,13 +126,13 @@ async def _reasons(
     if not passages:
         return {}
     prompt = model.scorer.prompt
-    bounds = [bound for bound in (search.max_passage_tokens, prompt.max_passage_tokens) if bound is not None]
+    bounds = [bound for bound in (ask.max_passage_tokens, prompt.max_passage_tokens) if bound is not None]
     found = await batcher.run(
         lambda: explain(
             model.scorer.lm,
             model.adapter,
             prompt.template,
-            query,
+            Query(search.name, search.query),
             passages,
             max_passage_tokens=min(bounds, default=None),
         )

@@ -1,4 +1,4 @@
-"""The routes. Each hands the searches of a request to the service and words the answers."""
+"""The routes. Each hands what is asked to the service and words the answers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def rerank_v1(
     request: Request, body: Annotated[requests.RerankV1, _example(query=QUERY, documents=DOCUMENTS)]
 ) -> responses.Reranked:
     """Rank documents for a query: Cohere v1, Jina, vLLM."""
-    model, (answer,) = await service_of(request).answer(body.model, [body.search()])
+    model, (answer,) = await service_of(request).answer(body.model, body.ask())
     return responses.reranked(body, model.name, answer)
 
 
@@ -57,7 +57,7 @@ async def rerank_v2(
     request: Request, body: Annotated[requests.RerankV2, _example(query=QUERY, documents=DOCUMENTS)]
 ) -> responses.Reranked:
     """Rank documents for a query: Cohere v2, vLLM."""
-    model, (answer,) = await service_of(request).answer(body.model, [body.search()])
+    model, (answer,) = await service_of(request).answer(body.model, body.ask())
     return responses.reranked(body, model.name, answer)
 
 
@@ -70,10 +70,10 @@ async def rerank(
         request.scope["state"]["dialect"] = "tei"
         if not body.texts:
             raise Refusal(400, "`texts` cannot be empty", "texts")
-        _, (answer,) = await service_of(request).answer(body.model, [body.search()])
+        _, (answer,) = await service_of(request).answer(body.model, body.ask())
         return responses.tei_ranks(body, answer)
     name = None if body.model == requests.UNSPECIFIED else body.model
-    model, (answer,) = await service_of(request).answer(name, [body.search()])
+    model, (answer,) = await service_of(request).answer(name, body.ask())
     return responses.reranked_documents(body, model.name, answer)
 
 
@@ -83,7 +83,7 @@ async def rerank_batch(
     body: Annotated[requests.RerankBatch, _example(queries=[{"query": QUERY, "documents": DOCUMENTS}])],
 ) -> responses.RerankedBatch:
     """Rank the documents of each of many queries."""
-    model, answers = await service_of(request).answer(body.model, body.searches())
+    model, answers = await service_of(request).answer(body.model, body.ask())
     return responses.reranked_batch(body, model.name, answers)
 
 
@@ -92,7 +92,7 @@ async def score(
     request: Request, body: Annotated[requests.Score, _example(text_1=QUERY, text_2=["Air scatters.", "Salt."])]
 ) -> responses.Scores:
     """Score pairs of texts: vLLM."""
-    model, answers = await service_of(request).answer(body.model, body.searches())
+    model, answers = await service_of(request).answer(body.model, body.ask())
     return responses.scores(model.name, answers)
 
 

@@ -14,6 +14,9 @@ from qpeft.errors import OptionError
 from qpeft.server.service import Service
 from qpeft.server.settings import Settings
 
+GRACE = 5
+"""Seconds in which the last bytes of responses may leave after draining; what is open then is cut off."""
+
 
 class Server(uvicorn.Server):
     """uvicorn that first drains: while requests at hand are answered, new ones get 503, and then it ends with 0."""
@@ -21,34 +24,22 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
-        self._draining: asyncio.Task[None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, and end again if the model cannot be opened."""
-        await super().startup(sockets)
         self._loop = asyncio.get_running_loop()
-        self._watch = asyncio.create_task(self._end_if_failed())
+        self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain on the first signal, end at once on the second."""
-        if self._draining is None and self._loop is not None:
-            self._loop.call_soon_threadsafe(self._drain)
-        else:
-            self.should_exit = self.force_exit = True
+        self._loop.call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:
         if self._draining is None:
             self._draining = asyncio.create_task(self._drain_and_exit())
+        else:
+            self.should_exit = self.force_exit = True
 
     async def _drain_and_exit(self) -> None:
         await self._service.drain()
         self.should_exit = True
-
-    async def _end_if_failed(self) -> None:
-        await self._service.settled.wait()
-        if self._service.failure is not None:
-            self.should_exit = True
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -92,7 +83,13 @@ def serve(app: FastAPI, settings: Settings, announce: Callable[[str, Sequence[st
     service: Service = app.state.service
     listening = listen(settings)
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=30, lifespan="on"
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=GRACE,
+        lifespan="on",
     )
 
     async def run() -> None:
@@ -100,9 +97,11 @@ def serve(app: FastAPI, settings: Settings, announce: Callable[[str, Sequence[st
         serving = asyncio.create_task(server.serve([listening]))
         settled = asyncio.create_task(service.settled.wait())
         await asyncio.wait({serving, settled}, return_when=asyncio.FIRST_COMPLETED)
-        if service.state == "ready":
-            announce(url_of(listening), list(service.models.served))
         settled.cancel()
+        if service.failure is not None:
+            server.should_exit = True
+        elif service.state == "ready":
+            announce(url_of(listening), list(service.models.served))
         await serving
 
     asyncio.run(run())

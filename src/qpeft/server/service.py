@@ -1,11 +1,11 @@
-"""The server's state: loading, ready, draining; and the one way from a request's searches to their answers."""
+"""The server's state: loading, ready, draining; and the one way from what is asked to the answers."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any, Literal, TypeVar
 
 from qpeft.context_store import ContextStore
@@ -14,7 +14,7 @@ from qpeft.server.batcher import Batcher
 from qpeft.server.logs import log
 from qpeft.server.metrics import Metrics
 from qpeft.server.models import Models, ServedModel
-from qpeft.server.ranking import MAX_EXPLAINED, Answer, Search, rank
+from qpeft.server.ranking import MAX_EXPLAINED, Answer, Ask, rank
 from qpeft.server.refusals import Refusal
 from qpeft.server.settings import Settings
 
@@ -86,24 +86,17 @@ class Service:
             raise Refusal(503, f"the server is {self.state}", headers={"Retry-After": "5"})
         return self._models
 
-    async def answer(self, name: str | None, searches: Sequence[Search]) -> tuple[ServedModel, list[Answer]]:
-        """Rank the documents of some queries, all of one request and for one model.
+    async def answer(self, name: str | None, ask: Ask) -> tuple[ServedModel, list[Answer]]:
+        """Return the model of a name, and its answers.
 
         Raises:
             Refusal: not ready, or too many documents.
             QpeftError, OverloadedError: as `ranking.rank`; UnknownModelError.
         """
-        self._check(searches)
+        self._check(ask)
         model = self.models.find(name)
         with model.in_use():
-            tasks = [asyncio.ensure_future(rank(self.batcher, model, search)) for search in searches]
-            try:
-                answers = await asyncio.gather(*tasks)
-            except BaseException:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                raise
+            answers = await rank(self.batcher, model, ask)
         self.metrics.read(sum(each.tokens for each in answers), sum(each.truncated for each in answers))
         return model, answers
 
@@ -169,17 +162,14 @@ class Service:
             log("ready", models=list(self._models.served), seconds=round(time.monotonic() - started, 3))
         self.settled.set()
 
-    def _check(self, searches: Sequence[Search]) -> None:
-        for search in searches:
-            if len(search.documents) > self.settings.max_documents:
-                raise Refusal(
-                    413, f"{len(search.documents)} documents; at most {self.settings.max_documents} are allowed"
-                )
-            if search.explain and len(search.documents) > MAX_EXPLAINED:
-                raise Refusal(413, f"{len(search.documents)} documents; at most {MAX_EXPLAINED} can be explained")
-        total = sum(len(search.documents) for search in searches)
-        if total > max(self.settings.max_queue_pairs, self.settings.max_documents):
-            raise Refusal(413, f"{total} documents in all; at most {self.settings.max_queue_pairs} are allowed")
+    def _check(self, ask: Ask) -> None:
+        counts = [len(search.documents) for search in ask.searches]
+        allowed = min(self.settings.max_documents, MAX_EXPLAINED if ask.explain else self.settings.max_documents)
+        if max(counts) > allowed:
+            what = "can be explained" if ask.explain else "are allowed"
+            raise Refusal(413, f"{max(counts)} documents; at most {allowed} {what}", "documents")
+        if sum(counts) > max(self.settings.max_queue_pairs, allowed):
+            raise Refusal(413, f"{sum(counts)} documents in all; at most {self.settings.max_queue_pairs} are allowed")
 
     def _cache(self) -> tuple[int, int]:
         store: ContextStore | None = getattr(self._models and self._models.lm, "store", None)

@@ -1,13 +1,13 @@
-"""What clients send, and the searches that it asks for."""
+"""What clients send, and what that asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from qpeft.server.ranking import Search
+from qpeft.server.ranking import Ask, Search
 from qpeft.types import Passage
 
 UNSPECIFIED = "default/not-specified"
@@ -24,28 +24,28 @@ def _whole(value: Any) -> Any:
     return value
 
 
+def _unless_null(default: Any) -> Callable[[Any], Any]:
+    """Return what takes null for a default; many clients send it for what they were not given."""
+    return lambda value: default if value is None else value
+
+
 Text = Annotated[str, BeforeValidator(_whole)]
 Model = Annotated[Text | None, Field(description="BASE:ADAPTER, or BASE or nothing for the model alone.")]
 QueryText = Annotated[Text, Field(min_length=1, description="Never cut.")]
 TopN = Annotated[int | None, Field(ge=0, description="Return the best so many; 0 or nothing: all.")]
 MaxTokensPerDoc = Annotated[int | None, Field(ge=1, description="Cut documents to so many tokens.")]
-RawScores = Annotated[bool, Field(description="Nats per query token instead of a score in [0, 1].")]
+Off = BeforeValidator(_unless_null(False))
+On = BeforeValidator(_unless_null(True))
+RawScores = Annotated[bool, Off, Field(description="Nats per query token instead of a score in [0, 1].")]
 UseActivation = Annotated[bool | None, Field(description="vLLM's name for the opposite of raw_scores.")]
-Explain = Annotated[bool, Field(description="Add what made the scores: log-probabilities of the query's tokens.")]
+Explain = Annotated[bool, Off, Field(description="Add what made the scores: log-probabilities of the query's tokens.")]
 
 
 class Document(BaseModel):
-    """A text with a title; other fields count where `rank_fields` names them."""
+    """A text, and perhaps a title."""
 
-    model_config = ConfigDict(extra="allow")
-
-    text: Text = ""
-    title: Text = ""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        return {_whole(name): each for name, each in value.items()} if isinstance(value, dict) else value
+    text: Text
+    title: Annotated[Text, BeforeValidator(_unless_null(""))] = ""
 
 
 # Unions are decided by looking, so that an error is about what was meant. A tag stands in pydantic's locations of
@@ -66,17 +66,11 @@ def field_of(location: Sequence[str | int]) -> str:
     return ".".join(str(part) for part in location if not str(part).startswith("("))
 
 
-def _passages(documents: Sequence[str | Document], rank_fields: Sequence[str] | None = None) -> list[Passage]:
-    return [_passage(document, rank_fields) for document in documents]
-
-
-def _passage(document: str | Document, rank_fields: Sequence[str] | None) -> Passage:
-    if isinstance(document, str):
-        return Passage("document", document)
-    if rank_fields is None:
-        return Passage("document", document.text, document.title)
-    values = [_whole(getattr(document, name, None)) for name in rank_fields]
-    return Passage("document", " ".join(str(value) for value in values if isinstance(value, str | int | float)))
+def _passages(documents: Sequence[str | Document]) -> list[Passage]:
+    return [
+        Passage("document", each) if isinstance(each, str) else Passage("document", each.text, each.title)
+        for each in documents
+    ]
 
 
 class RerankV2(BaseModel):
@@ -87,47 +81,43 @@ class RerankV2(BaseModel):
     documents: Documents
     top_n: TopN = None
     max_tokens_per_doc: MaxTokensPerDoc = None
-    return_documents: bool = False
+    return_documents: Annotated[bool, Off] = False
     raw_scores: RawScores = False
     use_activation: UseActivation = None
     explain: Explain = False
 
-    def search(self) -> Search:
+    def ask(self) -> Ask:
         """Return what is asked for."""
-        return Search(
-            self.query,
-            _passages(self.documents),
-            top_n=self.top_n or None,
+        return Ask(
+            [Search(self.query, _passages(self.documents), self.top_n or None)],
             raw=self.raw_scores or self.use_activation is False,
             max_passage_tokens=self.max_tokens_per_doc,
             explain=self.explain,
         )
 
 
-class RerankV1(BaseModel):
+class RerankV1(RerankV2):
     """Cohere v1, Jina and vLLM; documents come back unless `return_documents` is false, as with Jina and vLLM."""
 
-    model: Model = None
-    query: QueryText
-    documents: Documents
-    top_n: TopN = None
     rank_fields: Annotated[list[Text] | None, Field(min_length=1, description="Fields of a document to read.")] = None
-    max_tokens_per_doc: MaxTokensPerDoc = None
-    return_documents: bool | None = True
-    raw_scores: RawScores = False
-    use_activation: UseActivation = None
-    explain: Explain = False
+    return_documents: Annotated[bool, On] = True
 
-    def search(self) -> Search:
-        """Return what is asked for."""
-        return Search(
-            self.query,
-            _passages(self.documents, self.rank_fields),
-            top_n=self.top_n or None,
-            raw=self.raw_scores or self.use_activation is False,
-            max_passage_tokens=self.max_tokens_per_doc,
-            explain=self.explain,
-        )
+    @model_validator(mode="before")
+    @classmethod
+    def _read_fields(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        fields, documents = body.get("rank_fields"), body.get("documents")
+        if not isinstance(fields, list) or not isinstance(documents, list):
+            return body
+        return {**body, "documents": [_of_fields(document, fields) for document in documents]}
+
+
+def _of_fields(document: Any, fields: Sequence[Any]) -> Any:
+    if not isinstance(document, dict):
+        return document
+    values = [document.get(field) for field in fields if isinstance(field, str)]
+    return {"text": " ".join(str(value) for value in values if isinstance(value, str | int | float))}
 
 
 class RerankTei(BaseModel):
@@ -137,15 +127,16 @@ class RerankTei(BaseModel):
     query: QueryText
     texts: list[Text]
     raw_scores: RawScores = False
-    return_text: bool = False
+    return_text: Annotated[bool, Off] = False
     truncate: Annotated[bool | None, Field(description="false: a text that does not fit is an error.")] = None
     truncation_direction: Annotated[Literal["right", "Right"], Field(description="Texts are cut at their end.")] = (
         "right"
     )
 
-    def search(self) -> Search:
+    def ask(self) -> Ask:
         """Return what is asked for."""
-        return Search(self.query, _passages(self.texts), raw=self.raw_scores, may_cut=self.truncate is not False)
+        searches = [Search(self.query, _passages(self.texts))]
+        return Ask(searches, raw=self.raw_scores, may_cut=self.truncate is not False)
 
 
 class RerankDocuments(BaseModel):
@@ -170,12 +161,10 @@ class RerankDocuments(BaseModel):
         """Whether documents come back: vLLM's always, unless they are declined; infinity's where asked for."""
         return not self.of_infinity if self.return_documents is None else self.return_documents
 
-    def search(self) -> Search:
+    def ask(self) -> Ask:
         """Return what is asked for."""
-        return Search(
-            self.query,
-            _passages(self.documents),
-            top_n=self.top_n or None,
+        return Ask(
+            [Search(self.query, _passages(self.documents), self.top_n or None)],
             raw=bool(self.raw_scores) or self.use_activation is False,
             max_passage_tokens=self.max_tokens_per_doc,
         )
@@ -202,22 +191,21 @@ class RerankBatch(BaseModel):
     queries: Annotated[list[OneOfMany], Field(min_length=1)]
     top_n: Annotated[int | None, Field(ge=0, description="For queries that have none of their own.")] = None
     max_tokens_per_doc: MaxTokensPerDoc = None
-    return_documents: bool = False
+    return_documents: Annotated[bool, Off] = False
     raw_scores: RawScores = False
 
-    def searches(self) -> list[Search]:
+    def ask(self) -> Ask:
         """Return what is asked for, query by query."""
-        return [
+        searches = [
             Search(
                 each.query,
                 _passages(each.documents),
-                top_n=(self.top_n if each.top_n is None else each.top_n) or None,
-                raw=self.raw_scores,
-                max_passage_tokens=self.max_tokens_per_doc,
-                name=f"queries.{place}",
+                (self.top_n if each.top_n is None else each.top_n) or None,
+                f"queries.{place}",
             )
             for place, each in enumerate(self.queries)
         ]
+        return Ask(searches, raw=self.raw_scores, max_passage_tokens=self.max_tokens_per_doc)
 
 
 class Score(BaseModel):
@@ -244,16 +232,16 @@ class Score(BaseModel):
             raise ValueError(f"{len(queries)} queries but {len(documents)} documents; give 1 to N or N to N")
         return self
 
-    def searches(self) -> list[Search]:
-        """Return one search for 1 to N, else one for each pair."""
+    def ask(self) -> Ask:
+        """Return what is asked for: one search for 1 to N, else one for each pair."""
         queries, documents = self._sides()
         raw = self.raw_scores or self.use_activation is False
         if len(queries) == 1:
-            return [Search(queries[0], _passages(documents), raw=raw)]
-        return [
-            Search(query, _passages([document]), raw=raw, name=f"queries.{place}")
-            for place, (query, document) in enumerate(zip(queries, documents, strict=True))
-        ]
+            return Ask([Search(queries[0], _passages(documents))], raw=raw)
+        pairs = enumerate(zip(queries, documents, strict=True))
+        return Ask(
+            [Search(query, _passages([document]), name=f"queries.{i}") for i, (query, document) in pairs], raw=raw
+        )
 
     def _sides(self) -> tuple[list[str], list[str]]:
         left = next((each for each in (self.text_1, self.queries) if each is not None), [])

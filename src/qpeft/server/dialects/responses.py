@@ -155,7 +155,7 @@ class Scores(BaseModel):
     usage: ScoreUsage
 
 
-def reranked(request: RerankV1 | RerankV2, model: str, answer: Answer) -> Reranked:
+def reranked(request: RerankV2, model: str, answer: Answer) -> Reranked:
     """Return the response of `/v1/rerank` and `/v2/rerank`."""
     meta = Meta(
         api_version=ApiVersion(version="1" if isinstance(request, RerankV1) else "2"),
