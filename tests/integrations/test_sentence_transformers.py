@@ -14,8 +14,8 @@ from qpeft.errors import OptionError
 from qpeft.integrations.sentence_transformers import CrossEncoder
 
 PAIRS = [
-    ("why is the sky blue", "Air scatters short waves more than long ones."),
     ("why is the sky blue", "Bread rises because of yeast."),
+    ("why is the sky blue", "Air scatters short waves more than long ones."),
     ("what makes the sea salty", "Rivers carry minerals to the sea."),
 ]
 
@@ -57,7 +57,7 @@ def test_activation(encoder, tiny):
     wanted = torch.tensor(tiny.predict(PAIRS)).sigmoid()
     assert list(encoder.predict(PAIRS, activation_fn=torch.nn.Sigmoid())) == pytest.approx(wanted.tolist())
     ranked = encoder.rank(PAIRS[0][0], [passage for _, passage in PAIRS[:2]], activation_fn=lambda scores: -scores)
-    assert [entry["corpus_id"] for entry in ranked] == [1, 0]
+    assert [entry["corpus_id"] for entry in ranked] == [0, 1]
 
 
 def test_rank_equals_the_rerankers_own(encoder, tiny, candidates):
