@@ -27,7 +27,7 @@ LAYERS = [
     {"loading"},
     {"training"},
     {"server"},
-    {"commands"},
+    {"commands", "integrations"},
     {"cli"},
     {"__main__"},
 ]

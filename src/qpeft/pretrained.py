@@ -8,6 +8,7 @@ Shapes: `B` rows, `T` positions, `N` scored positions of a batch, `K` scored pos
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,7 @@ class PretrainedLM:
         self.max_length = max_length
         self.model = model.eval().requires_grad_(False)
         self.batch_tokens = batch_tokens
+        self._turn = threading.Lock()  # forwards share memory, stored contexts and the switches of LoRA's layers
 
     @property
     def batch_tokens(self) -> int:
@@ -148,7 +150,7 @@ class PretrainedLM:
         with_passage: bool = False,
         adapters: HintWriter | Sequence[HintWriter | None] | None = None,
     ) -> list[RowLogProbs]:
-        """Return the log-probabilities of each row's scored tokens, in order.
+        """Return the log-probabilities of each row's scored tokens, in order. Threads may call it; they take turns.
 
         Args:
             rows: token ids, of any lengths.
@@ -159,6 +161,12 @@ class PretrainedLM:
             ModelError: a single row does not fit in memory.
         """
         each = list(adapters) if isinstance(adapters, Sequence) else [adapters] * len(rows)
+        with self._turn:
+            return self._log_probs(rows, with_passage, each)
+
+    def _log_probs(
+        self, rows: Sequence[Row], with_passage: bool, each: Sequence[HintWriter | None]
+    ) -> list[RowLogProbs]:
         sizes = [len(row) + (a.hint_length(len(row.query)) if a else 0) for row, a in zip(rows, each, strict=True)]
         scored = [sum(row.scored) + (row.passage[1] - row.passage[0] if with_passage else 0) for row in rows]
         positions = LOGITS // self.model.config.get_text_config().vocab_size
