@@ -31,6 +31,7 @@ OPTIONAL = {
     "ir_datasets": "irds",
     "bitsandbytes": "quantized",
     "peft": "lora",
+    "fastapi": "server",
 }
 
 

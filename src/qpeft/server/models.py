@@ -108,7 +108,7 @@ class Models:
         found = {}
         if self.lm.name == EMBEDDED:
             found = {name: adapter_path(name) for name in embedded_adapters()}
-        if self._folder is not None:
+        if self._folder is not None and self._folder.is_dir():
             found |= {path.name: path for path in sorted(self._folder.iterdir()) if _usable(path, self._folder)}
         return found
 
@@ -127,14 +127,15 @@ class Models:
         except OptionError as error:
             raise AdapterError(str(error)) from error
         config = Config(max_passage_tokens=self._settings.max_passage_tokens)
-        scorer = build_scorer(config, self.lm, opened, kept=self._kept)
-        if opened.calibration is not None:
-            try:
-                opened.calibration.check(self._origin(scorer, config), f"adapter {name!r}: its calibration")
-            except InputError as error:
-                raise AdapterError(str(error)) from error
-        made = ServedModel(f"{self.base}:{name}", scorer, opened, opened.calibration)
-        warm_up(made)
+        try:
+            scorer = build_scorer(config, self.lm, opened, kept=self._kept)
+            if opened.calibration is not None:
+                _check(name, opened.calibration, self._origin(scorer, config))
+            made = ServedModel(f"{self.base}:{name}", scorer, opened, opened.calibration)
+            warm_up(made)
+        except BaseException:
+            opened.adapter.withdraw()
+            raise
         return made
 
     def _origin(self, scorer: QueryLikelihood, config: Config) -> ScoreOrigin:
@@ -169,6 +170,13 @@ class Models:
                 self.serve(self.open(name))
             except QpeftError as error:
                 log("adapter not served", logging.WARNING, adapter=name, reason=str(error))
+
+
+def _check(name: str, calibration: Calibration, origin: ScoreOrigin) -> None:
+    try:
+        calibration.check(origin, f"adapter {name!r}: its calibration")
+    except InputError as error:
+        raise AdapterError(str(error)) from error
 
 
 def _usable(path: Path, root: Path) -> bool:
