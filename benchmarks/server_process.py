@@ -44,6 +44,11 @@ class Serving:
         text = (await self.client.get("/metrics")).text
         return float(re.search(rf"^{re.escape(name)} (\S+)", text, re.M)[1])
 
+    def busy(self) -> float:
+        """Return the seconds of processor time that the process has had."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return times.user + times.system
+
     def resident(self) -> float:
         """Return the process's memory in MiB."""
         return psutil.Process(self.process.pid).memory_info().rss / 2**20

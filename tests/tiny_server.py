@@ -51,14 +51,14 @@ class Watched(CausalLM):
     def log_probs(self, rows, *, with_passage=False, adapters=None):
         self.batches.append((list(rows), adapters))
         self.entered.release()
-        assert self._open.wait(60)
+        assert self._open.wait(20)
         if any(self.poison in row.context for row in rows):
             raise RuntimeError("poison")
         return super().log_probs(rows, with_passage=with_passage, adapters=adapters)
 
     def wait_for_batch(self):
         """Return once a batch has reached the model."""
-        assert self.entered.acquire(timeout=60)
+        assert self.entered.acquire(timeout=20)
 
     def forget(self):
         """Forget the batches so far."""
@@ -90,7 +90,7 @@ def running(open_lm, settings=None, keys=()):
 
 def wait_until(condition):
     """Return once a condition holds; the condition is what counts, not the time."""
-    for _ in range(6000):
+    for _ in range(3000):
         if condition():
             return
         threading.Event().wait(0.01)

@@ -189,6 +189,16 @@ def test_what_cannot_be_loaded(client, name, status, says):
     assert len(names(client)) == 4
 
 
+def test_what_could_not_be_loaded_leaves_nothing_in_the_model(client, lm, folder):
+    before = sum(parameter.numel() for parameter in lm.model.parameters())
+    shutil.copytree(folder / "lora", folder / "damaged")
+    (folder / "damaged" / "adapter_model.safetensors").write_bytes(b"no tensors")
+    for _ in range(2):
+        refused = client.post("/v1/adapters/damaged")
+        assert (refused.status_code, "cannot be read" in refused.json()["message"]) == (409, True)
+    assert sum(parameter.numel() for parameter in lm.model.parameters()) == before
+
+
 def test_links_out_of_the_folder_are_refused(client, saved, folder, tmp_path):
     (folder / "inside").symlink_to(folder / "qpeft_a")
     (folder / "outside").symlink_to(saved / "qpeft_a")

@@ -96,18 +96,24 @@ def test_an_idle_server_ends_at_once_and_its_logs_hold_no_secret(saved_model, tm
         assert secret not in stdout + stderr
 
 
-def test_a_second_signal_ends_it_though_requests_are_open(saved_model):
+@pytest.mark.parametrize(("signals", "timeout"), [(2, "600"), (1, "0.2")])
+def test_a_second_signal_or_the_end_of_patience_ends_it_though_requests_are_open(saved_model, signals, timeout):
     with (
-        process("--model", str(saved_model)) as (started, client),
+        process("--model", str(saved_model), "--drain-timeout", timeout) as (started, client),
         socket.create_connection((client.base_url.host, client.base_url.port)) as slow,
     ):
         slow.sendall(b"POST /v1/rerank HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n1")
         assert client.get("/health").status_code == 200  # by now the other is in
         started.send_signal(signal.SIGTERM)
-        wait_until(lambda: client.get("/ready").status_code == 503)
-        started.send_signal(signal.SIGTERM)
-        started.communicate(timeout=60)
+        if signals == 2:
+            wait_until(lambda: client.get("/ready").status_code == 503)
+            started.send_signal(signal.SIGTERM)
+        assert slow.recv(100).startswith(b"HTTP/1.1 503")
+        _, stderr = started.communicate(timeout=60)
     assert started.returncode == 0
+    assert "Traceback" not in stderr
+    drained = [line["left"] for line in logged(stderr) if line["event"] == "drained"]
+    assert drained == ([1] if signals == 1 else [])
 
 
 def run(*arguments):

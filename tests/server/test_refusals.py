@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 
 import pytest
 
@@ -139,6 +140,14 @@ def test_large_bodies_are_refused_before_they_are_parsed(small, chunked):
     assert ("content-length" in response.request.headers) != chunked
     assert response.status_code == 413
     assert "larger than 10485 bytes" in response.json()["message"]
+
+
+@pytest.mark.parametrize("header", ["X-None: x", "Expect: 100-continue"])
+def test_a_body_that_says_that_it_is_too_large_need_not_come(small, header):
+    with socket.create_connection((small.base_url.host, small.base_url.port)) as connection:
+        head = f"POST /v1/rerank HTTP/1.1\r\nHost: x\r\n{header}\r\nContent-Length: 20000\r\n\r\n"
+        connection.sendall(head.encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 413")
 
 
 def test_a_fault_of_the_server_is_logged_and_shows_nothing(small, caplog, monkeypatch):

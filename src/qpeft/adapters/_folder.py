@@ -136,6 +136,7 @@ def load_adapter(folder: str | Path, lm: CausalLM) -> AdapterFolder:
         prefix = _prefix(adapter)
         adapter.load_state_dict({key.removeprefix(prefix): value for key, value in tensors.items()})
     except (OSError, SafetensorError, RuntimeError) as error:
+        adapter.withdraw()
         first = " ".join(str(error).split())[:200]
         raise AdapterError(f"adapter {str(folder)!r}: {WEIGHTS} cannot be read: {first}") from error
     adapter.eval().requires_grad_(False)

@@ -124,13 +124,17 @@ class Batcher:
         finally:
             self._leave(job)
 
-    async def run(self, function: Callable[[], T]) -> T:
+    async def run(self, function: Callable[[], T], *, always: bool = False) -> T:
         """Call a function in the model's thread, between two batches; such calls and batches take turns.
+
+        Args:
+            function: what is called.
+            always: do not refuse, however many wait.
 
         Raises:
             OverloadedError: too many wait.
         """
-        if self._calls >= MAX_CALLS:
+        if self._calls >= MAX_CALLS and not always:
             raise OverloadedError(self._retry_after())
         self._calls += 1
         try:
@@ -166,14 +170,15 @@ class Batcher:
                 self._deliver(chunk.job, outcome)
 
     async def _company(self) -> None:
-        """Wait for a full batch, or until the first in the queue has waited long enough."""
+        """Wait for a full batch, or until somebody has waited long enough."""
         while True:
             self._changed.clear()
             if self.queued >= self._batch_pairs:
                 return
             left = None
             if self._waiting:
-                left = self._waiting[0].arrived + self._max_wait - asyncio.get_running_loop().time()
+                oldest = min(job.arrived for job in self._waiting)
+                left = oldest + self._max_wait - asyncio.get_running_loop().time()
                 if left <= 0:
                     return
             try:

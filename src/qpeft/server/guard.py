@@ -25,6 +25,8 @@ from qpeft.server.refusals import Refusal, of_fault, response
 from qpeft.server.service import Service
 
 KEYS_VARIABLE = "QPEFT_API_KEYS"
+GONE = 499
+"""What logs and metrics say of a request whose client went away before there was a response."""
 PROBES = frozenset({"/health", "/ready", "/metrics"})
 """Are asked so often that their success is not worth a line."""
 OPEN = frozenset({"/health", "/ready", "/docs", "/openapi.json"})
@@ -92,8 +94,8 @@ class Guard:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        request_id = scope["state"]["request_id"] = _request_id(scope)
-        status = 499  # the client went away before there was a response
+        request_id = scope.setdefault("state", {})["request_id"] = _request_id(scope)
+        status = GONE
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -105,6 +107,11 @@ class Guard:
         self._service.in_flight += 1
         try:
             await self._guarded(scope, receive, sending)
+        except asyncio.CancelledError:
+            if self._service.state != "draining":
+                raise
+            if status == GONE:  # the time for draining is over
+                await _refuse(scope, receive, sending, Refusal(503, "the server is ending"))
         finally:
             self._service.in_flight -= 1
             seconds = time.perf_counter() - started
@@ -185,9 +192,10 @@ async def _body(scope: Scope, receive: Receive, limit: int) -> bytes | None:
         Refusal: it is, or says that it is, larger than the limit.
     """
     too_large = Refusal(413, f"the body is larger than {limit} bytes", headers={"Connection": "close"})
-    length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-    if int(length) > limit:
-        await _discard(receive)
+    headers = dict(scope["headers"])
+    if int(headers.get(b"content-length", 0)) > limit:
+        if b"expect" not in headers:  # such a client sends its body only once it is asked for
+            await _discard(receive)
         raise too_large
     pieces: list[bytes] = []
     size = 0

@@ -25,8 +25,6 @@ from qpeft.types import Passage, Query
 
 Calibration = Callable[[Sequence[float]], Sequence[float]]
 """Raw scores of one query's documents in nats → probabilities of relevance."""
-
-
 KEPT_CHARACTERS = 8_000_000
 """Of documents whose tokens are kept; some 100 MB."""
 
@@ -106,7 +104,7 @@ class Models:
         found = {}
         if self.lm.name == EMBEDDED:
             found = {name: adapter_path(name) for name in embedded_adapters()}
-        if self._folder is not None:
+        if self._folder is not None and self._folder.is_dir():
             found |= {path.name: path for path in sorted(self._folder.iterdir()) if _usable(path, self._folder)}
         return found
 
@@ -125,9 +123,12 @@ class Models:
         except OptionError as error:
             raise AdapterError(str(error)) from error
         config = Config(max_passage_tokens=self._settings.max_passage_tokens)
-        scorer = build_scorer(config, self.lm, opened, kept=self._kept)
-        made = ServedModel(f"{self.base}:{name}", scorer, opened)
-        warm_up(made)
+        try:
+            made = ServedModel(f"{self.base}:{name}", build_scorer(config, self.lm, opened, kept=self._kept), opened)
+            warm_up(made)
+        except BaseException:
+            opened.adapter.withdraw()
+            raise
         return made
 
     def serve(self, model: ServedModel) -> ServedModel | None:

@@ -137,7 +137,7 @@ async def info(request: Request) -> dict[str, Any]:
     served, settings = service.models, service.settings
     return {
         "model_id": served.base,
-        "model_sha": served.lm.revision or served.lm.sha256,
+        "model_sha": served.lm.revision,
         "model_dtype": served.lm.dtype,
         "model_type": {"reranker": {"id2label": {"0": "relevant"}, "label2id": {"relevant": 0}}},
         "max_concurrent_requests": settings.max_queue_pairs,

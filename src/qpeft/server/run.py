@@ -14,8 +14,8 @@ from qpeft.errors import OptionError
 from qpeft.server.service import Service
 from qpeft.server.settings import Settings
 
-GRACE = 5
-"""Seconds in which the last bytes of responses may leave after draining; what is open then is cut off."""
+GRACE = 2
+"""Seconds in which the last bytes of responses may leave after draining; requests that are open then get 503."""
 
 
 class Server(uvicorn.Server):
@@ -28,14 +28,14 @@ class Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain on the first signal, end at once on the second."""
+        """Drain on the first signal, drain no longer on the second."""
         self._loop.call_soon_threadsafe(self._drain)
 
     def _drain(self) -> None:
         if self._draining is None:
             self._draining = asyncio.create_task(self._drain_and_exit())
         else:
-            self.should_exit = self.force_exit = True
+            self.should_exit = True
 
     async def _drain_and_exit(self) -> None:
         await self._service.drain()

@@ -134,7 +134,7 @@ class Service:
     async def _retire(self, model: ServedModel) -> None:
         await model.unused()
         if model.adapter is not None:
-            await self.batcher.run(model.adapter.adapter.withdraw)
+            await self.batcher.run(model.adapter.adapter.withdraw, always=True)
 
     async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
         """Await something that goes on if the client goes away, so that nothing is left half done."""
