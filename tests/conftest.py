@@ -15,6 +15,14 @@ from tiny_models import FAMILIES, TOKENIZERS, VOCABULARY, build_family, wordpiec
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"  # read on import
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keep what was measured on this machine out of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QPEFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session", params=sorted(FAMILIES))
 def family(request):
     """Name of a model family."""

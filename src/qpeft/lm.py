@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from qpeft.context_store import ContextStore, Encoded, FilledLayer
+from qpeft.context_store import ContextStore, Encoded, Filled, FilledLayer, filled_layers
 from qpeft.errors import ModelError, OptionError
 from qpeft.hints import HintWriter, Pairs, Slots
 from qpeft.layout import Layout, PaddingSide, lay_out
@@ -36,7 +36,7 @@ class CausalLM(PretrainedLM):
         max_length: tokens that a row may have.
         batch_tokens: padded tokens that a forward may have, encoded contexts included.
         folder: where the model was loaded from, if it was a folder.
-        padding_side: where short rows are padded; the scores do not depend on it.
+        padding_side: where short rows are padded; the scores do not depend on it. On the right no mask is needed.
         store: keeps encoded contexts; without one, rows go through the model whole.
 
     Raises:
@@ -54,12 +54,13 @@ class CausalLM(PretrainedLM):
         max_length: int,
         batch_tokens: int,
         folder: Path | None = None,
-        padding_side: PaddingSide = "left",
+        padding_side: PaddingSide = "right",
         store: ContextStore | None = None,
     ) -> None:
         super().__init__(model, tokenizer, name=name, max_length=max_length, batch_tokens=batch_tokens, folder=folder)
         self.padding_side = padding_side
         self.store = store
+        self._layers = model.config.get_text_config().num_hidden_layers
         self._buffer: Tensor | None = None
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
         if store is not None and (model._is_stateful or not set(kinds) <= {"full_attention", "sliding_attention"}):
@@ -130,16 +131,21 @@ class CausalLM(PretrainedLM):
 
     @torch.no_grad()
     def _encode(self, ids: tuple[int, ...], layer: int | None) -> Encoded:
-        out = self.model(
-            input_ids=torch.tensor([ids], device=self.device),
-            position_ids=torch.arange(len(ids), device=self.device)[None],
-            past_key_values=DynamicCache(),
-            use_cache=True,
-            output_hidden_states=layer is not None,
-            logits_to_keep=1,
-        )
-        cache = torch.stack([torch.stack([kept.keys[0], kept.values[0]]) for kept in out.past_key_values.layers])
-        return Encoded(cache, None if layer is None else out.hidden_states[layer][0].clone())
+        cache: Any = DynamicCache()
+        if layer is None:
+            cache.layers = filled_layers(self._layers)
+        states = None
+        with suppress(Filled):
+            out = self.model(
+                input_ids=torch.tensor([ids], device=self.device),
+                position_ids=torch.arange(len(ids), device=self.device)[None],
+                past_key_values=cache,
+                use_cache=True,
+                output_hidden_states=layer is not None,
+                logits_to_keep=1,
+            )
+            states = None if layer is None else out.hidden_states[layer][0].clone()
+        return Encoded(torch.stack([torch.stack([kept.keys[0], kept.values[0]]) for kept in cache.layers]), states)
 
     def _forward(
         self, rows: Sequence[Row], with_passage: bool, adapters: Sequence[HintWriter | None]
@@ -206,6 +212,8 @@ class CausalLM(PretrainedLM):
     def _past(self, layout: Layout, encoded: Sequence[Encoded] | None, starts: Sequence[int]) -> dict[str, Any]:
         """Return mask and positions, and the contexts' keys and values, left-padded so that they end together."""
         mask = layout.mask.long()
+        if encoded is None and self.padding_side == "right":  # what stands behind a row's tokens is not seen by them
+            return {"position_ids": torch.arange(mask.shape[1], device=self.device)[None], "use_cache": False}
         if encoded is None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             return {
