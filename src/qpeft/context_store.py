@@ -41,8 +41,8 @@ class Encoded:
         return self.cache.nbytes + (0 if self.states is None else self.states.nbytes)
 
 
-Key = tuple[tuple[int, ...], int | None]
-"""Token ids of the context, and which layer's states were asked for."""
+Key = tuple[tuple[int, ...], int | None, int]
+"""Token ids of the context, which layer's states were asked for, and how many layers were run."""
 
 
 class ContextStore:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from qpeft.errors import ModelError
+from qpeft.errors import ModelError, OptionError
+from qpeft.flops import Computed, ModelShape, shape_of
 from qpeft.hints import HintWriter
 from qpeft.provenance import weights_fingerprint
 from qpeft.template import Row
@@ -41,6 +43,7 @@ class LanguageModel(Protocol):
     tokenizer: Any
     max_length: int
     has_encoder: bool
+    computed: Computed
 
     @property
     def device(self) -> torch.device:
@@ -68,8 +71,13 @@ class LanguageModel(Protocol):
         *,
         with_passage: bool = False,
         adapters: HintWriter | Sequence[HintWriter | None] | None = None,
+        depth: int | None = None,
     ) -> list[RowLogProbs]:
         """Return the log-probabilities of each row's scored tokens, in order."""
+        ...
+
+    def check_depth(self, depth: int, adapters: Sequence[HintWriter | None] = ()) -> None:
+        """Raise OptionError if rows cannot be scored with the first `depth` layers and these adapters."""
         ...
 
 
@@ -95,6 +103,7 @@ class PretrainedLM:
         self.model = model.eval().requires_grad_(False)
         self._batch_tokens = batch_tokens
         self._budget = batch_tokens  # halved when memory runs out, grows back afterwards
+        self.computed = Computed()
 
     @property
     def device(self) -> torch.device:
@@ -117,6 +126,11 @@ class PretrainedLM:
         """Hash of the weight files and the configuration; None for a model that came from the hub or from memory."""
         return None if self._folder is None else weights_fingerprint(self._folder)
 
+    @functools.cached_property
+    def shape(self) -> ModelShape | None:
+        """What its FLOPs are counted from; None where that is not understood."""
+        return shape_of(self.model)
+
     @torch.no_grad()
     def log_probs(
         self,
@@ -124,6 +138,7 @@ class PretrainedLM:
         *,
         with_passage: bool = False,
         adapters: HintWriter | Sequence[HintWriter | None] | None = None,
+        depth: int | None = None,
     ) -> list[RowLogProbs]:
         """Return the log-probabilities of each row's scored tokens, in order.
 
@@ -131,11 +146,33 @@ class PretrainedLM:
             rows: token ids, of any lengths.
             with_passage: also return those of the passage's tokens (decoder-only models).
             adapters: what writes the hints: one adapter for all rows, or one (or None) for each.
+            depth: run the first so many layers only, then the model's last norm and head; all of them by default.
 
         Raises:
             ModelError: a single row does not fit in memory.
+            OptionError: see `check_depth`.
         """
         each = list(adapters) if isinstance(adapters, Sequence) else [adapters] * len(rows)
+        if depth is not None:
+            self.check_depth(depth, each)
+        with nullcontext() if depth is None else self._first_layers(depth):
+            return self._log_probs(rows, with_passage, each)
+
+    def check_depth(self, depth: int, adapters: Sequence[HintWriter | None] = ()) -> None:
+        """Raise the error that scoring with the first `depth` layers would end in.
+
+        Raises:
+            OptionError: the model has an encoder, or no list of layers that can be told, or not more layers than that;
+                or an adapter reads states that lie deeper.
+        """
+        raise OptionError(f"{self.name}: only decoder-only models can be cut to their first layers")
+
+    def _first_layers(self, depth: int) -> AbstractContextManager[None]:
+        raise NotImplementedError
+
+    def _log_probs(
+        self, rows: Sequence[Row], with_passage: bool, each: Sequence[HintWriter | None]
+    ) -> list[RowLogProbs]:
         sizes = [len(row) + (a.hint_length(len(row.query)) if a else 0) for row, a in zip(rows, each, strict=True)]
         results: list[RowLogProbs | None] = [None] * len(rows)
         # Longest first, so that what does not fit shows right away.
