@@ -58,11 +58,11 @@ def save(folder, model):
 
 
 def test_it_is_what_cpus_use_unless_told_otherwise(saved_model):
-    chosen = {name: load_lm(ModelConfig(str(saved_model), attention=name)) for name in ("auto", "eager")}
+    chosen = {name: load_lm(ModelConfig(str(saved_model), attention_kernel=name)) for name in ("auto", "eager")}
     used = {name: lm.model.config._attn_implementation for name, lm in chosen.items()}
     assert used == {"auto": cpu_attention.NAME, "eager": "eager"}
-    with pytest.raises(OptionError, match="--attention flush: "):
-        load_lm(ModelConfig(str(saved_model), attention="flush"))
+    with pytest.raises(OptionError, match="--attention-kernel flush: "):
+        load_lm(ModelConfig(str(saved_model), attention_kernel="flush"))
 
 
 def test_layers_that_need_more_keep_their_own_attention(tmp_path):
@@ -73,5 +73,5 @@ def test_layers_that_need_more_keep_their_own_attention(tmp_path):
     assert lm.model.config._attn_implementation == "eager"
     rows = rows_for(lm)
     assert_close(lm.log_probs(rows), [naive_log_probs(lm.model, row) for row in rows])
-    with pytest.raises(OptionError, match=f"--attention {cpu_attention.NAME}: .* knows no s_aux"):
-        load_lm(ModelConfig(folder, attention=cpu_attention.NAME))
+    with pytest.raises(OptionError, match=f"--attention-kernel {cpu_attention.NAME}: .* knows no s_aux"):
+        load_lm(ModelConfig(folder, attention_kernel=cpu_attention.NAME))

@@ -15,12 +15,14 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
 
 from qpeft import cpu_attention, methods
+from qpeft.adapters._folder import base_identity
 from qpeft.context_store import ContextStore
 from qpeft.encoder_decoder import EncoderDecoderLM
 from qpeft.errors import MissingDependencyError, ModelError, OptionError, nearest
 from qpeft.lm import CausalLM
 from qpeft.model_config import EMBEDDED, ModelConfig
 from qpeft.pretrained import LanguageModel
+from qpeft.provenance import fingerprint
 from qpeft.types import Reranker
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -63,13 +65,16 @@ def load_lm(config: ModelConfig) -> LanguageModel:
         "batch_tokens": config.batch_tokens or _batch_tokens(device, config),
     }
     if settings.is_encoder_decoder:
-        if config.passage_cache:
+        if config.passage_cache or config.passage_cache_folder:
             raise OptionError("--passage-cache is for decoder-only models")
         return EncoderDecoderLM(model, tokenizer, **facts)
-    _choose_attention(model, config.attention, device)
+    _choose_attention(model, config.attention_kernel, device)
     _check_causal(model, config.model)
-    store = ContextStore(int(config.passage_cache * 2**30)) if config.passage_cache else None
-    return CausalLM(model, tokenizer, store=store, **facts)
+    lm = CausalLM(model, tokenizer, store=_context_store(config), **facts)
+    if config.passage_cache_folder is not None and lm.store is not None:
+        own = {**base_identity(lm), "dtype": lm.dtype, "storage": config.passage_cache_storage}
+        lm.store.folder = Path(config.passage_cache_folder) / fingerprint(own)[:16]
+    return lm
 
 
 def describe_lm(lm: LanguageModel, config: ModelConfig) -> dict[str, Any]:
@@ -165,7 +170,15 @@ def _batch_tokens(device: torch.device, config: ModelConfig) -> int:
     if device.type != "cpu":
         return 65_536
     # Over encoded contexts, few of the tokens are computed.
-    return torch.get_num_threads() * (8_192 if config.passage_cache else 1_024)
+    return torch.get_num_threads() * (8_192 if config.passage_cache or config.passage_cache_folder else 1_024)
+
+
+def _context_store(config: ModelConfig) -> ContextStore | None:
+    if config.passage_cache < 0:
+        raise OptionError(f"--passage-cache is {config.passage_cache}; it must not be negative")
+    if not config.passage_cache and config.passage_cache_folder is None:
+        return None
+    return ContextStore(int(config.passage_cache * 2**30), storage=config.passage_cache_storage)
 
 
 def _choose_attention(model: Any, name: str, device: torch.device) -> None:
@@ -182,7 +195,7 @@ def _choose_attention(model: Any, name: str, device: torch.device) -> None:
         _two_rows(model)
     except (ValueError, ImportError, NotImplementedError) as error:
         if name != "auto":
-            raise OptionError(f"--attention {name}: {str(error).splitlines()[0]}") from error
+            raise OptionError(f"--attention-kernel {name}: {str(error).splitlines()[0]}") from error
         model.set_attn_implementation(before)  # it needs more than ours can do
 
 

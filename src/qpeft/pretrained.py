@@ -24,6 +24,9 @@ from qpeft.hints import HintWriter
 from qpeft.provenance import weights_fingerprint
 from qpeft.template import Row
 
+LOGITS = 2**28
+"""Numbers that the head may write in one forward pass, unless a single row needs more: half a GiB of bf16."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowLogProbs:
@@ -174,11 +177,15 @@ class PretrainedLM:
         self, rows: Sequence[Row], with_passage: bool, each: Sequence[HintWriter | None]
     ) -> list[RowLogProbs]:
         sizes = [len(row) + (a.hint_length(len(row.query)) if a else 0) for row, a in zip(rows, each, strict=True)]
+        scored = [sum(row.scored) + (row.passage[1] - row.passage[0] if with_passage else 0) for row in rows]
+        positions = LOGITS // self.model.config.get_text_config().vocab_size
         results: list[RowLogProbs | None] = [None] * len(rows)
         # Longest first, so that what does not fit shows right away.
         waiting = sorted(range(len(rows)), key=lambda i: (sizes[i], -i))
         while waiting:
             count = min(len(waiting), max(1, self._budget // max(1, sizes[waiting[-1]])))
+            while count > 1 and sum(scored[i] for i in waiting[-count:]) > positions:
+                count //= 2
             chosen = waiting[-count:][::-1]
             try:
                 values = self._forward([rows[i] for i in chosen], with_passage, [each[i] for i in chosen])

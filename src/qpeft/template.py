@@ -19,7 +19,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -29,6 +29,9 @@ import yaml
 
 from qpeft.errors import FormatError, InputError, OptionError, QueryError, nearest
 from qpeft.types import Passage, Query
+
+KNOWN_PASSAGES = 65_536
+"""Passages whose tokens a prompt remembers."""
 
 QuestionMark = Literal["keep", "add", "strip"]
 
@@ -193,6 +196,7 @@ class Prompt:
         self._separate = separate_target
         self._max_passage_tokens = max_passage_tokens
         self._hint_length = hint_length
+        self._known: dict[Passage, tuple[int, ...]] = {}
         marked = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
         self._adds_space = bool(marked) and marked[0].startswith("▁")
         self._before, self._spaced_passage, self._after, self._hint_offset, blank = self._context_pieces()
@@ -257,12 +261,25 @@ class Prompt:
         before_passage = self._hint_offset < 0
         return len(self._before) + self._hint_offset if before_passage else passage_end + self._hint_offset
 
-    @functools.lru_cache(maxsize=65536)  # noqa: B019 — a prompt lives as long as its model
-    def _passage_ids(self, passage: Passage) -> tuple[int, ...]:
-        text = self.template.passage_text(passage)
-        return tuple(self._ids(text, space=self._spaced_passage)) if text else ()
+    def read_ahead(self, passages: Iterable[Passage]) -> None:
+        """Tokenise passages together, which the tokenizer does on all cores and with less ado than one by one."""
+        if len(self._known) > KNOWN_PASSAGES:
+            self._known.clear()
+        new = [passage for passage in dict.fromkeys(passages) if passage not in self._known]
+        texts = {passage: self.template.passage_text(passage) for passage in new}
+        self._known.update((passage, ()) for passage, text in texts.items() if not text)
+        some = [passage for passage, text in texts.items() if text]
+        if some:
+            lead = self._lead(self._spaced_passage)
+            all_ids = self._tokenizer([lead + texts[p] for p in some], add_special_tokens=False, verbose=False)
+            self._known.update(zip(some, map(tuple, all_ids["input_ids"]), strict=True))
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019
+    def _passage_ids(self, passage: Passage) -> tuple[int, ...]:
+        if passage not in self._known:
+            self.read_ahead([passage])
+        return self._known[passage]
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 — a prompt lives as long as its model
     def _target(self, query: Query) -> tuple[tuple[int, ...], tuple[bool, ...], tuple[int, ...]]:
         """Return the ids after the context, which of them are scored, and those of the query alone."""
         ids = self._ids(self.template.query_text(query), space=self._spaced_query)
@@ -325,6 +342,8 @@ class Prompt:
         bare = text.rstrip(" ")
         return (self._ids(bare.lstrip(" "), space=bare.startswith(" ")) if bare else []), bare != text
 
+    def _lead(self, space: bool) -> str:
+        return " " if space and not self._adds_space else ""
+
     def _ids(self, text: str, *, space: bool) -> list[int]:
-        lead = " " if space and not self._adds_space else ""
-        return list(self._tokenizer(lead + text, add_special_tokens=False, verbose=False)["input_ids"])
+        return list(self._tokenizer(self._lead(space) + text, add_special_tokens=False, verbose=False)["input_ids"])

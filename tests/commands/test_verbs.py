@@ -185,3 +185,27 @@ def test_inherited_options_have_help_too(options, capsys):
     assert "--margin MARGIN Of the hinge, in nats per query token." in text
     assert "Words before the hint." in text
     assert "--patience PATIENCE Stop after so many evaluations" in text
+
+
+def test_passages_encoded_ahead_are_found_by_reranking(toy, rerank_arguments, tmp_path, capsys):
+    plain, cached, folder = tmp_path / "plain.trec", tmp_path / "cached.trec", tmp_path / "cache"
+    assert main(rerank_arguments(plain)) == 0
+    arguments, cache = rerank_arguments(cached), ["--passage-cache-folder", str(folder)]
+    model = [*arguments[arguments.index("--model") :], *cache]
+    index = ["index-cache", "--collection", str(toy), *model]
+    count = len(open_collection(str(toy)).passages)
+    for new in (count, 0):
+        assert main(index) == 0
+        assert f"{count} passages, {new} encoded now" in capsys.readouterr().out
+    files = sorted(folder.rglob("*.safetensors"))
+    assert len(files) == count
+    files[0].unlink()
+    assert main(index) == 0
+    assert f"{count} passages, 1 encoded now" in capsys.readouterr().out
+    assert main([*arguments, *cache]) == 0
+    for query, ranking in read_run(cached).items():
+        expected = {hit.passage_id: hit.score for hit in read_run(plain)[query].hits}
+        assert {hit.passage_id: hit.score for hit in ranking.hits} == pytest.approx(expected, abs=1e-4)
+    assert sorted(folder.rglob("*.safetensors")) == files, "nothing had to be encoded"
+    assert main(index[:-2]) == 2
+    assert "--passage-cache-folder is missing" in capsys.readouterr().err

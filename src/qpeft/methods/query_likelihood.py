@@ -176,6 +176,7 @@ class QueryLikelihood:
             QueryError: a query is empty or leaves no room for a passage.
         """
         work = Work([], [], len(pairs))
+        self._prompt.read_ahead(passage for _, passage in pairs)
         for index, (query, passage) in enumerate(pairs):
             for row in self._rows(query, passage):
                 if row.passage[0] < row.passage[1]:
