@@ -52,7 +52,7 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Layers of a decoder, multiply-adds of its head for a predicted token, and layers of an encoder if there is one."""
+    """Layers of a decoder, multiply-adds of its head for a predicted token, layers of an encoder if there is one."""
 
     layers: tuple[LayerShape, ...]
     head: int
@@ -109,7 +109,7 @@ def encoder_decoder_flops(shape: ModelShape, rows: Sequence[tuple[int, int]]) ->
         shape: of the model.
         rows: tokens of the context and of the target.
     """
-    contexts, targets = (sum(lengths) for lengths in zip(*rows, strict=True))
+    contexts, targets = sum(context for context, _ in rows), sum(target for _, target in rows)
     encoder = sum(
         contexts * layer.weights + 2 * layer.width * sum(context**2 for context, _ in rows) for layer in shape.encoder
     )
@@ -137,7 +137,7 @@ def _decoder(layers: Sequence[LayerShape], rows: Sequence[tuple[int, int]]) -> i
     return sum(tokens * layer.weights + 2 * layer.width * pairs[layer.window] for layer in layers)
 
 
-def shape_of(model: Any) -> ModelShape | None:
+def shape_of(model: nn.Module) -> ModelShape | None:
     """Return the shape of a causal or encoder-decoder model of the transformers library.
 
     None where it is not understood: no single list of layers, no attention heads, or experts without a number of those
@@ -145,11 +145,12 @@ def shape_of(model: Any) -> ModelShape | None:
     """
     if not isinstance(model, PreTrainedModel):
         return None
+    opened: Any = model
     try:
-        if not model.config.is_encoder_decoder:
-            return ModelShape(_layer_shapes(model), _head(model))
-        encoder, decoder = _layer_shapes(model.get_encoder()), _layer_shapes(model.get_decoder())
-        return ModelShape(decoder, _head(model), encoder)
+        if not opened.config.is_encoder_decoder:
+            return ModelShape(_layer_shapes(opened), _head(opened))
+        encoder, decoder = _layer_shapes(opened.get_encoder()), _layer_shapes(opened.get_decoder())
+        return ModelShape(decoder, _head(opened), encoder)
     except (ModelError, AttributeError):
         return None
 

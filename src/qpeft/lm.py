@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from qpeft.context_store import ContextStore, Encoded, Filled, FilledLayer, filled_layers
+from qpeft.context_store import ContextStore, Encoded, Filled, FilledLayer, Key, filled_layers
 from qpeft.depth import find_layers, first_layers
 from qpeft.errors import ModelError, OptionError
 from qpeft.flops import context_flops, decoder_flops
@@ -130,7 +130,11 @@ class CausalLM(PretrainedLM):
         """
         if self.store is None:
             return self._encode(ids, layer)
-        return self.store.get((ids, layer, self._depth), lambda: self._encode(ids, layer))
+        return self.store.get(self.key(ids, layer), lambda: self._encode(ids, layer))
+
+    def key(self, ids: tuple[int, ...], layer: int | None = None) -> Key:
+        """Return under which key a context is stored."""
+        return ids, layer, self._depth
 
     @torch.no_grad()
     def _encode(self, ids: tuple[int, ...], layer: int | None) -> Encoded:

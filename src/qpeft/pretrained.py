@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from qpeft.errors import ModelError, OptionError
-from qpeft.flops import Computed, ModelShape, shape_of
+from qpeft.flops import Computed, shape_of
 from qpeft.hints import HintWriter
 from qpeft.provenance import weights_fingerprint
 from qpeft.template import Row
@@ -106,6 +106,7 @@ class PretrainedLM:
         self.model = model.eval().requires_grad_(False)
         self._batch_tokens = batch_tokens
         self._budget = batch_tokens  # halved when memory runs out, grows back afterwards
+        self.shape = shape_of(self.model)
         self.computed = Computed()
 
     @property
@@ -128,11 +129,6 @@ class PretrainedLM:
     def sha256(self) -> str | None:
         """Hash of the weight files and the configuration; None for a model that came from the hub or from memory."""
         return None if self._folder is None else weights_fingerprint(self._folder)
-
-    @functools.cached_property
-    def shape(self) -> ModelShape | None:
-        """What its FLOPs are counted from; None where that is not understood."""
-        return shape_of(self.model)
 
     @torch.no_grad()
     def log_probs(

@@ -67,7 +67,7 @@ class Cost:
     def as_dict(self) -> dict[str, Any]:
         """Return the work and the rates, rounded for people to read."""
         facts = dataclasses.asdict(self)
-        facts["seconds"] = round(self.seconds, 2)
+        facts["seconds"] = float(f"{self.seconds:.4g}")
         rates = {
             "queries_per_second": self.queries_per_second,
             "passages_per_second": self.passages_per_second,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, final
 
 from qpeft.errors import OptionError, nearest
@@ -63,7 +64,7 @@ def _sizes(text: str) -> list[int]:
     if not re.fullmatch(r"\d+(:\d+)+", text):
         raise OptionError(f"--cascade {text}: write two numbers or more, as in 100:20")
     sizes = [int(number) for number in text.split(":")]
-    if sizes[-1] < 1 or any(after >= before for before, after in zip(sizes, sizes[1:], strict=False)):
+    if sizes[-1] < 1 or any(after >= before for before, after in pairwise(sizes)):
         raise OptionError(f"--cascade {text}: each number must be below the one before it, and the last at least 1")
     return sizes
 

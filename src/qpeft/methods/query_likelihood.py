@@ -164,9 +164,7 @@ class QueryLikelihood:
     def score(self, pairs: Sequence[tuple[Query, Passage]]) -> list[float]:
         """Return the score of each pair, −∞ for a passage of zero tokens."""
         work = self.prepare(pairs)
-        values = self._lm.log_probs(
-            work.rows, with_passage=self.with_passage, adapters=self.adapter, depth=self._depth
-        )
+        values = self._lm.log_probs(work.rows, with_passage=self.with_passage, adapters=self.adapter, depth=self._depth)
         return self.pool(work, values)
 
     def prepare(self, pairs: Sequence[tuple[Query, Passage]]) -> Work:
