@@ -107,9 +107,9 @@ def test_layers_that_cannot_be_told(make_lm):
         find_layers(lm.model)
     with pytest.raises(OptionError, match="tiny-llama cannot be cut to its first layers"):
         lm.log_probs(rows_for(lm), depth=1)
+    broken = make_lm("gpt2").model
+    broken.transformer.h = torch.nn.ModuleList([broken.transformer.h[0]])
     with pytest.raises(ModelError, match="has no lists of 2 layers"):
-        broken = make_lm("gpt2").model
-        broken.transformer.h = torch.nn.ModuleList([broken.transformer.h[0]])
         find_layers(broken)
 
 
