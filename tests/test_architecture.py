@@ -14,6 +14,7 @@ LAYERS = [
     {"errors"},
     {"types", "registry"},
     {"provenance", "model_config"},
+    {"tuning"},
     {"template", "hints", "context_store", "cpu_attention", "depth", "losses"},
     {"layout", "flops"},
     {"data", "retrieval"},
@@ -25,7 +26,8 @@ LAYERS = [
     {"analysis"},
     {"loading"},
     {"training"},
-    {"commands"},
+    {"server"},
+    {"commands", "integrations"},
     {"cli"},
     {"__main__"},
 ]

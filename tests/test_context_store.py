@@ -1,3 +1,6 @@
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
@@ -57,6 +60,27 @@ def test_the_store_keeps_within_its_capacity(make_lm):
         assert_same(small.log_probs(rows), references, exactly=True)
     assert 0 < small.store.bytes_kept <= whole.store.bytes_kept // 2
     assert small.store.misses > len(rows)
+
+
+def test_threads_may_share_a_model(make_lm):
+    lm = make_lm("llama")
+    rows = rows_for(lm)
+    whole = with_store(lm)
+    whole.log_probs(rows)
+    stored = with_store(lm, whole.store.bytes_kept // 2)
+    references = [stored.log_probs([row]) for row in rows]
+    patience = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(5):
+                for value, reference in zip(
+                    pool.map(lambda row: stored.log_probs([row]), rows), references, strict=True
+                ):
+                    assert_same(value, reference, exactly=True)
+    finally:
+        sys.setswitchinterval(patience)
+    assert stored.store.bytes_kept == sum(kept.nbytes for kept in stored.store._kept.values())
 
 
 def test_what_does_not_fit_goes_to_disk_and_comes_back(make_lm, tmp_path):

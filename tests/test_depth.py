@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qpeft.depth import find_layers, first_layers
+from qpeft.depth import find_layers
 from qpeft.errors import ModelError, OptionError
 from reference import naive_hinted_log_probs, naive_hints, naive_log_probs
 from test_lm import ForgetfulModel, assert_close, rows_for
@@ -52,15 +52,15 @@ def test_states_are_all_there_after_a_first_look_at_few_layers(make_lm):
     lm, fresh = make_lm("llama"), make_lm("llama")
     adapter, reference = (build_adapter("qpeft_c", each, layer=1) for each in (lm, fresh))
     rows = hinted_rows(lm, adapter)
-    with first_layers(lm.model, 1):
+    with find_layers(lm.model).first(1):
         lm.model(input_ids=torch.tensor([rows[0].context]), output_hidden_states=True)
     assert exactly_equal(lm.log_probs(rows, adapters=adapter), fresh.log_probs(rows, adapters=reference))
 
 
 def test_lora_changes_the_first_layers(make_lm):
     pytest.importorskip("peft")
-    lm, reference = make_lm("llama"), alike(make_lm("llama"))
-    reference.model = shallow("llama")
+    lm = make_lm("llama")
+    reference = alike(lm, model=shallow("llama"))
     adapters = [build_adapter("lora", each, trained=True) for each in (lm, reference)]
     weights = adapters[0].state_dict()
     adapters[1].load_state_dict({name: weights[name] for name in adapters[1].state_dict()})
@@ -73,15 +73,15 @@ def test_lora_changes_the_first_layers(make_lm):
 
 def test_the_model_is_whole_again_after_an_error(family, make_lm):
     lm = make_lm(family)
-    rows, layers = rows_for(lm), find_layers(lm.model)[2]
+    rows, layers = rows_for(lm), find_layers(lm.model).modules
     before, modules = lm.log_probs(rows), dict(lm.model.named_modules())
-    with pytest.raises(KeyError, match="midst"), first_layers(lm.model, 1):
+    with pytest.raises(KeyError, match="midst"), find_layers(lm.model).first(1):
         raise KeyError("midst")
     handle = layers[0].register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyError("midst")))
     with pytest.raises(KeyError, match="midst"):
         lm.log_probs(rows, depth=1)
     handle.remove()
-    assert find_layers(lm.model)[2] is layers
+    assert find_layers(lm.model).modules is layers
     assert dict(lm.model.named_modules()) == modules
     assert exactly_equal(lm.log_probs(rows), before)
 
@@ -100,11 +100,12 @@ def test_depths_that_make_no_sense(make_lm, t5):
 
 
 def test_layers_that_cannot_be_told(make_lm):
-    lm = alike(make_lm("llama"))
-    lm.model = ForgetfulModel(lm.model, most=9)
-    lm.model.others = torch.nn.ModuleList(torch.nn.Identity() for _ in range(2))
+    lm = make_lm("llama")
+    model = ForgetfulModel(lm.model, most=9)
+    model.others = torch.nn.ModuleList(torch.nn.Identity() for _ in range(2))
     with pytest.raises(ModelError, match="'llama' has 2 lists of 2 layers"):
-        find_layers(lm.model)
+        find_layers(model)
+    lm = alike(lm, model=model)
     with pytest.raises(OptionError, match="tiny-llama cannot be cut to its first layers"):
         lm.log_probs(rows_for(lm), depth=1)
     broken = make_lm("gpt2").model
@@ -117,4 +118,4 @@ def test_a_list_within_a_layer_is_not_the_layers(make_lm):
     model = make_lm("llama").model
     for layer in model.model.layers:
         layer.experts = torch.nn.ModuleList(torch.nn.Identity() for _ in range(2))
-    assert find_layers(model)[2] is model.model.layers
+    assert find_layers(model).modules is model.model.layers

@@ -1,4 +1,4 @@
-"""The README's commands parse and its Python runs."""
+"""The commands of the README and of docs/serving.md parse, and the README's Python runs."""
 
 import re
 import shlex
@@ -10,7 +10,9 @@ from qpeft.cli import COMMANDS, parse
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8") if README.exists() else ""
-LINES = re.findall(r"^qpeft .*$", "\n".join(re.findall(r"```sh\n(.*?)```", TEXT, re.S)), re.M)
+SERVING = README.parent / "docs" / "serving.md"
+SHELL = re.findall(r"```sh\n(.*?)```", TEXT + (SERVING.read_text(encoding="utf-8") if SERVING.exists() else ""), re.S)
+LINES = re.findall(r"^(?:[A-Z_]+=\S+ )?(qpeft .*?)(?: +#.*)?$", "\n".join(SHELL), re.M)
 
 
 def test_there_is_something_to_test():

@@ -4,7 +4,7 @@ import itertools
 import pytest
 
 from qpeft.errors import FormatError, OptionError, QueryError
-from qpeft.template import Prompt, Template, available_templates, load_template
+from qpeft.template import KeptTokens, Prompt, Template, available_templates, load_template
 from qpeft.types import Passage, Query
 
 QUERY = Query("q1", "why is the sky blue?")
@@ -93,6 +93,45 @@ def test_passages_are_cut_at_their_end_and_nothing_else_is(tokenizer):
     assert cut.context[end:] == whole.context[whole.passage[1] :]
     bounded = Prompt(load_template("qpeft"), tokenizer, 100_000, max_passage_tokens=7).rows(QUERY, long)[0]
     assert bounded.passage[1] - bounded.passage[0] == 7
+
+
+def test_a_bound_on_one_passage_stands_beside_that_of_the_prompt(tokenizer):
+    prompt = Prompt(load_template("plain"), tokenizer, 256, max_passage_tokens=5)
+    long = Passage("p", "the sea is salty " * 10)
+    for bound, length in ((None, 5), (3, 3), (9, 5)):
+        (row,) = prompt.rows(QUERY, long, max_passage_tokens=bound)
+        assert row.passage[1] - row.passage[0] == length
+        assert row.truncated
+
+
+def test_tokens_are_kept_up_to_so_many_characters():
+    kept = KeptTokens(10)
+    made = []
+
+    def get(text, space=False):
+        return kept.get(text, space, lambda: made.append((text, space)) or [len(text), space])
+
+    assert [get("four"), get("four"), get("four", True)] == [(4, False), (4, False), (4, True)]
+    assert made == [("four", False), ("four", True)]
+    get("four")  # so that the other is the oldest
+    get("six ty")
+    get("four")
+    assert made == [("four", False), ("four", True), ("six ty", False)]
+    get("four", True)
+    assert made[-1] == ("four", True)
+    get("longer than ten")  # is not kept itself, and everything else had to go
+    get("four")
+    assert made[-2:] == [("longer than ten", False), ("four", False)]
+
+
+def test_prompts_share_kept_tokens_whatever_stands_before_the_passage(tokenizers):
+    tokenizer = tokenizers["bytes"]
+    spaced = Template("spaced", 1, "text: {passage}", "query: {query}")
+    bare = Template("bare", 1, "{passage}", "query: {query}")
+    kept = KeptTokens()
+    for template in (spaced, bare, spaced):
+        shared = Prompt(template, tokenizer, 512, kept=kept).rows(QUERY, PASSAGE)
+        assert shared == Prompt(template, tokenizer, 512).rows(QUERY, PASSAGE)
 
 
 def test_a_query_that_leaves_no_room_is_an_error(tokenizer):

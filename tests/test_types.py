@@ -61,6 +61,11 @@ def test_a_passage_may_not_occur_twice():
         Ranking.from_scores("q", [("a", 1.0), ("b", 2.0), ("a", 3.0)])
 
 
+def test_by_position_keeps_equal_scores_in_the_order_given():
+    ranking = Ranking.from_scores("q", [("10", 1.0), ("2", 1.0), ("3", 2.0), ("1", 1.0)])
+    assert [hit.passage_id for hit in ranking.by_position()] == ["3", "1", "2", "10"]
+
+
 def test_constant_scores_are_seen():
     assert not Ranking.from_scores("q", [("alone", 1.0)]).constant
     assert not Ranking.from_scores("q", []).constant

@@ -26,6 +26,7 @@ COMMANDS = {
     "fuse": "merge several runs by reciprocal rank",
     "interpolate": "mix a reranked run with its first stage, the weight chosen on dev",
     "index-cache": "encode a collection's passages ahead",
+    "calibrate": "map scores to the probability that a passage is relevant, fitted on dev",
     "score": "score passages for a query, or JSON lines on standard input",
     "explain": "show what an adapter changed in each query token, and which passage words it read",
     "evaluate": "measure runs",
@@ -34,6 +35,7 @@ COMMANDS = {
     "data convert": "turn other formats into a BEIR folder",
     "push": "send an adapter folder to the model hub",
     "pull": "fetch an adapter folder from the model hub",
+    "serve": "answer rerank requests over HTTP",
     "doctor": "say what is installed and whether the scorer is right on this machine",
     "demo": "the whole way on the embedded collection",
 }

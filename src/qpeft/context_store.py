@@ -123,6 +123,11 @@ class ContextStore:
         self._keep(key, found)
         return found.unpack()
 
+    def clear(self) -> None:
+        """Forget what is in memory."""
+        self._kept.clear()
+        self.bytes_kept = 0
+
     def on_disk(self, key: Key) -> bool:
         """Return whether the folder has a file of it."""
         path = self._path(key)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -14,43 +15,47 @@ from torch import nn
 from qpeft.errors import ModelError
 
 
-@contextmanager
-def first_layers(model: Any, depth: int) -> Iterator[None]:
-    """Let a model run its first `depth` layers only, within this context.
+@dataclass(frozen=True)
+class Layers:
+    """A stack's list of layers, the module that holds it, and its name there."""
 
-    Nothing of the model is moved or changed: its list of layers is replaced by one that stops earlier, and put back
-    however the context ends. One context at a time, and not from two threads at once.
+    parent: nn.Module
+    name: str
+    modules: nn.ModuleList
 
-    Raises:
-        ModelError: which modules are the layers cannot be told.
-    """
-    parent, name, layers = find_layers(model)
-    setattr(parent, name, _FirstLayers(layers, depth))
-    try:
-        yield
-    finally:
-        setattr(parent, name, layers)
+    @contextmanager
+    def first(self, depth: int) -> Iterator[None]:
+        """Let the model run its first `depth` layers only, within this context.
+
+        Nothing of the model is moved or changed: its list of layers is replaced by one that stops earlier, and put back
+        however the context ends. One context at a time, and not from two threads at once.
+        """
+        setattr(self.parent, self.name, _FirstLayers(self.modules, depth))
+        try:
+            yield
+        finally:
+            setattr(self.parent, self.name, self.modules)
 
 
-def find_layers(model: Any) -> tuple[nn.Module, str, nn.ModuleList]:
-    """Return a stack's list of layers, with the module that holds it and its name there.
+def find_layers(model: Any) -> Layers:
+    """Return a stack's layers.
 
-    It is the one list, not within another such, that has as many modules as the configuration says layers.
+    They are the one list, not within another such, that has as many modules as the configuration says layers.
 
     Raises:
         ModelError: there is none, or there are several.
     """
     count = model.config.get_text_config().num_hidden_layers
-    found: dict[str, tuple[nn.Module, str, nn.ModuleList]] = {}
+    found: dict[str, Layers] = {}
     for path, parent in model.named_modules():
         for name, child in parent.named_children():
             inner = any(path == other or path.startswith(f"{other}.") for other in found)
             if isinstance(child, nn.ModuleList) and len(child) == count and not inner:
-                found[f"{path}.{name}".lstrip(".")] = parent, name, child
+                found[f"{path}.{name}".lstrip(".")] = Layers(parent, name, child)
     if len(found) != 1:
         kind = model.config.model_type
         raise ModelError(f"the architecture {kind!r} has {len(found) or 'no'} lists of {count} layers, not one")
-    return found.popitem()[1]
+    return next(iter(found.values()))
 
 
 class _FirstLayers(nn.ModuleList):

@@ -159,7 +159,7 @@ def _layer_shapes(stack: Any) -> tuple[LayerShape, ...]:
     config = stack.config.get_text_config()
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    layers = find_layers(stack)[2]
+    layers = find_layers(stack).modules
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * len(layers)
     return tuple(

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from qpeft.context_store import ContextStore, Encoded, Filled, FilledLayer, Key, filled_layers
-from qpeft.depth import find_layers, first_layers
+from qpeft.depth import Layers, find_layers
 from qpeft.errors import ModelError, OptionError
 from qpeft.flops import context_flops, decoder_flops
 from qpeft.hints import HintWriter, Pairs, Slots
@@ -63,6 +63,9 @@ class CausalLM(PretrainedLM):
         self.padding_side = padding_side
         self.store = store
         self._depth = model.config.get_text_config().num_hidden_layers
+        self._layers: Layers | None = None
+        with suppress(ModelError):
+            self._layers = find_layers(model)
         self._buffer: Tensor | None = None
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
         if store is not None and (model._is_stateful or not set(kinds) <= {"full_attention", "sliding_attention"}):
@@ -169,10 +172,9 @@ class CausalLM(PretrainedLM):
 
     def check_depth(self, depth: int, adapters: Sequence[HintWriter | None] = ()) -> None:
         """Raise the error that scoring with the first `depth` layers would end in; see `PretrainedLM.check_depth`."""
-        try:
-            count = len(find_layers(self.model)[2])
-        except ModelError as error:
-            raise OptionError(f"{self.name} cannot be cut to its first layers: {error}") from error
+        if self._layers is None:
+            raise OptionError(f"{self.name} cannot be cut to its first layers: which modules they are cannot be told")
+        count = len(self._layers.modules)
         if not 1 <= depth < count:
             raise OptionError(f"layers={depth}: {self.name} has {count} layers; take from 1 to {count - 1} of them")
         for adapter in adapters:
@@ -182,8 +184,9 @@ class CausalLM(PretrainedLM):
 
     @contextmanager
     def _first_layers(self, depth: int) -> Iterator[None]:
+        assert self._layers is not None
         whole = self._depth
-        with first_layers(self.model, depth):
+        with self._layers.first(depth):
             self._depth = depth
             try:
                 yield
@@ -303,10 +306,14 @@ def _start(row: Row, hint: int) -> int:
 
 
 def _by_model(adapters: Sequence[HintWriter | None]) -> list[list[int]]:
-    """Return the rows that one and the same model can score: those of each adapter that changes it, and the others."""
-    groups: dict[int | None, list[int]] = {}
+    """Return the rows that can share a forward pass.
+
+    Those of each adapter that changes the model; of the others, those whose adapters read one layer's states, or none.
+    """
+    groups: dict[tuple[int | None, int | None], list[int]] = {}
     for row, adapter in enumerate(adapters):
-        groups.setdefault(id(adapter) if adapter is not None and adapter.changes_lm else None, []).append(row)
+        changing = id(adapter) if adapter is not None and adapter.changes_lm else None
+        groups.setdefault((changing, None if adapter is None else adapter.reads_layer), []).append(row)
     return list(groups.values())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import time
 import typing
 from importlib import resources
@@ -23,6 +24,7 @@ from qpeft.lm import CausalLM
 from qpeft.model_config import EMBEDDED, ModelConfig
 from qpeft.pretrained import LanguageModel
 from qpeft.provenance import fingerprint
+from qpeft.tuning import read_tuning, tuning_key
 from qpeft.types import Reranker
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,6 +40,7 @@ def load_lm(config: ModelConfig) -> LanguageModel:
     path = model_path(config.model)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     device = choose_device(config.device)
+    config = tuned(config, device)
     dtype = choose_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     try:
         settings = AutoConfig.from_pretrained(path, **options)
@@ -77,6 +80,28 @@ def load_lm(config: ModelConfig) -> LanguageModel:
     return lm
 
 
+def tuned(config: ModelConfig, device: torch.device) -> ModelConfig:
+    """Return the options with what `qpeft doctor --tune` found wherever they are left open; may set torch's threads."""
+    found = read_tuning(tuning_key_of(config, device))
+    if found is None:
+        return config
+    if found.threads is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(found.threads)
+    return dataclasses.replace(
+        config,
+        dtype=found.dtype if config.dtype == "auto" else config.dtype,
+        attention_kernel=found.attention_kernel if config.attention_kernel == "auto" else config.attention_kernel,
+        batch_tokens=config.batch_tokens or found.batch_tokens,
+    )
+
+
+def tuning_key_of(config: ModelConfig, device: torch.device) -> str:
+    """Return what measured settings of a model belong to."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    model = f"{config.model}@{config.revision}, quantization {config.quantization}"
+    return tuning_key(model, name, torch.__version__, bool(config.passage_cache or config.passage_cache_folder))
+
+
 def describe_lm(lm: LanguageModel, config: ModelConfig) -> dict[str, Any]:
     """Return what provenance says of an opened model."""
     return {
@@ -85,6 +110,8 @@ def describe_lm(lm: LanguageModel, config: ModelConfig) -> dict[str, Any]:
         "sha256": lm.sha256,
         "dtype": lm.dtype,
         "device": str(lm.device),
+        "attention_kernel": lm.attention_kernel,
+        "batch_tokens": lm.batch_tokens,
         "quantization": config.quantization,
         "max_length": lm.max_length,
     }

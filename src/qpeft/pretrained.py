@@ -8,6 +8,7 @@ Shapes: `B` rows, `T` positions, `N` scored positions of a batch, `K` scored pos
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -45,8 +46,14 @@ class LanguageModel(Protocol):
     name: str
     tokenizer: Any
     max_length: int
+    batch_tokens: int
     has_encoder: bool
     computed: Computed
+
+    @property
+    def attention_kernel(self) -> str:
+        """Name of what computes attention, as transformers knows it."""
+        ...
 
     @property
     def device(self) -> torch.device:
@@ -104,10 +111,20 @@ class PretrainedLM:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.model = model.eval().requires_grad_(False)
-        self._batch_tokens = batch_tokens
-        self._budget = batch_tokens  # halved when memory runs out, grows back afterwards
+        self.batch_tokens = batch_tokens
         self.shape = shape_of(self.model)
         self.computed = Computed()
+        self._turn = threading.Lock()  # forwards share memory, stored contexts and the switches of LoRA's layers
+
+    @property
+    def batch_tokens(self) -> int:
+        """Padded tokens that a forward may have."""
+        return self._batch_tokens
+
+    @batch_tokens.setter
+    def batch_tokens(self, count: int) -> None:
+        self._batch_tokens = count
+        self._budget = count  # halved when memory runs out, grows back afterwards
 
     @property
     def device(self) -> torch.device:
@@ -118,6 +135,11 @@ class PretrainedLM:
     def dtype(self) -> str:
         """Name of the weights' type, as the option `--dtype` spells it."""
         return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def attention_kernel(self) -> str:
+        """Name of what computes attention, as transformers knows it."""
+        return str(self.model.config._attn_implementation)
 
     @property
     def revision(self) -> str | None:
@@ -139,7 +161,7 @@ class PretrainedLM:
         adapters: HintWriter | Sequence[HintWriter | None] | None = None,
         depth: int | None = None,
     ) -> list[RowLogProbs]:
-        """Return the log-probabilities of each row's scored tokens, in order.
+        """Return the log-probabilities of each row's scored tokens, in order. Threads may call it; they take turns.
 
         Args:
             rows: token ids, of any lengths.
@@ -154,7 +176,7 @@ class PretrainedLM:
         each = list(adapters) if isinstance(adapters, Sequence) else [adapters] * len(rows)
         if depth is not None:
             self.check_depth(depth, each)
-        with nullcontext() if depth is None else self._first_layers(depth):
+        with self._turn, nullcontext() if depth is None else self._first_layers(depth):
             return self._log_probs(rows, with_passage, each)
 
     def check_depth(self, depth: int, adapters: Sequence[HintWriter | None] = ()) -> None:
@@ -194,7 +216,7 @@ class PretrainedLM:
             del waiting[-count:]
             for i, value in zip(chosen, values, strict=True):
                 results[i] = value
-        self._budget = min(self._batch_tokens, self._budget * 2)
+        self._budget = min(self.batch_tokens, self._budget * 2)
         return [result for result in results if result is not None]
 
     def _forward(

@@ -19,7 +19,8 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -29,9 +30,6 @@ import yaml
 
 from qpeft.errors import FormatError, InputError, OptionError, QueryError, nearest
 from qpeft.types import Passage, Query
-
-KNOWN_PASSAGES = 65_536
-"""Passages whose tokens a prompt remembers."""
 
 QuestionMark = Literal["keep", "add", "strip"]
 
@@ -166,6 +164,44 @@ class Row:
         return len(self.context) + len(self.target)
 
 
+class KeptTokens:
+    """Tokens of the texts that were read last; prompts with one tokenizer may share them.
+
+    Args:
+        characters: length of all these texts together; tokens take some ten bytes a character, at worst forty.
+    """
+
+    def __init__(self, characters: int = 32_000_000) -> None:
+        self._characters = characters
+        self._kept: OrderedDict[tuple[str, bool], tuple[int, ...]] = OrderedDict()
+        self._used = 0
+
+    def get(self, text: str, space: bool, tokenize: Callable[[], Sequence[int]]) -> tuple[int, ...]:
+        """Return a text's tokens, kept or made; `space`: whether one stands before it."""
+        found = self._kept.get((text, space))
+        if found is not None:
+            self._kept.move_to_end((text, space))
+            return found
+        found = tuple(tokenize())
+        self._keep(text, space, found)
+        return found
+
+    def read_ahead(
+        self, texts: Iterable[str], space: bool, tokenize: Callable[[list[str]], Sequence[Sequence[int]]]
+    ) -> None:
+        """Make the tokens of texts that are not kept yet, all together."""
+        new = [text for text in dict.fromkeys(texts) if text and (text, space) not in self._kept]
+        for text, ids in zip(new, tokenize(new) if new else (), strict=True):
+            self._keep(text, space, tuple(ids))
+
+    def _keep(self, text: str, space: bool, ids: tuple[int, ...]) -> None:
+        self._kept[text, space] = ids
+        self._used += len(text)
+        while self._used > self._characters:
+            (oldest, _), _ = self._kept.popitem(last=False)
+            self._used -= len(oldest)
+
+
 class Prompt:
     """A template bound to a tokenizer and to a budget in tokens.
 
@@ -176,6 +212,7 @@ class Prompt:
         max_passage_tokens: further bound on the passage.
         hint_length: vectors that an adapter writes for a query of so many tokens; room is kept for them.
         separate_target: the model has an encoder, which reads the context alone.
+        kept: where tokens of passages are kept for the next query; by default a store of its own.
     """
 
     def __init__(
@@ -187,6 +224,7 @@ class Prompt:
         max_passage_tokens: int | None = None,
         hint_length: Callable[[int], int] | None = None,
         separate_target: bool = False,
+        kept: KeptTokens | None = None,
     ) -> None:
         if hint_length is not None and hint_length(1) and "{hint}" not in template.context:
             raise OptionError(f"template {template.name!r} has no place for a hint: {{hint}} is missing in its context")
@@ -194,9 +232,10 @@ class Prompt:
         self.max_length = max_length
         self._tokenizer = tokenizer
         self._separate = separate_target
-        self._max_passage_tokens = max_passage_tokens
+        self.max_passage_tokens = max_passage_tokens
         self._hint_length = hint_length
-        self._known: dict[Passage, tuple[int, ...]] = {}
+        self._kept = kept or KeptTokens()
+        self._target = functools.lru_cache(256)(self._tokenize_target)  # its own, so that it goes with the prompt
         marked = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
         self._adds_space = bool(marked) and marked[0].startswith("▁")
         self._before, self._spaced_passage, self._after, self._hint_offset, blank = self._context_pieces()
@@ -215,6 +254,7 @@ class Prompt:
         overlap: int = 0,
         windows: bool = False,
         hint_query: Query | None = None,
+        max_passage_tokens: int | None = None,
     ) -> list[Row]:
         """Return the pair as one row, or, with `windows`, as one row per window of the passage.
 
@@ -225,6 +265,7 @@ class Prompt:
             overlap: tokens that consecutive windows share.
             windows: cover the whole passage instead of cutting it.
             hint_query: what an adapter reads instead of the query (a control: hints that belong to another query).
+            max_passage_tokens: a bound on this passage, beside that of the prompt; without windows.
 
         Raises:
             QueryError: the query is empty, or leaves no room for a passage.
@@ -243,6 +284,7 @@ class Prompt:
             return Row(context, target, scored, (start, end), hint, read, truncated)
 
         if not windows:
+            room = min(room, max_passage_tokens or room)
             return [row(ids[:room], len(ids) > room)]
         width = min(room, window or room)
         if width <= overlap:
@@ -253,7 +295,7 @@ class Prompt:
     def cut(self, max_passage_tokens: int) -> Prompt:
         """Return the same prompt with passages cut to so many tokens, or fewer where it cuts them to fewer."""
         shorter = copy.copy(self)
-        shorter._max_passage_tokens = min(max_passage_tokens, self._max_passage_tokens or max_passage_tokens)
+        shorter.max_passage_tokens = min(max_passage_tokens, self.max_passage_tokens or max_passage_tokens)
         return shorter
 
     def _hint_place(self, passage_end: int) -> int:
@@ -262,25 +304,23 @@ class Prompt:
         return len(self._before) + self._hint_offset if before_passage else passage_end + self._hint_offset
 
     def read_ahead(self, passages: Iterable[Passage]) -> None:
-        """Tokenise passages together, which the tokenizer does on all cores and with less ado than one by one."""
-        if len(self._known) > KNOWN_PASSAGES:
-            self._known.clear()
-        new = [passage for passage in dict.fromkeys(passages) if passage not in self._known]
-        texts = {passage: self.template.passage_text(passage) for passage in new}
-        self._known.update((passage, ()) for passage, text in texts.items() if not text)
-        some = [passage for passage, text in texts.items() if text]
-        if some:
-            lead = self._lead(self._spaced_passage)
-            all_ids = self._tokenizer([lead + texts[p] for p in some], add_special_tokens=False, verbose=False)
-            self._known.update(zip(some, map(tuple, all_ids["input_ids"]), strict=True))
+        """Tokenise passages together, which the tokenizer does on all cores."""
+        lead = self._lead(self._spaced_passage)
+
+        def tokenize(texts: list[str]) -> list[list[int]]:
+            found = self._tokenizer([lead + text for text in texts], add_special_tokens=False, verbose=False)
+            ids: list[list[int]] = found["input_ids"]
+            return ids
+
+        self._kept.read_ahead(map(self.template.passage_text, passages), self._spaced_passage, tokenize)
 
     def _passage_ids(self, passage: Passage) -> tuple[int, ...]:
-        if passage not in self._known:
-            self.read_ahead([passage])
-        return self._known[passage]
+        text = self.template.passage_text(passage)
+        if not text:
+            return ()
+        return self._kept.get(text, self._spaced_passage, lambda: self._ids(text, space=self._spaced_passage))
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019 — a prompt lives as long as its model
-    def _target(self, query: Query) -> tuple[tuple[int, ...], tuple[bool, ...], tuple[int, ...]]:
+    def _tokenize_target(self, query: Query) -> tuple[tuple[int, ...], tuple[bool, ...], tuple[int, ...]]:
         """Return the ids after the context, which of them are scored, and those of the query alone."""
         ids = self._ids(self.template.query_text(query), space=self._spaced_query)
         if not ids:
@@ -298,7 +338,7 @@ class Prompt:
                 f"the limit is {self.max_length} (a query is never cut)"
             )
         room = self.max_length - (fixed if self._separate else used)
-        return room if self._max_passage_tokens is None else min(room, self._max_passage_tokens)
+        return room if self.max_passage_tokens is None else min(room, self.max_passage_tokens)
 
     def _context_pieces(self) -> tuple[list[int], bool, list[int], int | None, str]:
         """Tokenise the literals of the context.

@@ -8,6 +8,8 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, ClassVar, NotRequired, Protocol, TypedDict, final
 
 import numpy as np
@@ -97,6 +99,10 @@ class Ranking:
         hits.sort(key=lambda hit: hit.passage_id.encode(), reverse=True)
         hits.sort(key=lambda hit: hit.score, reverse=True)
         return cls(query_id, tuple(hits))
+
+    def by_position(self) -> list[Hit]:
+        """Return the hits with equal scores in the order given, for passages whose ids are their positions."""
+        return sorted(self.hits, key=lambda hit: (-hit.score, int(hit.passage_id)))
 
     @property
     def constant(self) -> bool:
@@ -231,16 +237,11 @@ class Reranker(abc.ABC):
 
         Consecutive pairs with the same query are ranked as one list of candidates.
         """
+        groups = groupby(pairs, key=itemgetter(0))
         scores: list[float] = []
-        start = 0
-        while start < len(pairs):
-            end = start
-            while end < len(pairs) and pairs[end][0] == pairs[start][0]:
-                end += 1
-            ranked = self._hits(pairs[start][0], [text for _, text in pairs[start:end]])
-            by_position = {int(hit.passage_id): hit.score for hit in ranked}
-            scores += [by_position[i] for i in range(end - start)]
-            start = end
+        for ranking in self.rerank([_candidates(query, [text for _, text in group]) for query, group in groups]):
+            by_position = {int(hit.passage_id): hit.score for hit in ranking.hits}
+            scores += [by_position[position] for position in range(len(by_position))]
         return scores
 
     @final
@@ -254,16 +255,18 @@ class Reranker(abc.ABC):
         """
         if top_k is not None and top_k < 1:
             raise OptionError(f"top_k is {top_k}; it must be at least 1")
-        hits = sorted(self._hits(query, passages), key=lambda hit: (-hit.score, int(hit.passage_id)))
         ranked: list[RankedPassage] = []
-        for hit in hits[:top_k]:
+        for hit in self._ranking(query, passages).by_position()[:top_k]:
             entry = RankedPassage(corpus_id=int(hit.passage_id), score=hit.score)
             if return_documents:
                 entry["text"] = passages[int(hit.passage_id)]
             ranked.append(entry)
         return ranked
 
-    def _hits(self, query: str, passages: Sequence[str]) -> tuple[Hit, ...]:
-        candidates = Candidates(Query("query", query), tuple(Passage(str(i), text) for i, text in enumerate(passages)))
-        (ranking,) = self.rerank([candidates])
-        return ranking.hits
+    def _ranking(self, query: str, passages: Sequence[str]) -> Ranking:
+        (ranking,) = self.rerank([_candidates(query, passages)])
+        return ranking
+
+
+def _candidates(query: str, passages: Sequence[str]) -> Candidates:
+    return Candidates(Query("query", query), tuple(Passage(str(i), text) for i, text in enumerate(passages)))

@@ -156,6 +156,24 @@ def test_rows_of_several_adapters(make_lm, stored):
             lm.score(rows[:2], mixed)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_what_is_withdrawn_leaves_the_model_and_its_other_adapters_as_they_were(family, make_lm):
+    lm = make_lm(family)
+    rows = rows_for(lm, build("soft_prompt", lm))
+    alone = targets(lm.log_probs(rows))
+    size = sum(parameter.numel() for parameter in lm.model.parameters())
+    first, second = trained(lm, seed=1), trained(lm, seed=2)
+    expected = targets(lm.log_probs(rows, adapters=second))
+    first.withdraw()
+    third = trained(lm, seed=3)  # under a name of its own, though two are there again
+    assert_same(targets(lm.log_probs(rows, adapters=second)), expected)
+    assert distance(targets(lm.log_probs(rows, adapters=third)), expected) > 1e-3
+    second.withdraw()
+    third.withdraw()
+    assert sum(parameter.numel() for parameter in lm.model.parameters()) == size
+    assert_same(targets(lm.log_probs(rows)), alone)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
 def test_a_float32_adapter_on_a_bfloat16_model(family, make_lm):
     lm = make_lm(family, dtype=torch.bfloat16)

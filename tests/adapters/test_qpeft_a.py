@@ -252,6 +252,9 @@ def test_options_of_c(lm):
     rows = rows_for(lm, made[0])[:2]
     with pytest.raises(OptionError, match="read states of different layers"):
         lm.score(rows, made)
+    alone = [lm.log_probs([row], adapters=adapter)[0].target for row, adapter in zip(rows, made, strict=True)]
+    for one, other in zip(lm.log_probs(rows, adapters=made), alone, strict=True):
+        torch.testing.assert_close(one.target, other, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("length", [2, 5, 9])

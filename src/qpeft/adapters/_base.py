@@ -41,6 +41,9 @@ class Adapter(nn.Module, abc.ABC):
         """Return a context in which the model is changed, for adapters that do so."""
         return nullcontext()
 
+    def withdraw(self) -> None:
+        """Take back what was put into the model; the adapter cannot be used afterwards."""
+
     def peft_facts(self) -> dict[str, Any]:
         """Return PEFT's configuration of what changes the model; there is none where nothing does."""
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from qpeft.adapters.lora import CHANGES_LM, Config
 from qpeft.errors import MissingDependencyError, OptionError
 from qpeft.hints import Hints, Pairs
 from qpeft.lm import CausalLM
+
+_LABELS = itertools.count()
+"""A label is not used again, whatever was withdrawn."""
 
 
 class LoraAdapter(Adapter):
@@ -37,6 +41,7 @@ class LoraAdapter(Adapter):
         self.qpeft = _hint(config.hint, lm)
         self.reads_template = self.qpeft is not None and self.qpeft.reads_template
         self.peft_config, self.label, self._layers = _insert(config, resolve(config.modules, lm.model), lm)
+        self._peft_configs = lm.model.peft_config
         self.model = nn.Module()
         for path, layer in self._layers.items():
             own = _descend(self.model, path)
@@ -66,6 +71,12 @@ class LoraAdapter(Adapter):
             yield
         finally:
             self._switch([])
+
+    def withdraw(self) -> None:
+        """Take the additions out of the model."""
+        for layer in self._layers.values():
+            layer.delete_adapter(self.label)
+        del self._peft_configs[self.label]
 
     def peft_facts(self) -> dict[str, Any]:
         """Return what PEFT keeps in `adapter_config.json`."""
@@ -123,7 +134,7 @@ def _insert(config: Config, targets: Targets, lm: CausalLM) -> tuple[Any, str, d
         target_parameters=list(targets.parameters) or None,
         fan_in_fan_out=targets.transposed,
     )
-    label = f"qpeft{len(getattr(lm.model, 'peft_config', {}))}"
+    label = f"qpeft{next(_LABELS)}"
     with warnings.catch_warnings():
         # Several adapters in one model are what is wanted.
         warnings.filterwarnings("ignore", "Already found a `peft_config`")

@@ -8,6 +8,7 @@ Shapes: `n` query tokens, `m` passage tokens that the adapter reads, `k` chosen 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -154,6 +155,14 @@ def explain(
             )
         )
     return found
+
+
+def as_record(explanation: Explanation) -> dict[str, Any]:
+    """Return an explanation for JSON, without the passage."""
+    facts = dataclasses.asdict(explanation)
+    tokens = {"query_tokens": facts.pop("query"), "passage_tokens": facts.pop("tokens")}
+    del facts["passage"]
+    return {**facts, **tokens}
 
 
 def most_read(explanation: Explanation, count: int = 10) -> list[tuple[str, float]]:

@@ -6,7 +6,6 @@ score is the mean over the query's tokens.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -97,10 +96,11 @@ def run(config: Config, model: ModelConfig) -> None:
 
 
 def _line(query: str, index: int, explanation: Explanation) -> dict[str, Any]:
-    facts = dataclasses.asdict(explanation)
-    tokens = {"query_tokens": facts.pop("query"), "passage_tokens": facts.pop("tokens")}
-    passage = facts.pop("passage")
-    return {"query": query, "index": index, "title": passage["title"], "passage": passage["text"], **facts, **tokens}
+    from qpeft.analysis.explain import as_record
+
+    passage = explanation.passage
+    record = as_record(explanation)
+    return {"query": query, "index": index, "title": passage.title, "passage": passage.text, **record}
 
 
 def _print_tables(explanations: Sequence[Explanation]) -> None:

@@ -124,9 +124,9 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
 
     if not model.passage_cache and not getattr(adapters.load(config.adapter), "CHANGES_LM", False):
         model = dataclasses.replace(model, passage_cache=4.0)
+    lm: Any = load_lm(dataclasses.replace(model, dtype=begun.get("dtype", model.dtype)))
     # As in reranking: the last bits depend on the number type, which may be chosen by measurement, and on the threads.
     torch.set_num_threads(begun.get("threads", torch.get_num_threads()))
-    lm: Any = load_lm(dataclasses.replace(model, dtype=begun.get("dtype", model.dtype)))
     if lm.has_encoder:
         raise OptionError("training needs a decoder-only model")
     torch.manual_seed(config.seed)

@@ -51,7 +51,7 @@ def render(
         return _comparisons_csv(comparisons) if comparisons else _evaluations_csv(evaluations, costs)
     if format == "json":
         return _json(evaluations, comparisons, test, alpha, costs)
-    writers = {"text": _text, "markdown": _markdown, "latex": _latex}
+    writers = {"text": text_table, "markdown": _markdown, "latex": _latex}
     if format not in writers:
         raise OptionError(f"format {format!r} is not known{nearest(format, get_args(Format))}")
     tables = [measure_table(evaluations, comparisons, test=test, alpha=alpha, digits=digits)]
@@ -62,7 +62,8 @@ def render(
     return "\n".join(writers[format](table) for table in tables)
 
 
-def _text(table: Table) -> str:
+def text_table(table: Table) -> str:
+    """Return a table for the terminal."""
     # every number is followed by the place of its mark, and the name above it by a blank
     lines = [
         (*table.header[: table.names], *(name + " " for name in table.header[table.names :])),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import final
 
 from qpeft.errors import ScoreError
@@ -51,12 +51,17 @@ class Pointwise(Reranker):
         scores = iter(self._scorer.score(pairs))
         for item in items:
             scored = [(passage.id, next(scores)) for passage in item.passages]
-            ranking = Ranking.from_scores(item.query.id, _floor_unreadable(item.query.id, scored))
+            ranking = Ranking.from_scores(item.query.id, floor_unreadable(item.query.id, scored))
             self.counts.constant_queries += ranking.constant
             yield ranking
 
 
-def _floor_unreadable(query_id: str, scored: list[tuple[str, float]]) -> list[tuple[str, float]]:
+def floor_unreadable(query_id: str, scored: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Return (passage id, score) of one query, with one below the lowest score where a score is −∞.
+
+    Raises:
+        ScoreError: a score is NaN or +∞.
+    """
     for passage_id, score in scored:
         if math.isnan(score) or score == math.inf:
             raise ScoreError(f"query {query_id!r}, passage {passage_id!r}: the model gave the score {score}")

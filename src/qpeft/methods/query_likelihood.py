@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qpeft.errors import OptionError
 from qpeft.methods._pointwise import Pointwise
-from qpeft.template import Prompt, Row, Template, load_template
+from qpeft.template import KeptTokens, Prompt, Row, Template, load_template
 from qpeft.types import Passage, Query, Reranker, ScoringCounts
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
+    from qpeft.adapters._folder import AdapterFolder
     from qpeft.hints import HintWriter
     from qpeft.pretrained import LanguageModel, RowLogProbs
 
@@ -63,8 +64,16 @@ def build(config: Config, lm: LanguageModel) -> Reranker:
     return Pointwise(build_scorer(config, lm), config.queries_per_batch)
 
 
-def build_scorer(config: Config, lm: LanguageModel) -> QueryLikelihood:
+def build_scorer(
+    config: Config, lm: LanguageModel, opened: AdapterFolder | None = None, *, kept: KeptTokens | None = None
+) -> QueryLikelihood:
     """Return the scorer alone.
+
+    Args:
+        config: options.
+        lm: the language model.
+        opened: an adapter that is open already, in place of `config.adapter`.
+        kept: see `Prompt`.
 
     Raises:
         OptionError: options that contradict each other.
@@ -78,19 +87,24 @@ def build_scorer(config: Config, lm: LanguageModel) -> QueryLikelihood:
         if value is not None and value < least:
             raise OptionError(f"--{name} is {value}; it must be at least {least}")
     template = None if config.template is None else load_template(config.template)
-    if config.adapter is None:
-        return QueryLikelihood(config, lm, _prompt(config, lm, template or load_template("plain"), None))
+    adapter = opened or config.adapter
+    if adapter is None:
+        prompt = _prompt(config, lm, template or load_template("plain"), None, kept)
+        return QueryLikelihood(config, lm, prompt)
     from qpeft.adapters._folder import open_adapter
 
-    opened = open_adapter(config.adapter, lm, template, config.template)
+    opened = open_adapter(adapter, lm, template, config.template)
     if config.max_passage_tokens is None:
         config = dataclasses.replace(config, max_passage_tokens=opened.max_passage_tokens)
-    scorer = QueryLikelihood(config, lm, _prompt(config, lm, opened.template, opened.adapter), opened.adapter)
+    prompt = _prompt(config, lm, opened.template, opened.adapter, kept)
+    scorer = QueryLikelihood(config, lm, prompt, opened.adapter)
     scorer.facts["adapter"] = {"name": opened.name, "sha256": opened.sha256}
     return scorer
 
 
-def _prompt(config: Config, lm: LanguageModel, template: Template, adapter: HintWriter | None) -> Prompt:
+def _prompt(
+    config: Config, lm: LanguageModel, template: Template, adapter: HintWriter | None, kept: KeptTokens | None
+) -> Prompt:
     return Prompt(
         template,
         lm.tokenizer,
@@ -98,6 +112,7 @@ def _prompt(config: Config, lm: LanguageModel, template: Template, adapter: Hint
         max_passage_tokens=config.max_passage_tokens,
         hint_length=None if adapter is None else adapter.hint_length,
         separate_target=lm.has_encoder,
+        kept=kept,
     )
 
 
@@ -139,8 +154,8 @@ class QueryLikelihood:
         self.adapter = adapter
         self.with_passage = bool(config.document_prior)
         self._config = config
-        self._lm = lm
-        self._prompt = prompt
+        self.lm = lm
+        self.prompt = prompt
         self._hint_queries = hint_queries or {}
         self._depth = depth
 
@@ -150,12 +165,12 @@ class QueryLikelihood:
         Raises:
             OptionError: the model or the adapter cannot do with so many layers.
         """
-        config, prompt = self._config, self._prompt
+        config, prompt = self._config, self.prompt
         if passage_tokens is not None:
             config, prompt = dataclasses.replace(config, windows=0), prompt.cut(passage_tokens)
         if layers is not None:
-            self._lm.check_depth(layers, [self.adapter])
-        return QueryLikelihood(config, self._lm, prompt, self.adapter, self._hint_queries, layers)
+            self.lm.check_depth(layers, [self.adapter])
+        return QueryLikelihood(config, self.lm, prompt, self.adapter, self._hint_queries, layers)
 
     def check(self, query: Query) -> None:
         """Raise QueryError for a query that is empty or leaves no room for a passage."""
@@ -164,19 +179,23 @@ class QueryLikelihood:
     def score(self, pairs: Sequence[tuple[Query, Passage]]) -> list[float]:
         """Return the score of each pair, −∞ for a passage of zero tokens."""
         work = self.prepare(pairs)
-        values = self._lm.log_probs(work.rows, with_passage=self.with_passage, adapters=self.adapter, depth=self._depth)
+        values = self.lm.log_probs(work.rows, with_passage=self.with_passage, adapters=self.adapter, depth=self._depth)
         return self.pool(work, values)
 
-    def prepare(self, pairs: Sequence[tuple[Query, Passage]]) -> Work:
+    def prepare(self, pairs: Sequence[tuple[Query, Passage]], max_passage_tokens: int | None = None) -> Work:
         """Return the rows that the model must read, and count what happened to the input.
+
+        Args:
+            pairs: queries and passages.
+            max_passage_tokens: a bound on these passages, beside that of the options.
 
         Raises:
             QueryError: a query is empty or leaves no room for a passage.
         """
         work = Work([], [], len(pairs))
-        self._prompt.read_ahead(passage for _, passage in pairs)
+        self.prompt.read_ahead(passage for _, passage in pairs)
         for index, (query, passage) in enumerate(pairs):
-            for row in self._rows(query, passage):
+            for row in self._rows(query, passage, max_passage_tokens):
                 if row.passage[0] < row.passage[1]:
                     work.rows.append(row)
                     work.owners.append(index)
@@ -193,11 +212,11 @@ class QueryLikelihood:
             pooled[owner].append(self._row_score(value))
         return [self._pool(scores) for scores in pooled]
 
-    def _rows(self, query: Query, passage: Passage) -> list[Row]:
+    def _rows(self, query: Query, passage: Passage, max_passage_tokens: int | None = None) -> list[Row]:
         read = self._hint_queries.get(query.id)
         if not self._config.windows:
-            return self._prompt.rows(query, passage, hint_query=read)
-        return self._prompt.rows(
+            return self.prompt.rows(query, passage, hint_query=read, max_passage_tokens=max_passage_tokens)
+        return self.prompt.rows(
             query,
             passage,
             window=self._config.windows,

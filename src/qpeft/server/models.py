@@ -1,0 +1,189 @@
+"""What can be asked for: the base model alone, and each adapter over it.
+
+An adapter is found by its name in a listing of the folder; no path that a client sends is ever opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qpeft.adapters._folder import AdapterFolder, adapter_path, embedded_adapters, open_adapter
+from qpeft.errors import AdapterError, InputError, OptionError, QpeftError, nearest
+from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, read_calibration
+from qpeft.methods.query_likelihood import Config, QueryLikelihood, build_scorer
+from qpeft.model_config import EMBEDDED
+from qpeft.pretrained import LanguageModel
+from qpeft.server.logs import log
+from qpeft.server.settings import Settings
+from qpeft.template import KeptTokens
+from qpeft.types import Passage, Query
+
+KEPT_CHARACTERS = 8_000_000
+"""Of documents whose tokens are kept; some 100 MB."""
+
+
+class UnknownModelError(InputError):
+    """A model or an adapter that is not there."""
+
+
+@dataclass(eq=False)
+class ServedModel:
+    """A name that requests may ask for.
+
+    `calibration` turns the raw scores of a query's documents into probabilities; without one, the geometric mean of the
+    query tokens' probabilities stands for it.
+    """
+
+    name: str
+    scorer: QueryLikelihood
+    adapter: AdapterFolder | None = None
+    calibration: Calibration | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+    users: int = 0
+    _unused: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Count a user within this context."""
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
+            self._unused.set()
+
+    async def unused(self) -> None:
+        """Return once nobody uses it."""
+        while self.users:
+            self._unused.clear()
+            await self._unused.wait()
+
+
+class Models:
+    """The served models; all share one base.
+
+    Args:
+        lm: the base.
+        settings: options.
+    """
+
+    def __init__(self, lm: LanguageModel, settings: Settings) -> None:
+        self.lm = lm
+        self.base = Path(lm.name).name if Path(lm.name).is_dir() else lm.name
+        self._settings = settings
+        self._folder = None if settings.adapters is None else Path(settings.adapters)
+        config = Config(template=settings.template, max_passage_tokens=settings.max_passage_tokens)
+        self._kept = KeptTokens(KEPT_CHARACTERS)
+        scorer = build_scorer(config, lm, kept=self._kept)
+        calibration = read_calibration(settings.calibration) if settings.calibration else None
+        if calibration is not None:
+            calibration.check(self._origin(scorer, config), f"--calibration {settings.calibration}")
+        self._served = {self.base: ServedModel(self.base, scorer, calibration=calibration)}
+
+    @property
+    def served(self) -> dict[str, ServedModel]:
+        """What can be asked for now, the base first."""
+        return dict(self._served)
+
+    def find(self, name: str | None) -> ServedModel:
+        """Return the model of a name; None is the base.
+
+        Raises:
+            UnknownModelError: there is none of that name.
+        """
+        found = self._served.get(name or self.base)
+        if found is None:
+            raise UnknownModelError(f"no model {str(name)[:200]!r}{nearest(str(name)[:200], self._served)}")
+        return found
+
+    def available(self) -> dict[str, Path]:
+        """Return the adapter folders by name: the embedded ones for the embedded model, then those of the folder."""
+        found = {}
+        if self.lm.name == EMBEDDED:
+            found = {name: adapter_path(name) for name in embedded_adapters()}
+        if self._folder is not None and self._folder.is_dir():
+            found |= {path.name: path for path in sorted(self._folder.iterdir()) if _usable(path, self._folder)}
+        return found
+
+    def open(self, name: str) -> ServedModel:
+        """Open an adapter of the folder; to be called where the model may be touched. It is not served yet.
+
+        Raises:
+            UnknownModelError: the folder has none of that name.
+            AdapterError: it is damaged, or made for another model.
+        """
+        available = self.available()
+        if name not in available:
+            raise UnknownModelError(f"no adapter {name!r}{nearest(name, available)}")
+        try:
+            opened = open_adapter(available[name], self.lm, None)
+        except OptionError as error:
+            raise AdapterError(str(error)) from error
+        config = Config(max_passage_tokens=self._settings.max_passage_tokens)
+        try:
+            scorer = build_scorer(config, self.lm, opened, kept=self._kept)
+            if opened.calibration is not None:
+                opened.calibration.check(self._origin(scorer, config), f"adapter {name!r}: its calibration")
+            made = ServedModel(f"{self.base}:{name}", scorer, opened, opened.calibration)
+            warm_up(made)
+        except BaseException as error:
+            opened.adapter.withdraw()
+            if isinstance(error, InputError):
+                raise AdapterError(str(error)) from error
+            raise
+        return made
+
+    def _origin(self, scorer: QueryLikelihood, config: Config) -> ScoreOrigin:
+        """Return what a scorer's scores are scores of."""
+        model = {"name": self.lm.name, "revision": self.lm.revision, "sha256": self.lm.sha256}
+        return ScoreOrigin.of(model, scorer.facts, "query_likelihood", dataclasses.asdict(config))
+
+    def serve(self, model: ServedModel) -> ServedModel | None:
+        """Let a model be asked for, from now on; return what had its name before."""
+        before = self._served.get(model.name)
+        self._served[model.name] = model
+        return before
+
+    def drop(self, name: str) -> ServedModel:
+        """Take an adapter out of service; it may still be in use.
+
+        Raises:
+            UnknownModelError: it is not served.
+        """
+        adapters = {key.removeprefix(f"{self.base}:"): key for key in self._served if key != self.base}
+        if name not in adapters:
+            raise UnknownModelError(f"adapter {name!r} is not served{nearest(name, adapters)}")
+        return self._served.pop(adapters[name])
+
+    def open_all(self) -> None:
+        """Serve every adapter that fits the base; one that does not is logged."""
+        warm_up(self._served[self.base])
+        if self.lm.has_encoder:
+            return
+        for name in self.available():
+            try:
+                self.serve(self.open(name))
+            except QpeftError as error:
+                log("adapter not served", logging.WARNING, adapter=name, reason=str(error))
+
+
+def _usable(path: Path, root: Path) -> bool:
+    """Return whether this is a folder whose files all lie within `root`, whatever the links, and has a plain name."""
+    try:
+        real = [each.resolve(strict=True) for each in (path, *path.iterdir())]
+    except (OSError, RuntimeError):
+        return False
+    inside = all(each.is_relative_to(root.resolve()) for each in real)
+    return inside and path.name.isprintable() and not path.name.startswith(".")
+
+
+def warm_up(model: ServedModel) -> None:
+    """Score something once, so that the first request does not pay for what is set up on first use."""
+    model.scorer.score([(Query("query", "what is this"), Passage("passage", "this is a passage"))])

@@ -1,0 +1,250 @@
+"""One queue for all: batches are shared and fair, nobody waits for who has gone, and a fault stays with its request."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+
+from qpeft.errors import QueryError
+from qpeft.methods.query_likelihood import Config, build_scorer
+from qpeft.server.batcher import Batcher, OverloadedError
+from qpeft.server.metrics import Metrics
+from qpeft.types import Passage, Query
+from tiny_adapters import build
+from tiny_server import QUERY, Watched
+
+
+@pytest.fixture
+def lm(make_lm):
+    return Watched(make_lm("llama"))
+
+
+def pairs(count, word="sky", query=QUERY):
+    return [(Query("q", query), Passage("p", f"the {word} {'and the sea ' * (i % 7)}")) for i in range(count)]
+
+
+def words(lm, batch):
+    """Return the second word of each passage of a batch."""
+    rows, _ = lm.batches[batch]
+    return [lm.tokenizer.decode([row.context[row.passage[0] + 1]]) for row in rows]
+
+
+@asynccontextmanager
+async def batching(**options):
+    batcher = Batcher(Metrics(), **{"batch_pairs": 8, "queue_pairs": 100, "max_wait": 0, **options})
+    batcher.start()
+    try:
+        yield batcher
+    finally:
+        await batcher.close()
+
+
+async def in_thread(function):
+    return await asyncio.get_running_loop().run_in_executor(None, function)
+
+
+async def queued(batcher, count):
+    while batcher.queued != count:
+        await asyncio.sleep(0)
+
+
+def test_requests_share_a_batch_and_get_their_own_scores(lm):
+    scorer = build_scorer(Config(), lm)
+    asked = [pairs(3, "sea"), pairs(1, "moon"), pairs(4, "lake")]
+    alone = [scorer.score(each) for each in asked]
+    lm.forget()
+
+    async def run():
+        async with batching() as batcher:
+            return await asyncio.gather(*(batcher.score(scorer, each) for each in asked))
+
+    found = asyncio.run(run())
+    assert len(lm.batches) == 1
+    for one, scores in zip(found, alone, strict=True):
+        assert one.scores == pytest.approx(scores, abs=1e-5)
+    assert sum(tokens for one in found for tokens in one.tokens) == sum(len(row) for row in lm.batches[0][0])
+
+
+def test_a_lone_request_waits_for_company_but_not_for_ever(lm):
+    scorer = build_scorer(Config(), lm)
+
+    async def together():
+        async with batching(max_wait=3600) as batcher:
+            first = asyncio.create_task(batcher.score(scorer, pairs(5)))
+            await queued(batcher, 5)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert not lm.batches
+            await asyncio.gather(first, batcher.score(scorer, pairs(3)))
+            assert len(lm.batches) == 1
+
+    async def alone():
+        async with batching(max_wait=0.001) as batcher:
+            await batcher.score(scorer, pairs(2))
+
+    asyncio.run(together())
+    asyncio.run(alone())
+
+
+def test_a_short_request_does_not_wait_for_the_end_of_a_long_one(lm):
+    scorer = build_scorer(Config(), lm)
+
+    async def run():
+        done = []
+
+        async def ask(name, count):
+            await batcher.score(scorer, pairs(count, name))
+            done.append(name)
+
+        async with batching() as batcher:
+            lm.close()
+            long = [asyncio.create_task(ask(name, 40)) for name in ("sea", "lake")]
+            await in_thread(lm.wait_for_batch)
+            short = asyncio.create_task(ask("moon", 2))
+            await queued(batcher, 74)
+            lm.open()
+            await asyncio.gather(*long, short)
+        return done
+
+    assert asyncio.run(run()) == ["moon", "sea", "lake"]
+    assert "moon" in words(lm, 1) + words(lm, 2)
+    assert {"sea", "lake"} == set(words(lm, 0))
+    assert max(len(rows) for rows, _ in lm.batches) == 8
+
+
+def test_a_cancelled_request_leaves_the_queue(lm):
+    scorer = build_scorer(Config(), lm)
+
+    async def run():
+        async with batching() as batcher:
+            lm.close()
+            first = asyncio.create_task(batcher.score(scorer, pairs(8, "sea")))
+            await in_thread(lm.wait_for_batch)
+            gone = asyncio.create_task(batcher.score(scorer, pairs(12, "king")))
+            half = asyncio.create_task(batcher.score(scorer, pairs(1, "moon")))
+            await queued(batcher, 13)
+            gone.cancel()
+            await queued(batcher, 1)
+            lm.open()
+            await asyncio.gather(first, half)
+            assert gone.cancelled()
+
+    asyncio.run(run())
+    assert [words(lm, i) for i in range(len(lm.batches))] == [["sea"] * 8, ["moon"]]
+
+
+def test_a_request_cancelled_in_its_midst_is_scored_no_further(lm):
+    scorer = build_scorer(Config(), lm)
+
+    async def run():
+        async with batching() as batcher:
+            lm.close()
+            gone = asyncio.create_task(batcher.score(scorer, pairs(40, "king")))
+            await in_thread(lm.wait_for_batch)
+            gone.cancel()
+            await queued(batcher, 0)
+            lm.open()
+            await batcher.score(scorer, pairs(1, "moon"))
+
+    asyncio.run(run())
+    assert [len(rows) for rows, _ in lm.batches] == [8, 1]
+
+
+def test_a_full_queue_refuses_with_a_time(lm):
+    scorer = build_scorer(Config(), lm)
+
+    async def run():
+        async with batching(queue_pairs=10) as batcher:
+            lm.close()
+            first = asyncio.create_task(batcher.score(scorer, pairs(8)))
+            await in_thread(lm.wait_for_batch)
+            large = asyncio.create_task(batcher.score(scorer, pairs(30)))  # an empty queue takes any
+            await queued(batcher, 30)
+            with pytest.raises(OverloadedError) as refused:
+                await batcher.score(scorer, pairs(1))
+            assert 1 <= refused.value.retry_after <= 60
+            lm.open()
+            await asyncio.gather(first, large)
+            await batcher.score(scorer, pairs(1))
+
+    asyncio.run(run())
+
+
+def test_only_the_poisoned_request_fails(lm):
+    scorer = build_scorer(Config(), lm)
+    lm.poison = lm.tokenizer.convert_tokens_to_ids("lion")
+    asked = [pairs(2, "sea"), pairs(2, "lion"), pairs(2, "lake"), pairs(2, "moon", " ")]
+
+    async def run():
+        async with batching() as batcher:
+            return await asyncio.gather(*(batcher.score(scorer, each) for each in asked), return_exceptions=True)
+
+    sea, lion, lake, empty = asyncio.run(run())
+    assert isinstance(lion, RuntimeError)
+    assert isinstance(empty, QueryError)
+    assert sea.scores == pytest.approx(scorer.score(asked[0]), abs=1e-5)
+    assert lake.scores == pytest.approx(scorer.score(asked[2]), abs=1e-5)
+
+
+def test_adapters_and_layers_mix_in_one_batch(lm):
+    adapters = [None, build("qpeft_a", lm, trained=True), build("qpeft_r", lm, trained=True)]
+    adapters += [build("qpeft_c", lm, trained=True), build("lora", lm), build("qpeft_c", lm, trained=True, layer=1)]
+    scorers = []
+    for adapter in adapters:
+        scorer = build_scorer(Config(template="qpeft"), lm)
+        scorer.adapter = adapter
+        scorers.append(scorer)
+    asked = pairs(1, "sea")
+    alone = [scorer.score(asked) for scorer in scorers]
+    assert len({round(score, 3) for (score,) in alone}) >= 4
+    lm.forget()
+
+    async def run():
+        async with batching() as batcher:
+            return await asyncio.gather(*(batcher.score(scorer, asked) for scorer in scorers))
+
+    found = asyncio.run(run())
+    assert len(lm.batches) == 1
+    for one, scores in zip(found, alone, strict=True):
+        assert one.scores == pytest.approx(scores, abs=1e-4)
+
+
+def test_calls_and_batches_take_turns(lm):
+    scorer = build_scorer(Config(), lm)
+    order = []
+
+    async def run():
+        async with batching() as batcher:
+            lm.close()
+            scoring = asyncio.create_task(batcher.score(scorer, pairs(24)))
+            await in_thread(lm.wait_for_batch)
+            calls = [asyncio.create_task(batcher.run(lambda: order.append(len(lm.batches)))) for _ in range(2)]
+            await asyncio.sleep(0)
+            lm.open()
+            await asyncio.gather(scoring, *calls)
+
+    asyncio.run(run())
+    assert order == [1, 2]
+
+
+def test_what_waits_at_the_end_is_cancelled(lm):
+    scorer = build_scorer(Config(), lm)
+
+    async def run():
+        async with batching() as batcher:
+            lm.close()
+            asked = asyncio.create_task(batcher.score(scorer, pairs(20)))
+            await in_thread(lm.wait_for_batch)
+            closing = asyncio.create_task(batcher.close())
+            await asyncio.sleep(0)
+            lm.open()
+            await closing
+            with pytest.raises(asyncio.CancelledError):
+                await asked
+
+    asyncio.run(run())
+    assert len(lm.batches) == 1
+
+
+def test_the_words_that_tell_batches_apart_are_tokens(lm):
+    assert lm.tokenizer.unk_token not in lm.tokenizer.tokenize("sea moon lake king lion")
