@@ -6,7 +6,7 @@ Run by `scoring.py --ablation`; `scoring.py --profile FILE` writes where the tim
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,8 @@ class Bench:
         self.items = items
         self.count = sum(len(item.passages) for item in items)
         self.lm: Any = load_lm(ModelConfig(folder, dtype=dtype, **self.settings))
-        self.cached_tokens: int = load_lm(ModelConfig(folder, dtype=dtype, passage_cache=1, **self.settings))._batch_tokens
+        cached: Any = load_lm(ModelConfig(folder, dtype=dtype, passage_cache=1, **self.settings))
+        self.cached_tokens: int = cached._batch_tokens
         self.padded: dict[str, float] = {}
         self.cases: dict[str, Case] = {}
 
@@ -200,5 +201,3 @@ def profile(args: argparse.Namespace, workplace: Path) -> None:
         table = seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40)
         parts.append(f"{args.shape}, {args.dtype}, {name}: {case.pairs} pairs in {case.seconds[-1]:.2f} s\n\n{table}")
     args.profile.write_text("\n\n".join(parts), encoding="utf-8")
-
-

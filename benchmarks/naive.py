@@ -1,7 +1,7 @@
 """The straightforward way to score queries, as published scripts for query likelihood do it.
 
-Prompts are tokenised together and padded to the longest of their batch; the model writes logits at every position; their
-log-softmax is taken whole, and the query's tokens are picked from it.
+Prompts are tokenised together and padded to the longest of their batch; the model writes logits at every position;
+their log-softmax is taken whole, and the query's tokens are picked from it.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 They are installed apart (`make bench-env`) and imported here only. Each is opened as its documentation shows, with the
 model that stands in a local folder; one that is absent, or does not run, is named in the result with the reason.
 
-Cross-encoders have random heads: what they say is worthless, what they take is not. Those that read only T5 get a random
-T5, and ours reads the same.
+Cross-encoders have random heads: what they say is worthless, what they take is not. Those that read only T5 get a
+random T5, and ours reads the same.
 """
 
 from __future__ import annotations
@@ -147,6 +147,7 @@ def ours_on_t5(folder: str, dtype: torch.dtype) -> Score:
     return score
 
 
+OURS_T5 = "qpeft, bf16 (T5)"
 FLOAT, HALF = torch.float32, torch.bfloat16
 CROSS_ENCODERS: dict[str, tuple[Callable[[str, torch.dtype], Score], torch.dtype]] = {
     "sentence-transformers CrossEncoder, fp32": (sentence_transformers, FLOAT),
@@ -163,7 +164,7 @@ T5: dict[str, tuple[Callable[[str, torch.dtype], Score], torch.dtype]] = {
     "rerankers UPRRanker, bf16 (T5)": (rerankers_upr, HALF),
     "llm-rankers qlm, fp32 (T5)": (llm_rankers_qlm, FLOAT),
     "qpeft, fp32 (T5)": (ours_on_t5, FLOAT),
-    "qpeft, bf16 (T5)": (ours_on_t5, HALF),
+    OURS_T5: (ours_on_t5, HALF),
 }
 
 

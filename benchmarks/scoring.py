@@ -1,16 +1,17 @@
 """Scoring speed beside other ways to do the same work, all in one run and in turn.
 
-    python benchmarks/scoring.py --collection DIR --output benchmarks/results/scoring-tiny-lm-cpu.json
-    python benchmarks/scoring.py --collection DIR --shape qwen3-0.6b --output benchmarks/results/scoring-qwen3-0.6b-cpu.json
-    python benchmarks/scoring.py --collection DIR --ablation --output benchmarks/results/ablation-tiny-lm-cpu.json
-    python benchmarks/scoring.py --collection DIR --profile benchmarks/results/profile-tiny-lm-cpu.txt
+    python benchmarks/scoring.py --output benchmarks/results/scoring-tiny-lm-cpu.json
+    python benchmarks/scoring.py --shape qwen3-0.6b --output benchmarks/results/scoring-qwen3-0.6b-cpu.json
+    python benchmarks/scoring.py --ablation --output benchmarks/results/ablation-tiny-lm-cpu.json
+    python benchmarks/scoring.py --profile benchmarks/results/profile-tiny-lm-cpu.txt
 
-DIR is a BEIR folder; without one, the embedded collection is taken. `--quick` tries everything on a few pairs. Each takes
-three to seven minutes on two cores. Peers are installed by `make bench-env`, into an environment of their own.
+`--collection DIR` takes a BEIR folder instead of the embedded collection, `--quick` tries everything on a few pairs.
+Peers are installed by `make bench-env`, into an environment of their own.
 
 From texts to scores, tokenising included: the plain loop in float32 and bfloat16 (`naive.py`), other packages
 (`peers.py`), ours without a passage cache, with an empty one, and with a filled one; and the bare matrix products that
-the pairs need (`ceiling.py`). The loop and ours must give the same scores, or the comparison is void and the script fails.
+the pairs need (`ceiling.py`). The loop and ours must give the same scores, or the comparison is void and the script
+fails.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ import pairs  # noqa: E402
 import tables  # noqa: E402
 from ceiling import Ceiling, needed  # noqa: E402
 from naive import Loop, logits_bytes  # noqa: E402
-from peers import Score, open_peers, reason  # noqa: E402
+from peers import OURS_T5, Score, open_peers, reason  # noqa: E402
 from qpeft.context_store import ContextStore  # noqa: E402
 from qpeft.loading import load_lm  # noqa: E402
 from qpeft.methods.query_likelihood import Config, QueryLikelihood, build_scorer  # noqa: E402
@@ -48,6 +49,8 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
 ROWS = (16, 32, 64)
 LOGITS = 4 * 2**30
 """Bytes that the loop's log-probabilities may take; larger batches are not tried."""
+STORE = 8
+"""GiB of passage cache."""
 SIZES = {True: (3, 64, 5), False: (2, 16, 3)}
 """Queries, candidates of each, and rounds: for the embedded model, and for larger ones."""
 PEER_PAIRS = 32
@@ -78,7 +81,7 @@ def plain(lm: Any) -> QueryLikelihood:
 
 def best_loop(model: Any, tokenizer: Any, items: Sequence[Candidates]) -> tuple[Loop, dict[str, Any]]:
     """Return the loop with the batch size that is quickest here, and what each size did."""
-    width = max(len(text.split()) for item in items for text in [p.text for p in item.passages]) * 2
+    width = max(len(tokenizer(passage.text)["input_ids"]) for passage in items[0].passages)
     tried: dict[str, Any] = {}
     best: tuple[float, Loop] | None = None
     for rows in ROWS:
@@ -87,7 +90,7 @@ def best_loop(model: Any, tokenizer: Any, items: Sequence[Candidates]) -> tuple[
             tried[str(rows)] = f"not run: its log-probabilities would take {wanted / 2**30:.1f} GiB"
             continue
         loop = Loop(model, tokenizer, rows)
-        case = Case(lambda loop=loop: loop(items[:1]), len(items[0].passages))
+        case = Case(lambda loop=loop: loop(items), len(items[0].passages))
         case.time()
         tried[str(rows)] = round(case.pairs / case.seconds[0], 2)
         if best is None or case.seconds[0] < best[0]:
@@ -117,66 +120,102 @@ def check(scores: dict[str, Sequence[float]], dtype: str) -> dict[str, dict[str,
     return found
 
 
+class Bench:
+    """The pairs, and the models that score them.
+
+    `first` are the first query's candidates: what is slow scores these alone, and is compared by pairs per second.
+    """
+
+    def __init__(self, args: argparse.Namespace, workplace: Path) -> None:
+        self.items = pairs.candidates(args.collection, args.queries, args.depth, args.depth, args.split)
+        self.first = self.items[:1]
+        self.count, self.first_count = len(pairs.texts(self.items)), len(pairs.texts(self.first))
+        self.dtype = args.dtype
+        self.folder = model_folder(args.shape, workplace / "model")
+        self.lm = self.open(args.dtype)
+        self.cached = self.open(args.dtype, passage_cache=STORE)
+        self.warm = plain(self.cached)
+        self.loops: dict[str, Loop] = {}
+        self.tried: dict[str, Any] = {}
+        for name, dtype in ((LOOP, torch.float32), (LOOP_HALF, torch.bfloat16)):
+            model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
+            self.loops[name], self.tried[name] = best_loop(model, self.lm.tokenizer, self.first)
+        self.rows = plain(self.lm).prepare(pairs.texts(self.items)).rows
+        self.bare = Ceiling(*needed(self.lm, self.rows), getattr(torch, args.dtype), "cpu")
+        self.bare_float = Ceiling(*needed(self.lm, self.rows[: self.first_count]), torch.float32, "cpu")
+
+    def open(self, dtype: str, **options: Any) -> Any:
+        """Return the model as our commands open it."""
+        return load_lm(ModelConfig(self.folder, device="cpu", dtype=dtype, max_length=MAX_LENGTH, **options))
+
+    def agreement(self) -> dict[str, dict[str, float]]:
+        """Score the first query's candidates in all ways that should agree, and fill the passage cache.
+
+        Raises:
+            DisagreementError: they do not.
+        """
+        one = pairs.texts(self.first)
+        scores: dict[str, Sequence[float]] = {name: loop(self.first) for name, loop in self.loops.items()}
+        scores[OURS] = plain(self.lm).score(one)
+        scores[COLD] = self.warm.score(one)
+        scores[WARM] = self.warm.score(one)
+        self.warm.score(pairs.texts(self.items))
+        scores["qpeft, fp32"] = plain(self.open("float32")).score(one)
+        return check(scores, self.dtype)
+
+    def cases(self) -> dict[str, Case]:
+        """Return what is timed of ours, of the loop and of the bare products."""
+        filled = self.cached.store
+
+        def store(kept: bool) -> None:
+            self.cached.store = filled if kept else ContextStore(STORE * 2**30)
+
+        def each_query(scorer: Callable[[], QueryLikelihood]) -> Callable[[], Any]:
+            def run() -> None:
+                own = scorer()
+                for item in self.items:
+                    own.score(pairs.texts([item]))
+
+            return run
+
+        return {
+            **{name: Case(lambda loop=loop: loop(self.first), self.first_count) for name, loop in self.loops.items()},
+            OURS: Case(each_query(lambda: plain(self.lm)), self.count),
+            COLD: Case(each_query(lambda: plain(self.cached)), self.count, before=lambda: store(False)),
+            WARM: Case(each_query(lambda: self.warm), self.count, before=lambda: store(True)),
+            BARE: Case(self.bare, self.count),
+            BARE_FLOAT: Case(self.bare_float, self.first_count),
+        }
+
+
 def compare(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
     """Measure everything side by side."""
-    items = pairs.candidates(args.collection, args.queries, args.depth, args.depth, args.split)
-    first, everything = items[:1], pairs.texts(items)
-    folder = model_folder(args.shape, workplace / "model")
-    settings = {"device": "cpu", "dtype": args.dtype, "max_length": MAX_LENGTH}
-    lm: Any = load_lm(ModelConfig(folder, **settings))
-    cached: Any = load_lm(ModelConfig(folder, passage_cache=8, **settings))
-    loops, tried = {}, {}
-    for name, dtype in ((LOOP, torch.float32), (LOOP_HALF, torch.bfloat16)):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        loops[name], tried[name] = best_loop(model, lm.tokenizer, items)
-    warm = plain(cached)
-    scores: dict[str, Sequence[float]] = {name: loop(first) for name, loop in loops.items()}
-    one = pairs.texts(first)
-    scores[OURS] = plain(lm).score(one)
-    scores[COLD] = warm.score(one)
-    warm.score(everything)
-    filled = cached.store
-    scores[WARM] = warm.score(one)
-    exact = load_lm(ModelConfig(folder, **{**settings, "dtype": "float32"}))
-    scores["qpeft, fp32"] = plain(exact).score(one)
-    del exact
-    agreement = check(scores, args.dtype)
-
-    rows = plain(lm).prepare(everything).rows
-    bare = Ceiling(*needed(lm, rows), getattr(torch, args.dtype), "cpu")
-    bare_float = Ceiling(*needed(lm, rows[: len(one)]), torch.float32, "cpu")
-
-    def use(store: ContextStore | None) -> Callable[[], None]:
-        return lambda: setattr(cached, "store", ContextStore(8 * 2**30) if store is None else store)
-
-    cases = {name: Case(lambda loop=loop: loop(first), len(one)) for name, loop in loops.items()}
-    cases[OURS] = Case(lambda: [plain(lm).score(pairs.texts([item])) for item in items], len(everything))
-    cases[COLD] = Case(
-        lambda: [plain(cached).score(pairs.texts([item])) for item in items], len(everything), before=use(None)
-    )
-    cases[WARM] = Case(
-        lambda: [warm.score(pairs.texts([item])) for item in items], len(everything), before=use(filled)
-    )
-    cases[BARE] = Case(bare, len(everything))
-    cases[BARE_FLOAT] = Case(bare_float, len(one))
-    some = [Candidates(first[0].query, first[0].passages[:PEER_PAIRS])]
-    theirs, absent = warmed(*open_peers(args.shape, folder, workplace), some)
+    bench = Bench(args, workplace)
+    agreement = bench.agreement()
+    cases = bench.cases()
+    some = [Candidates(bench.first[0].query, bench.first[0].passages[:PEER_PAIRS])]
+    theirs, absent = warmed(*open_peers(args.shape, bench.folder, workplace), some)
     cases |= {name: Case(lambda score=score: score(some), len(some[0].passages)) for name, score in theirs.items()}
     interleave(cases, args.rounds)
     return {
         "kind": "scoring",
         "shape": args.shape,
         "dtype": args.dtype,
-        "pairs": pairs.facts(items),
-        "gflop per pair": round(bare.flops / len(everything) / 1e9, 3),
-        "gflop per second": round(bare.flops / min(cases[BARE].seconds) / 1e9, 1),
-        "loop batch sizes": tried,
+        "pairs": pairs.facts(bench.items),
+        "gflop per pair": round(bench.bare.flops / bench.count / 1e9, 3),
+        "gflop per second, alone": round(bench.bare.flops / min(cases[BARE].seconds) / 1e9, 1),
+        "loop batch sizes": bench.tried,
         "agreement": agreement,
         "cases": {name: case.result() for name, case in cases.items()},
         "absent": absent,
-        "against": {name: ratio(cases[OURS], case) for name, case in cases.items() if name != OURS},
+        "against": {name: ratio(cases[counterpart(name)], case) for name, case in cases.items()},
         "targets": targets(cases, args.shape),
     }
+
+
+def counterpart(name: str) -> str:
+    """Return which of ours reads the same model."""
+    return OURS_T5 if name.endswith("(T5)") else OURS
 
 
 def warmed(

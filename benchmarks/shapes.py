@@ -75,6 +75,4 @@ def open_lm(shape: str, device: str) -> CausalLM:
         lm: Any = load_lm(ModelConfig(EMBEDDED, device=device, dtype="bfloat16"))
         return lm
     tokenizer = AutoTokenizer.from_pretrained(model_path(EMBEDDED))
-    return CausalLM(
-        random_model(shape, device), tokenizer, name=shape, max_length=MAX_LENGTH, batch_tokens=65_536
-    )
+    return CausalLM(random_model(shape, device), tokenizer, name=shape, max_length=MAX_LENGTH, batch_tokens=65_536)

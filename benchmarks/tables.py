@@ -51,8 +51,7 @@ def rate(case: dict[str, Any]) -> str:
 def scoring(result: dict[str, Any]) -> str:
     """Return the tables of `scoring.py`."""
     against = result["against"]
-    cases = [[name, rate(case), spread(against[name]) if name in against else "1"]
-             for name, case in result["cases"].items()]  # fmt: skip
+    cases = [[name, rate(case), spread(against[name])] for name, case in result["cases"].items()]
     absent = [[name, why, ""] for name, why in result["absent"].items()]
     wanted = [
         [f"{each['case']} / {each['against']}", f"≥ {each['wanted']:g}", spread(each["measured"]),
@@ -64,7 +63,7 @@ def scoring(result: dict[str, Any]) -> str:
         [
             _pairs(result) + f" {result['gflop per pair']:g} GFLOP a pair. Largest differences from the float32 loop's "
             "scores: " + ", ".join(f"{name} {found['largest difference']:.1e}" for name, found in agreement) + " nats.",
-            table(["way", "pairs/s (slowest–quickest round)", "qpeft is so many times as quick"], cases + absent),
+            table(["way", "pairs/s (slowest–quickest round)", "qpeft does so many times as many"], cases + absent),
             table(["wanted", "at least", "measured", "met"], wanted),
             _made(result),
         ]
@@ -93,7 +92,12 @@ def scaling(result: dict[str, Any]) -> str:
     slopes = ", ".join(f"{name} {slope:.3f}" for name, slope in result["exponents"].items())
     head = ["queries × candidates", "pairs", "seconds", "µs a pair", "peak memory, MiB"]
     return "\n\n".join(
-        [table(head, rows), f"Seconds grow as pairs to the power of: {slopes}.", "![Scaling](../benchmarks/results/scaling.png)", _made(result)]
+        [
+            table(head, rows),
+            f"Seconds grow as pairs to the power of: {slopes}.",
+            "![Scaling](../benchmarks/results/scaling.png)",
+            _made(result),
+        ]
     )
 
 
@@ -140,7 +144,9 @@ def _pairs(result: dict[str, Any]) -> str:
 
 def _made(result: dict[str, Any]) -> str:
     made = result["made"]
-    versions = ", ".join(f"{name} {made['versions'][name]}" for name in ("torch", "transformers") if name in made["versions"])
+    versions = ", ".join(
+        f"{name} {made['versions'][name]}" for name in ("torch", "transformers") if name in made["versions"]
+    )
     machine = made["machine"]
     where = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores, {made['threads']} threads"
     load = made.get("load of the machine")
