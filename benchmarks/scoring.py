@@ -47,13 +47,14 @@ from shapes import MAX_LENGTH, SHAPES, model_folder  # noqa: E402
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
 """Nats per query token by which a score may differ from the loop's in float32."""
 ROWS = (16, 32, 64)
-LOGITS = 4 * 2**30
+LOGITS = 2 * 2**30
 """Bytes that the loop's log-probabilities may take; larger batches are not tried."""
 STORE = 8
 """GiB of passage cache."""
 SIZES = {True: (3, 64, 5), False: (2, 16, 3)}
 """Queries, candidates of each, and rounds: for the embedded model, and for larger ones."""
-PEER_PAIRS = 32
+PEER_PAIRS = {True: 32, False: 8}
+"""Candidates of the first query that the other packages score."""
 LOOP, LOOP_HALF = "plain loop, fp32", "plain loop, bf16"
 OURS, COLD, WARM = "qpeft", "qpeft, passage cache empty", "qpeft, passage cache filled"
 BARE, BARE_FLOAT = "matrix products alone", "matrix products alone, fp32"
@@ -193,7 +194,7 @@ def compare(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
     bench = Bench(args, workplace)
     agreement = bench.agreement()
     cases = bench.cases()
-    some = [Candidates(bench.first[0].query, bench.first[0].passages[:PEER_PAIRS])]
+    some = [Candidates(bench.first[0].query, bench.first[0].passages[: PEER_PAIRS[args.shape == EMBEDDED]])]
     theirs, absent = warmed(*open_peers(args.shape, bench.folder, workplace), some)
     cases |= {name: Case(lambda score=score: score(some), len(some[0].passages)) for name, score in theirs.items()}
     interleave(cases, args.rounds)

@@ -89,7 +89,9 @@ def scaling(result: dict[str, Any]) -> str:
          number(1e6 * point["seconds"] / point["pairs"]), number(point["peak MiB"])]
         for point in result["points"]
     ]  # fmt: skip
-    slopes = ", ".join(f"{name} {slope:.3f}" for name, slope in result["exponents"].items())
+    slopes = ", ".join(
+        f"{name} {'unknown' if slope is None else f'{slope:.3f}'}" for name, slope in result["exponents"].items()
+    )
     head = ["queries × candidates", "pairs", "seconds", "µs a pair", "peak memory, MiB"]
     return "\n\n".join(
         [
