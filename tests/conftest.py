@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
@@ -9,6 +11,16 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from qpeft.encoder_decoder import EncoderDecoderLM
 from qpeft.lm import CausalLM
 from tiny_models import FAMILIES, TOKENIZERS, VOCABULARY, build_family, wordpiece_tokenizer
+
+os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"  # read on import
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keep what was measured on this machine out of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QPEFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session", params=sorted(FAMILIES))

@@ -14,8 +14,9 @@ LAYERS = [
     {"errors"},
     {"types", "registry"},
     {"provenance", "model_config"},
-    {"template", "hints", "context_store", "losses"},
-    {"layout"},
+    {"tuning"},
+    {"template", "hints", "context_store", "cpu_attention", "depth", "losses"},
+    {"layout", "flops"},
     {"data", "retrieval"},
     {"evaluation"},
     {"pretrained"},
@@ -26,7 +27,7 @@ LAYERS = [
     {"loading"},
     {"training"},
     {"server"},
-    {"commands"},
+    {"commands", "integrations"},
     {"cli"},
     {"__main__"},
 ]
@@ -64,7 +65,7 @@ def test_one_idea_one_file(path):
 
 def test_torch_is_imported_only_when_there_is_work():
     rooms = ["qpeft.data.collection", "qpeft.data.convert", "qpeft.retrieval.bm25", "qpeft.retrieval.dense"]
-    rooms += ["qpeft.retrieval.fusion", "qpeft.evaluation.interpolation", "qpeft.methods.query_likelihood", "qpeft.cli"]
+    rooms += ["qpeft.retrieval.fusion", "qpeft.evaluation.interpolation", "qpeft.methods.cascade", "qpeft.cli"]
     code = f"import sys, {', '.join(rooms)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

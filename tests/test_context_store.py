@@ -1,8 +1,11 @@
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 
-from qpeft.context_store import ContextStore
+from qpeft.context_store import ContextStore, Encoded, Packed
 from qpeft.errors import ModelError
 from qpeft.lm import CausalLM
 from qpeft.template import Prompt, load_template
@@ -12,14 +15,14 @@ from test_lm import PASSAGES, QUERY, ForgetfulModel, rows_for
 ENOUGH = 1 << 30
 
 
-def with_store(lm, capacity=ENOUGH, folder=None, batch_tokens=4096):
+def with_store(lm, capacity=ENOUGH, folder=None, batch_tokens=4096, storage="exact"):
     return CausalLM(
         lm.model,
         lm.tokenizer,
         name=lm.name,
         max_length=lm.max_length,
         batch_tokens=batch_tokens,
-        store=ContextStore(capacity, folder),
+        store=ContextStore(capacity, folder, storage),
     )
 
 
@@ -59,21 +62,71 @@ def test_the_store_keeps_within_its_capacity(make_lm):
     assert small.store.misses > len(rows)
 
 
+def test_threads_may_share_a_model(make_lm):
+    lm = make_lm("llama")
+    rows = rows_for(lm)
+    whole = with_store(lm)
+    whole.log_probs(rows)
+    stored = with_store(lm, whole.store.bytes_kept // 2)
+    references = [stored.log_probs([row]) for row in rows]
+    patience = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(5):
+                for value, reference in zip(
+                    pool.map(lambda row: stored.log_probs([row]), rows), references, strict=True
+                ):
+                    assert_same(value, reference, exactly=True)
+    finally:
+        sys.setswitchinterval(patience)
+    assert stored.store.bytes_kept == sum(kept.nbytes for kept in stored.store._kept.values())
+
+
 def test_what_does_not_fit_goes_to_disk_and_comes_back(make_lm, tmp_path):
     lm = make_lm("llama", dtype=torch.bfloat16)
     rows = rows_for(lm, queries=[QUERY])
     references = with_store(lm).log_probs(rows)
     stored = with_store(lm, 0, tmp_path)
     stored.log_probs(rows)
-    assert len(list(tmp_path.glob("*.safetensors"))) == len(PASSAGES)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == len(PASSAGES)
     again = with_store(lm, 0, tmp_path)
     assert_same(again.log_probs(rows), references, exactly=True)
     assert again.store.misses == 0
-    for path in tmp_path.glob("*.safetensors"):
+    for path in tmp_path.rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:40])
     damaged = with_store(lm, 0, tmp_path)
     assert_same(damaged.log_probs(rows), references, exactly=True)
     assert damaged.store.misses == len(PASSAGES)
+
+
+@pytest.mark.parametrize(("storage", "most"), [("int8", 0.05), ("fp8", 0.3)])
+def test_eight_bits_take_half_the_room_and_change_scores_a_little(family, make_lm, tmp_path, storage, most):
+    lm = make_lm(family, dtype=torch.bfloat16)
+    rows = rows_for(lm)
+    exact, small = with_store(lm), with_store(lm, storage=storage)
+    references, first, second = exact.log_probs(rows), small.log_probs(rows), small.log_probs(rows)
+    assert_same(second, first, exactly=True)
+    apart = [float((value.target - other.target).abs().max()) for value, other in zip(first, references, strict=True)]
+    assert 0 < max(apart) < most
+    heads = small.encode(rows[0].context).cache.shape[-1]
+    assert small.store.bytes_kept == exact.store.bytes_kept * (heads + 2) / (2 * heads)
+    on_disk = with_store(lm, 0, tmp_path, storage=storage)
+    on_disk.log_probs(rows)
+    again = with_store(lm, 0, tmp_path, storage=storage)
+    assert_same(again.log_probs(rows), first, exactly=True)
+    assert again.store.misses == 0
+
+
+def test_a_position_with_large_numbers_does_not_spoil_the_others():
+    cache = torch.ones(1, 2, 1, 3, 4)
+    cache[..., 1, :] = 1000
+    kept = Packed.of(Encoded(cache.bfloat16()), "int8").unpack().cache
+    torch.testing.assert_close(kept.float(), cache, rtol=0.01, atol=0)
+
+
+def test_zeros_stay_zeros():
+    assert not Packed.of(Encoded(torch.zeros(1, 2, 1, 3, 4)), "fp8").unpack().cache.any()
 
 
 def test_states_of_each_layer_have_a_file_of_their_own(make_lm, tmp_path):

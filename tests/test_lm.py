@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from qpeft import pretrained
 from qpeft.errors import ModelError
 from qpeft.lm import CausalLM, token_log_probs
 from qpeft.template import Prompt, Template, load_template
@@ -165,3 +166,17 @@ def test_scoring_leaves_the_model_untouched(make_lm):
     lm.log_probs(rows_for(lm))
     assert all(torch.equal(before[name], tensor) for name, tensor in lm.model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in lm.model.parameters())
+
+
+def test_the_head_writes_no_more_than_is_allowed(make_lm, monkeypatch):
+    lm = make_lm("llama")
+    rows = rows_for(lm)
+    references = [value.target for value in lm.log_probs(rows)]
+    written = []
+    lm.model.get_output_embeddings().register_forward_hook(lambda *call: written.append(call[-1].numel()))
+    lm.log_probs(rows)
+    assert len(written) == 1
+    monkeypatch.setattr(pretrained, "LOGITS", max(written) // 3)
+    for value, reference in zip(lm.log_probs(rows), references, strict=True):
+        torch.testing.assert_close(value.target, reference, atol=1e-5, rtol=0)
+    assert max(written[1:]) <= written[0] // 3

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from qpeft.adapters import qpeft_a, qpeft_r
+from qpeft.training.config import Authors as TrainingAuthors
+
 SEEDS = (1, 2, 3)
 
 
@@ -85,8 +88,59 @@ def untrained() -> Iterator[Cell]:
 def sizes() -> Iterator[Cell]:
     """Yield other numbers of training queries."""
     for queries in (80, 1280):
-        for adapter in ("qpeft_a", "soft_prompt"):
+        for adapter in ("qpeft_a", "qpeft_r", "soft_prompt"):
             yield cell(adapter, adapter, "reddit-shift", 1, queries)
+
+
+def authors() -> Iterator[Cell]:
+    """Yield the settings of the authors' code."""
+    for adapter, module in (("qpeft_a", qpeft_a), ("qpeft_r", qpeft_r)):
+        yield Cell(
+            f"{adapter}-authors",
+            adapter,
+            "reddit-shift",
+            options=asdict(module.Authors()),
+            training=asdict(TrainingAuthors()) | {"report_to": []},
+            template="qpeft_authors",
+        )
+
+
+def lora_tuning() -> Iterator[Cell]:
+    """Yield learning rates of LoRA that were compared on dev."""
+    for rate in (3e-4, 1e-3, 3e-3):
+        training = {"learning_rate": rate, "epochs": 2, "evaluations": 2}
+        yield Cell(f"lora-lr{rate}", "lora", "reddit-shift", options={"r": 4}, training=training, test=False)
+
+
+def lora() -> Iterator[Cell]:
+    """Yield LoRA: with about as many parameters as Q-PEFT-A, with rank 8, and with Q-PEFT-A's hint."""
+    for name, options in (
+        ("lora_r4", {"r": 4}),
+        ("lora_r8", {"r": 8}),
+        ("lora_r4+qpeft_a", {"r": 4, "hint": "qpeft_a"}),
+    ):
+        yield cell(name, "lora", "reddit-shift", 1, options=options)
+
+
+def search() -> Iterator[Cell]:
+    """Yield options of Q-PEFT that were compared on dev, one changed at a time."""
+    changed: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+        *(("qpeft_r", {"k": k}, {}, "plain") for k in (5, 15, 20)),
+        *(("qpeft_a", {"num_heads": heads}, {}, "plain") for heads in (1, 4, 8)),
+        *(("qpeft_a", {}, {"margin": margin}, "plain") for margin in (0.0, 1.0)),
+        *(("qpeft_a", {}, {"loss": loss}, "plain") for loss in ("point", "pair", "softmax")),
+        ("qpeft_r", {"token_filter": "dsa"}, {}, "plain"),
+        ("qpeft_a", {"token_filter": "s"}, {}, "plain"),
+        ("qpeft_a", {}, {}, "qpeft"),
+        ("qpeft_a", {}, {}, "qpeft_prefix"),
+        *(("qpeft_r", {"hint_prefix": f"{word}:"}, {}, "plain") for word in ("keywords", "query")),
+    ]
+    for adapter, options, training, template in changed:
+        settings = {"learning_rate": 1e-3, "epochs": 2, "evaluations": 2} | training
+        told = [f"{name}={value}" for name, value in {**options, **training}.items()]
+        told += [template] if template != "plain" else []
+        row = f"{adapter}-{'-'.join(told)}".replace(":", "")
+        yield Cell(row, adapter, "reddit-shift", options=options, training=settings, template=template, test=False)
 
 
 def transfer_homes() -> Iterator[Cell]:
@@ -102,6 +156,10 @@ GROUPS = {
     "tuning": tuning,
     "main": main,
     "untrained": untrained,
+    "authors": authors,
+    "lora_tuning": lora_tuning,
+    "lora": lora,
     "sizes": sizes,
+    "search": search,
     "transfer_homes": transfer_homes,
 }

@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from confirmation import BASELINES, MEASURES, Confirmation, p_value, shown
 from matplotlib.figure import Figure
 
-from qpeft.evaluation.significance import bootstrap_interval, holm, paired_t
-
-MEASURES = ("nDCG@10", "RR@10", "R@10", "CandHit@10", "CandHit_clean@10")
-BASELINES = ("zero_shot", "soft_prompt")
+from qpeft.evaluation.significance import bootstrap_interval, holm
 
 
 def read_cells(folder: Path) -> dict[tuple[str, int, str], list[dict[str, Any]]]:
@@ -40,11 +38,6 @@ def averaged(cells: list[dict[str, Any]], collection: str, measure: str) -> dict
     """Return query id → the measure's mean over seeds."""
     values = [cell["test"][collection]["per_query"][measure] for cell in cells]
     return {query: statistics.fmean(v[query] for v in values) for query in values[0]}
-
-
-def p_value(one: dict[str, float], other: dict[str, float]) -> float | None:
-    """Return the paired t-test's two-sided p."""
-    return paired_t(np.array([one[query] - other[query] for query in other]))
 
 
 def table(
@@ -109,11 +102,6 @@ def figure(rows: dict[str, list[dict[str, Any]]], baselines: dict[str, Any], col
     drawing.savefig(path, dpi=130)
 
 
-def shown(p: float | None) -> str:
-    """Return a p-value as it is printed."""
-    return "–" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
-
-
 def markdown(lines: list[list[str]]) -> str:
     """Return lines as a Markdown table."""
     head = [
@@ -153,6 +141,10 @@ def main() -> None:
             if len(measured) > 3:
                 figure(measured, baselines, collection, args.output / f"{home}-{queries}-{collection}.png")
             everything[f"{home} {queries} → {collection}"] = comparisons
+    if (args.cells.parent / "confirm").is_dir():
+        confirmation = Confirmation(args.cells.parent / "confirm")
+        everything["confirmation"] = confirmation.tests()
+        texts.insert(0, confirmation.markdown(everything["confirmation"]))
     (args.output / "tables.md").write_text("\n".join(texts), encoding="utf-8")
     (args.output / "comparisons.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
 

@@ -25,6 +25,8 @@ COMMANDS = {
     "train": "train an adapter: the language model stays frozen",
     "fuse": "merge several runs by reciprocal rank",
     "interpolate": "mix a reranked run with its first stage, the weight chosen on dev",
+    "index-cache": "encode a collection's passages ahead",
+    "calibrate": "map scores to the probability that a passage is relevant, fitted on dev",
     "score": "score passages for a query, or JSON lines on standard input",
     "explain": "show what an adapter changed in each query token, and which passage words it read",
     "evaluate": "measure runs",
@@ -70,7 +72,7 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         verbs = [verb for verb in COMMANDS if verb.startswith(f"{name} ")]
         raise OptionError(f"{name!r} is followed by one of: {', '.join(verbs)}" if verbs else _unknown(name))
-    module = importlib.import_module(f"qpeft.commands.{name.replace(' ', '_')}")
+    module = importlib.import_module(f"qpeft.commands.{name.replace(' ', '_').replace('-', '_')}")
     configs = module.configs(rest) if hasattr(module, "configs") else (module.Config,)
     module.run(*parse(name, module.__doc__ or "", configs, rest))
     return 0

@@ -15,11 +15,12 @@ Shapes: `T` context positions, `H` heads, `h` head size, `d` hidden size.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -35,14 +36,56 @@ class Encoded:
     cache: Tensor
     states: Tensor | None = None
 
+
+Key = tuple[tuple[int, ...], int | None, int]
+"""Token ids of the context, which layer's states were asked for, and how many layers were run."""
+
+Storage = Literal["exact", "int8", "fp8"]
+EIGHT_BITS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
+"""Type and largest number of what is kept in 8 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """An encoded context as it is kept: `numbers` as `Encoded.cache`.
+
+    In 8 bits they are to be multiplied by `scales` `[layers, 2, H, T, 1]`, one for each head and position, so that a
+    position with large numbers does not spoil the others.
+    """
+
+    numbers: Tensor
+    scales: Tensor | None = None
+    states: Tensor | None = None
+
+    @classmethod
+    def of(cls, encoded: Encoded, storage: Storage) -> Packed:
+        """Pack an encoded context."""
+        if storage == "exact":
+            return cls(encoded.cache, None, encoded.states)
+        kind, largest = EIGHT_BITS[storage]
+        exact = encoded.cache.float()
+        scales = (exact.abs().amax(-1, keepdim=True) / largest).clamp(min=torch.finfo(torch.float16).tiny)
+        scales = scales.to(encoded.cache.dtype)
+        numbers = exact / scales.float()
+        if not kind.is_floating_point:
+            numbers = numbers.round()
+        return cls(numbers.clamp(-largest, largest).to(kind), scales, encoded.states)
+
+    def unpack(self) -> Encoded:
+        """Return the context as the model needs it."""
+        if self.scales is None:
+            return Encoded(self.numbers, self.states)
+        return Encoded(self.numbers.to(self.scales.dtype) * self.scales, self.states)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is kept, by name."""
+        named = {"cache": self.numbers, "scales": self.scales, "states": self.states}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
     @property
     def nbytes(self) -> int:
-        """Bytes of both."""
-        return self.cache.nbytes + (0 if self.states is None else self.states.nbytes)
-
-
-Key = tuple[tuple[int, ...], int | None]
-"""Token ids of the context, and which layer's states were asked for."""
+        """Bytes of all."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
 
 
 class ContextStore:
@@ -50,40 +93,52 @@ class ContextStore:
 
     Args:
         capacity: bytes that may be kept in memory; 0 keeps nothing.
-        folder: where contexts go that do not fit; it must belong to one model and number type. None: they are encoded
-            again when needed.
+        folder: where contexts go that do not fit; it must belong to one model, number type and kind of storage. None:
+            they are encoded again when needed.
+        storage: `int8` and `fp8` take about half the room of 16-bit numbers, and change scores a little.
     """
 
-    def __init__(self, capacity: int, folder: Path | None = None) -> None:
+    def __init__(self, capacity: int, folder: Path | None = None, storage: Storage = "exact") -> None:
         self.capacity = capacity
         self.folder = folder
-        self._kept: OrderedDict[Key, Encoded] = OrderedDict()
+        self.storage = storage
+        self._kept: OrderedDict[Key, Packed] = OrderedDict()
         self.bytes_kept = 0
         self.hits = 0
         self.misses = 0
 
     def get(self, key: Key, encode: Callable[[], Encoded]) -> Encoded:
-        """Return the encoded context, from memory, from disk, or by encoding it."""
+        """Return the encoded context, from memory, from disk, or by encoding it; always as it is kept."""
         kept = self._kept.get(key)
         if kept is not None:
             self.hits += 1
             self._kept.move_to_end(key)
-            return kept
+            return kept.unpack()
         found = self._read(key)
         if found is None:
             self.misses += 1
-            found = encode()
+            found = Packed.of(encode(), self.storage)
         else:
             self.hits += 1
         self._keep(key, found)
-        return found
+        return found.unpack()
 
-    def _keep(self, key: Key, encoded: Encoded) -> None:
-        if encoded.nbytes > self.capacity:
-            self._write(key, encoded)
+    def clear(self) -> None:
+        """Forget what is in memory."""
+        self._kept.clear()
+        self.bytes_kept = 0
+
+    def on_disk(self, key: Key) -> bool:
+        """Return whether the folder has a file of it."""
+        path = self._path(key)
+        return path is not None and path.is_file()
+
+    def _keep(self, key: Key, packed: Packed) -> None:
+        if packed.nbytes > self.capacity:
+            self._write(key, packed)
             return
-        self._kept[key] = encoded
-        self.bytes_kept += encoded.nbytes
+        self._kept[key] = packed
+        self.bytes_kept += packed.nbytes
         while self.bytes_kept > self.capacity:
             oldest, dropped = self._kept.popitem(last=False)
             self.bytes_kept -= dropped.nbytes
@@ -92,9 +147,10 @@ class ContextStore:
     def _path(self, key: Key) -> Path | None:
         if self.folder is None:
             return None
-        return self.folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.safetensors"
+        name = hashlib.sha256(repr(key).encode()).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
 
-    def _read(self, key: Key) -> Encoded | None:
+    def _read(self, key: Key) -> Packed | None:
         path = self._path(key)
         if path is None or not path.is_file():
             return None
@@ -102,18 +158,15 @@ class ContextStore:
             tensors = load_file(path)
         except (OSError, SafetensorError):
             return None  # a damaged file costs an encoding, no more
-        return Encoded(tensors["cache"], tensors.get("states"))
+        return Packed(tensors["cache"], tensors.get("scales"), tensors.get("states"))
 
-    def _write(self, key: Key, encoded: Encoded) -> None:
+    def _write(self, key: Key, packed: Packed) -> None:
         path = self._path(key)
         if path is None or path.exists():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"cache": encoded.cache.cpu()}
-        if encoded.states is not None:
-            tensors["states"] = encoded.states.cpu()
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({name: tensor.cpu().contiguous() for name, tensor in packed.tensors().items()}, temporary)
         temporary.replace(path)
 
 
@@ -142,3 +195,22 @@ class FilledLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def get_seq_length(self) -> int:
         """Return how many positions stand before the input."""
         return self._past
+
+
+class Filled(Exception):  # noqa: N818 — raised when all is well
+    """The last layer's keys and values are there: what the model would compute after them, nobody reads."""
+
+
+class LastLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """The last layer of a cache that is filled; ends the forward pass once it is."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep keys and values, and raise `Filled`."""
+        super().update(key_states, value_states, *args, **kwargs)
+        raise Filled
+
+
+def filled_layers(count: int) -> list[DynamicLayer]:
+    """Return the empty layers of a cache whose filling ends with `Filled`."""
+    layers = [DynamicLayer() for _ in range(count - 1)]  # type: ignore[no-untyped-call]
+    return [*layers, LastLayer()]  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import time
 import typing
 from importlib import resources
@@ -14,13 +15,16 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
 
-from qpeft import methods
+from qpeft import cpu_attention, methods
+from qpeft.adapters._folder import base_identity
 from qpeft.context_store import ContextStore
 from qpeft.encoder_decoder import EncoderDecoderLM
 from qpeft.errors import MissingDependencyError, ModelError, OptionError, nearest
 from qpeft.lm import CausalLM
 from qpeft.model_config import EMBEDDED, ModelConfig
 from qpeft.pretrained import LanguageModel
+from qpeft.provenance import fingerprint
+from qpeft.tuning import read_tuning, tuning_key
 from qpeft.types import Reranker
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,6 +40,7 @@ def load_lm(config: ModelConfig) -> LanguageModel:
     path = model_path(config.model)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     device = choose_device(config.device)
+    config = tuned(config, device)
     dtype = choose_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     try:
         settings = AutoConfig.from_pretrained(path, **options)
@@ -63,17 +68,38 @@ def load_lm(config: ModelConfig) -> LanguageModel:
         "batch_tokens": config.batch_tokens or _batch_tokens(device, config),
     }
     if settings.is_encoder_decoder:
-        if config.passage_cache:
+        if config.passage_cache or config.passage_cache_folder:
             raise OptionError("--passage-cache is for decoder-only models")
         return EncoderDecoderLM(model, tokenizer, **facts)
+    _choose_attention(model, config.attention_kernel, device)
     _check_causal(model, config.model)
-    store = None
-    if config.passage_cache:
-        store = ContextStore(int(config.passage_cache * 2**30))
-        if device.type == "cpu":
-            # A few tokens against a long context: here the fused kernel is the slower one (docs/decisions.md).
-            model.set_attn_implementation("eager")
-    return CausalLM(model, tokenizer, store=store, **facts)
+    lm = CausalLM(model, tokenizer, store=_context_store(config), **facts)
+    if config.passage_cache_folder is not None and lm.store is not None:
+        own = {**base_identity(lm), "dtype": lm.dtype, "storage": config.passage_cache_storage}
+        lm.store.folder = Path(config.passage_cache_folder) / fingerprint(own)[:16]
+    return lm
+
+
+def tuned(config: ModelConfig, device: torch.device) -> ModelConfig:
+    """Return the options with what `qpeft doctor --tune` found wherever they are left open; may set torch's threads."""
+    found = read_tuning(tuning_key_of(config, device))
+    if found is None:
+        return config
+    if found.threads is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(found.threads)
+    return dataclasses.replace(
+        config,
+        dtype=found.dtype if config.dtype == "auto" else config.dtype,
+        attention_kernel=found.attention_kernel if config.attention_kernel == "auto" else config.attention_kernel,
+        batch_tokens=config.batch_tokens or found.batch_tokens,
+    )
+
+
+def tuning_key_of(config: ModelConfig, device: torch.device) -> str:
+    """Return what measured settings of a model belong to."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    model = f"{config.model}@{config.revision}, quantization {config.quantization}"
+    return tuning_key(model, name, torch.__version__, bool(config.passage_cache or config.passage_cache_folder))
 
 
 def describe_lm(lm: LanguageModel, config: ModelConfig) -> dict[str, Any]:
@@ -84,6 +110,8 @@ def describe_lm(lm: LanguageModel, config: ModelConfig) -> dict[str, Any]:
         "sha256": lm.sha256,
         "dtype": lm.dtype,
         "device": str(lm.device),
+        "attention_kernel": lm.attention_kernel,
+        "batch_tokens": lm.batch_tokens,
         "quantization": config.quantization,
         "max_length": lm.max_length,
     }
@@ -165,9 +193,45 @@ def cpu_matmul_seconds(dtype: torch.dtype) -> float:
 
 
 def _batch_tokens(device: torch.device, config: ModelConfig) -> int:
+    """Return what keeps a GPU busy, and what a CPU's cache memory holds: larger batches are slower there."""
     if device.type != "cpu":
         return 65_536
-    return 32_768 if config.passage_cache else 8_192  # over encoded contexts, few of the tokens are computed
+    # Over encoded contexts, few of the tokens are computed.
+    return torch.get_num_threads() * (8_192 if config.passage_cache or config.passage_cache_folder else 1_024)
+
+
+def _context_store(config: ModelConfig) -> ContextStore | None:
+    if config.passage_cache < 0:
+        raise OptionError(f"--passage-cache is {config.passage_cache}; it must not be negative")
+    if not config.passage_cache and config.passage_cache_folder is None:
+        return None
+    return ContextStore(int(config.passage_cache * 2**30), storage=config.passage_cache_storage)
+
+
+def _choose_attention(model: Any, name: str, device: torch.device) -> None:
+    """Set how attention is computed.
+
+    Raises:
+        OptionError: the model has no such attention.
+    """
+    if name == "auto" and device.type != "cpu":
+        return
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation(cpu_attention.NAME if name == "auto" else name)
+        _two_rows(model)
+    except (ValueError, ImportError, NotImplementedError) as error:
+        if name != "auto":
+            raise OptionError(f"--attention-kernel {name}: {str(error).splitlines()[0]}") from error
+        model.set_attn_implementation(before)  # it needs more than ours can do
+
+
+@torch.inference_mode()
+def _two_rows(model: Any) -> torch.Tensor:
+    """Return logits `[2, V]` at the first position of two rows that differ in the second."""
+    rows = torch.tensor([[1, 2], [1, 3]], device=model.device)
+    logits: torch.Tensor = model(input_ids=rows, use_cache=False).logits[:, 0].float()
+    return logits
 
 
 def _check_choices(config: Any) -> None:
@@ -178,11 +242,10 @@ def _check_choices(config: Any) -> None:
             raise OptionError(f"{name} is {value!r}{nearest(str(value), choices)}")
 
 
-@torch.inference_mode()
 def _check_causal(model: Any, name: str) -> None:
     """Refuse a model that reads in both directions, such as plain BERT: it would see the query that it should guess."""
-    first = model(input_ids=torch.tensor([[1, 2], [1, 3]], device=model.device), use_cache=False).logits[:, 0].float()
-    if not torch.allclose(first[0], first[1], rtol=1e-2, atol=1e-2):
+    first, second = _two_rows(model)
+    if not torch.allclose(first, second, rtol=1e-2, atol=1e-2):
         raise ModelError(f"model {name!r} reads in both directions, so it gives no likelihoods")
 
 

@@ -21,6 +21,8 @@ class ModelConfig:
     """auto: bfloat16 on GPUs that have it; on CPUs whichever of bfloat16 and float32 multiplies faster here."""
     device: str = "auto"
     """auto (cuda, then mps, then cpu), or a torch device such as cuda:1."""
+    attention_kernel: str = "auto"
+    """auto (on CPUs our own), or a name that transformers knows: eager, sdpa, flash_attention_2, flex_attention."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load weights in 8 or 4 bits (needs bitsandbytes)."""
     trust_remote_code: bool = False
@@ -29,5 +31,9 @@ class ModelConfig:
     """Padded tokens in one forward pass; halved for as long as memory runs out."""
     passage_cache: float = 0.0
     """GiB of memory for encoded passages, which makes a passage's second query cheap (decoder-only models); 0: none."""
+    passage_cache_folder: str | None = None
+    """Folder for encoded passages that memory does not hold; qpeft index-cache fills it ahead."""
+    passage_cache_storage: Literal["exact", "int8", "fp8"] = "exact"
+    """How encoded passages are kept; 8 bits take about half the room and change scores a little."""
     max_length: int | None = None
     """Tokens that template, passage and query may have together; default: what the model was made for."""

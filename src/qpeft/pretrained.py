@@ -8,18 +8,25 @@ Shapes: `B` rows, `T` positions, `N` scored positions of a batch, `K` scored pos
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from qpeft.errors import ModelError
+from qpeft.errors import ModelError, OptionError
+from qpeft.flops import Computed, shape_of
 from qpeft.hints import HintWriter
 from qpeft.provenance import weights_fingerprint
 from qpeft.template import Row
+
+LOGITS = 2**28
+"""Numbers that the head may write in one forward pass, unless a single row needs more: half a GiB of bf16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +46,14 @@ class LanguageModel(Protocol):
     name: str
     tokenizer: Any
     max_length: int
+    batch_tokens: int
     has_encoder: bool
+    computed: Computed
+
+    @property
+    def attention_kernel(self) -> str:
+        """Name of what computes attention, as transformers knows it."""
+        ...
 
     @property
     def device(self) -> torch.device:
@@ -67,8 +81,13 @@ class LanguageModel(Protocol):
         *,
         with_passage: bool = False,
         adapters: HintWriter | Sequence[HintWriter | None] | None = None,
+        depth: int | None = None,
     ) -> list[RowLogProbs]:
         """Return the log-probabilities of each row's scored tokens, in order."""
+        ...
+
+    def check_depth(self, depth: int, adapters: Sequence[HintWriter | None] = ()) -> None:
+        """Raise OptionError if rows cannot be scored with the first `depth` layers and these adapters."""
         ...
 
 
@@ -92,8 +111,20 @@ class PretrainedLM:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.model = model.eval().requires_grad_(False)
-        self._batch_tokens = batch_tokens
-        self._budget = batch_tokens  # halved when memory runs out, grows back afterwards
+        self.batch_tokens = batch_tokens
+        self.shape = shape_of(self.model)
+        self.computed = Computed()
+        self._turn = threading.Lock()  # forwards share memory, stored contexts and the switches of LoRA's layers
+
+    @property
+    def batch_tokens(self) -> int:
+        """Padded tokens that a forward may have."""
+        return self._batch_tokens
+
+    @batch_tokens.setter
+    def batch_tokens(self, count: int) -> None:
+        self._batch_tokens = count
+        self._budget = count  # halved when memory runs out, grows back afterwards
 
     @property
     def device(self) -> torch.device:
@@ -104,6 +135,11 @@ class PretrainedLM:
     def dtype(self) -> str:
         """Name of the weights' type, as the option `--dtype` spells it."""
         return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def attention_kernel(self) -> str:
+        """Name of what computes attention, as transformers knows it."""
+        return str(self.model.config._attn_implementation)
 
     @property
     def revision(self) -> str | None:
@@ -123,24 +159,51 @@ class PretrainedLM:
         *,
         with_passage: bool = False,
         adapters: HintWriter | Sequence[HintWriter | None] | None = None,
+        depth: int | None = None,
     ) -> list[RowLogProbs]:
-        """Return the log-probabilities of each row's scored tokens, in order.
+        """Return the log-probabilities of each row's scored tokens, in order. Threads may call it; they take turns.
 
         Args:
             rows: token ids, of any lengths.
             with_passage: also return those of the passage's tokens (decoder-only models).
             adapters: what writes the hints: one adapter for all rows, or one (or None) for each.
+            depth: run the first so many layers only, then the model's last norm and head; all of them by default.
 
         Raises:
             ModelError: a single row does not fit in memory.
+            OptionError: see `check_depth`.
         """
         each = list(adapters) if isinstance(adapters, Sequence) else [adapters] * len(rows)
+        if depth is not None:
+            self.check_depth(depth, each)
+        with self._turn, nullcontext() if depth is None else self._first_layers(depth):
+            return self._log_probs(rows, with_passage, each)
+
+    def check_depth(self, depth: int, adapters: Sequence[HintWriter | None] = ()) -> None:
+        """Raise the error that scoring with the first `depth` layers would end in.
+
+        Raises:
+            OptionError: the model has an encoder, or no list of layers that can be told, or not more layers than that;
+                or an adapter reads states that lie deeper.
+        """
+        raise OptionError(f"{self.name}: only decoder-only models can be cut to their first layers")
+
+    def _first_layers(self, depth: int) -> AbstractContextManager[None]:
+        raise NotImplementedError
+
+    def _log_probs(
+        self, rows: Sequence[Row], with_passage: bool, each: Sequence[HintWriter | None]
+    ) -> list[RowLogProbs]:
         sizes = [len(row) + (a.hint_length(len(row.query)) if a else 0) for row, a in zip(rows, each, strict=True)]
+        scored = [sum(row.scored) + (row.passage[1] - row.passage[0] if with_passage else 0) for row in rows]
+        positions = LOGITS // self.model.config.get_text_config().vocab_size
         results: list[RowLogProbs | None] = [None] * len(rows)
         # Longest first, so that what does not fit shows right away.
         waiting = sorted(range(len(rows)), key=lambda i: (sizes[i], -i))
         while waiting:
             count = min(len(waiting), max(1, self._budget // max(1, sizes[waiting[-1]])))
+            while count > 1 and sum(scored[i] for i in waiting[-count:]) > positions:
+                count //= 2
             chosen = waiting[-count:][::-1]
             try:
                 values = self._forward([rows[i] for i in chosen], with_passage, [each[i] for i in chosen])
@@ -153,7 +216,7 @@ class PretrainedLM:
             del waiting[-count:]
             for i, value in zip(chosen, values, strict=True):
                 results[i] = value
-        self._budget = min(self._batch_tokens, self._budget * 2)
+        self._budget = min(self.batch_tokens, self._budget * 2)
         return [result for result in results if result is not None]
 
     def _forward(
@@ -170,20 +233,23 @@ def pad_ids(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def token_log_probs(logits: Tensor, tokens: Tensor, chunk: int = 128) -> Tensor:
+def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Return `log softmax(logits)[tokens]` in float32.
+
+    A few positions at a time are converted to float32: on a CPU as many as stay in a core's cache memory, elsewhere as
+    many as keep the copy small.
 
     Args:
         logits: `[N, V]`, any floating dtype.
         tokens: `[N]`.
-        chunk: positions that are converted to float32 at a time.
 
     Returns:
         `[N]`.
 
     """
-    parts = []
-    for some, chosen in zip(torch.split(logits, chunk), torch.split(tokens, chunk), strict=True):
-        exact = some.float()
-        parts.append(exact.gather(1, chosen[:, None]).squeeze(1) - exact.logsumexp(1))
+    chunk = max(1, (2**18 if logits.device.type == "cpu" else 2**26) // logits.shape[1])
+    parts = [
+        -cross_entropy(some.float(), chosen, reduction="none")
+        for some, chosen in zip(torch.split(logits, chunk), torch.split(tokens, chunk), strict=True)
+    ]
     return torch.cat(parts) if parts else logits.new_zeros(0, dtype=torch.float32)

@@ -13,13 +13,14 @@ literal belongs to the piece that follows it, because that is where byte-level t
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -181,12 +182,24 @@ class KeptTokens:
         if found is not None:
             self._kept.move_to_end((text, space))
             return found
-        found = self._kept[text, space] = tuple(tokenize())
+        found = tuple(tokenize())
+        self._keep(text, space, found)
+        return found
+
+    def read_ahead(
+        self, texts: Iterable[str], space: bool, tokenize: Callable[[list[str]], Sequence[Sequence[int]]]
+    ) -> None:
+        """Make the tokens of texts that are not kept yet, all together."""
+        new = [text for text in dict.fromkeys(texts) if text and (text, space) not in self._kept]
+        for text, ids in zip(new, tokenize(new) if new else (), strict=True):
+            self._keep(text, space, tuple(ids))
+
+    def _keep(self, text: str, space: bool, ids: tuple[int, ...]) -> None:
+        self._kept[text, space] = ids
         self._used += len(text)
         while self._used > self._characters:
             (oldest, _), _ = self._kept.popitem(last=False)
             self._used -= len(oldest)
-        return found
 
 
 class Prompt:
@@ -279,10 +292,27 @@ class Prompt:
         starts = range(0, max(1, len(ids) - overlap), width - overlap)
         return [row(ids[start : start + width], False) for start in starts]
 
+    def cut(self, max_passage_tokens: int) -> Prompt:
+        """Return the same prompt with passages cut to so many tokens, or fewer where it cuts them to fewer."""
+        shorter = copy.copy(self)
+        shorter.max_passage_tokens = min(max_passage_tokens, self.max_passage_tokens or max_passage_tokens)
+        return shorter
+
     def _hint_place(self, passage_end: int) -> int:
         assert self._hint_offset is not None
         before_passage = self._hint_offset < 0
         return len(self._before) + self._hint_offset if before_passage else passage_end + self._hint_offset
+
+    def read_ahead(self, passages: Iterable[Passage]) -> None:
+        """Tokenise passages together, which the tokenizer does on all cores."""
+        lead = self._lead(self._spaced_passage)
+
+        def tokenize(texts: list[str]) -> list[list[int]]:
+            found = self._tokenizer([lead + text for text in texts], add_special_tokens=False, verbose=False)
+            ids: list[list[int]] = found["input_ids"]
+            return ids
+
+        self._kept.read_ahead(map(self.template.passage_text, passages), self._spaced_passage, tokenize)
 
     def _passage_ids(self, passage: Passage) -> tuple[int, ...]:
         text = self.template.passage_text(passage)
@@ -352,6 +382,8 @@ class Prompt:
         bare = text.rstrip(" ")
         return (self._ids(bare.lstrip(" "), space=bare.startswith(" ")) if bare else []), bare != text
 
+    def _lead(self, space: bool) -> str:
+        return " " if space and not self._adds_space else ""
+
     def _ids(self, text: str, *, space: bool) -> list[int]:
-        lead = " " if space and not self._adds_space else ""
-        return list(self._tokenizer(lead + text, add_special_tokens=False, verbose=False)["input_ids"])
+        return list(self._tokenizer(self._lead(space) + text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -8,7 +8,9 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, Protocol, TypedDict, final
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, ClassVar, NotRequired, Protocol, TypedDict, final
 
 import numpy as np
 
@@ -197,6 +199,8 @@ class Reranker(abc.ABC):
     """What provenance says of the method: its template, its adapter."""
     window: int = field(default=1, init=False)
     """Queries that are worked on together. Scores may depend, in their last bits, on the others of a window."""
+    scores_all: ClassVar[bool] = True
+    """Whether all candidates are scored alike, so that their scores may be mixed with others."""
 
     @staticmethod
     def from_pretrained(model: str = "tiny-lm", *, method: str = "query_likelihood", **options: Any) -> Reranker:
@@ -233,16 +237,11 @@ class Reranker(abc.ABC):
 
         Consecutive pairs with the same query are ranked as one list of candidates.
         """
+        groups = groupby(pairs, key=itemgetter(0))
         scores: list[float] = []
-        start = 0
-        while start < len(pairs):
-            end = start
-            while end < len(pairs) and pairs[end][0] == pairs[start][0]:
-                end += 1
-            ranking = self._ranking(pairs[start][0], [text for _, text in pairs[start:end]])
+        for ranking in self.rerank([_candidates(query, [text for _, text in group]) for query, group in groups]):
             by_position = {int(hit.passage_id): hit.score for hit in ranking.hits}
-            scores += [by_position[i] for i in range(end - start)]
-            start = end
+            scores += [by_position[position] for position in range(len(by_position))]
         return scores
 
     @final
@@ -265,6 +264,9 @@ class Reranker(abc.ABC):
         return ranked
 
     def _ranking(self, query: str, passages: Sequence[str]) -> Ranking:
-        candidates = Candidates(Query("query", query), tuple(Passage(str(i), text) for i, text in enumerate(passages)))
-        (ranking,) = self.rerank([candidates])
+        (ranking,) = self.rerank([_candidates(query, passages)])
         return ranking
+
+
+def _candidates(query: str, passages: Sequence[str]) -> Candidates:
+    return Candidates(Query("query", query), tuple(Passage(str(i), text) for i, text in enumerate(passages)))

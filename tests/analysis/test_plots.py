@@ -3,9 +3,20 @@ import xml.etree.ElementTree as ET
 
 import matplotlib
 import matplotlib.image
+import numpy as np
 import pytest
+from scipy.stats import binomtest
 
-from qpeft.analysis.plots import GAIN, LOSS, SERIES, cutoff_curves, difference_bars, training_curves
+from qpeft.analysis.plots import (
+    GAIN,
+    LOSS,
+    SERIES,
+    _wilson,
+    cutoff_curves,
+    difference_bars,
+    reliability_diagram,
+    training_curves,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -83,3 +94,25 @@ def test_training_curves_are_a_picture(history, dev, tmp_path):
     assert picture.shape[0] > 300
     assert picture.shape[1] > 800
     assert len({tuple(pixel) for pixel in picture.reshape(-1, picture.shape[2])[::7].tolist()}) > 10
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "relevant"),
+    [
+        (np.linspace(0, 1, 300), np.arange(300) % 7 == 0),
+        (np.full(20, 0.25), np.arange(20) == 3),
+        (np.array([0.0, 0.5]), np.array([False, True])),
+    ],
+)
+def test_a_reliability_diagram_is_a_picture(probabilities, relevant, tmp_path):
+    reliability_diagram(probabilities, relevant, tmp_path / "new" / "plot.png")
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["plot.png"]
+    picture = matplotlib.image.imread(tmp_path / "new" / "plot.png")
+    assert len({tuple(pixel) for pixel in picture.reshape(-1, picture.shape[2])[::7].tolist()}) > 10
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 10), (3, 10), (10, 10), (1, 400)])
+def test_intervals_of_shares_are_scipys(hits, count):
+    below, above = _wilson(hits / count, count)
+    found = binomtest(hits, count).proportion_ci(method="wilson")
+    assert (hits / count - below, hits / count + above) == pytest.approx((found.low, found.high), abs=1e-4)

@@ -16,6 +16,8 @@ from huggingface_hub import constants
 from qpeft.adapters import lora, soft_prompt
 from qpeft.adapters._folder import load_adapter, save_adapter
 from qpeft.cli import main
+from qpeft.evaluation.calibration import Platt
+from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, write_calibration
 from qpeft.template import load_template
 
 
@@ -160,6 +162,15 @@ def test_there_and_back(hub, qpeft, folder, make_lm, tmp_path, kind):
         lm = make_lm("llama")
         save_adapter(folder, "lora", lora.build(lora.Config(), lm), lm, load_template("plain"))
         (folder / "notes.txt").write_text("mine")
+    opened = load_adapter(folder, make_lm("llama"))
+    origin = ScoreOrigin.of(
+        {"name": "tiny-llama"},
+        {
+            "template": {"name": "plain", "fingerprint": opened.template.fingerprint},
+            "adapter": {"name": kind, "sha256": opened.sha256},
+        },
+    )
+    write_calibration(Calibration(Platt(1.0, 2.0), origin), folder / "calibration.json")
     code, said = qpeft("push", "--folder", folder, "--repo", "me/adapter", "--private")
     assert code == 0, said
     assert "/me/adapter/commit/" in said
@@ -174,7 +185,9 @@ def test_there_and_back(hub, qpeft, folder, make_lm, tmp_path, kind):
     expected = contents(folder)
     del expected["notes.txt"]
     assert contents(tmp_path / "fetched") == expected
-    assert load_adapter(tmp_path / "fetched", make_lm("llama")).name == kind
+    fetched = load_adapter(tmp_path / "fetched", make_lm("llama"))
+    assert fetched.name == kind
+    assert fetched.calibration([-2.0]) == [0.5]
     assert not [path for path in hub.asked if "model.safetensors" in path.replace("adapter_model", "")]
     assert not list(tmp_path.glob(".*"))
 

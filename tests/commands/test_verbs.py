@@ -185,3 +185,53 @@ def test_inherited_options_have_help_too(options, capsys):
     assert "--margin MARGIN Of the hinge, in nats per query token." in text
     assert "Words before the hint." in text
     assert "--patience PATIENCE Stop after so many evaluations" in text
+
+
+def test_passages_encoded_ahead_are_found_by_reranking(toy, rerank_arguments, tmp_path, capsys):
+    plain, cached, folder = tmp_path / "plain.trec", tmp_path / "cached.trec", tmp_path / "cache"
+    assert main(rerank_arguments(plain)) == 0
+    arguments, cache = rerank_arguments(cached), ["--passage-cache-folder", str(folder)]
+    model = [*arguments[arguments.index("--model") :], *cache]
+    index = ["index-cache", "--collection", str(toy), *model]
+    count = len(open_collection(str(toy)).passages)
+    for new in (count, 0):
+        assert main(index) == 0
+        assert f"{count} passages, {new} encoded now" in capsys.readouterr().out
+    files = sorted(folder.rglob("*.safetensors"))
+    assert len(files) == count
+    files[0].unlink()
+    assert main(index) == 0
+    assert f"{count} passages, 1 encoded now" in capsys.readouterr().out
+    assert main([*arguments, *cache]) == 0
+    for query, ranking in read_run(cached).items():
+        expected = {hit.passage_id: hit.score for hit in read_run(plain)[query].hits}
+        assert {hit.passage_id: hit.score for hit in ranking.hits} == pytest.approx(expected, abs=1e-4)
+    assert sorted(folder.rglob("*.safetensors")) == files, "nothing had to be encoded"
+    assert main(index[:-2]) == 2
+    assert "--passage-cache-folder is missing" in capsys.readouterr().err
+
+
+def test_costs_of_runs_that_know_them(toy, toy_run, rerank_arguments, tmp_path, capsys):
+    output = tmp_path / "ql.trec"
+    assert main(rerank_arguments(output, "--tag", "ql")) == 0
+    capsys.readouterr()
+    runs = ["--collection", str(toy), "--run", str(output)]
+    assert (
+        main(["evaluate", *runs, "--run", str(toy_run), "--cost", "--format", "json", "--measures", "RR@10 R@5"]) == 0
+    )
+    ranked, first = json.loads(capsys.readouterr().out)["runs"]
+    kept = json.loads((tmp_path / "ql.trec.provenance.json").read_text())["cost"]
+    assert ranked["cost"]["flops"] == kept["flops"]
+    expected = ranked["means"]["RR@10"] * kept["queries"] / kept["flops"] * 1e15
+    assert ranked["cost"]["quality_per_petaflop"] == pytest.approx(expected)
+    assert first["cost"] is None
+    page = tmp_path / "page.html"
+    assert main(["compare", *runs, "--baseline", str(toy_run), "--cost", "--html", str(page)]) == 0
+    assert "QPP" in capsys.readouterr().out
+    assert "RPP nDCG@10" in page.read_text()
+    assert main(["compare", *runs, "--baseline", str(toy_run)]) == 0
+    assert "QPP" not in capsys.readouterr().out
+    (tmp_path / "ql.trec.provenance.json").write_text('{"cost": {"seconds": 1}}')
+    assert main(["evaluate", *runs]) == 0
+    assert main(["evaluate", *runs, "--cost"]) == 2
+    assert "ql.trec.provenance.json: not provenance of a run" in capsys.readouterr().err

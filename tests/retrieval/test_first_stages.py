@@ -96,3 +96,9 @@ def test_dense_finds_by_meaning(tmp_path):
         assert [h.passage_id for h in one.hits] == [h.passage_id for h in other.hits]
         assert [h.score for h in one.hits] == pytest.approx([h.score for h in other.hits], abs=1e-5)
     assert DenseConfig().encoder == "minilm"
+
+
+@pytest.mark.parametrize("texts", [[], ["", "…"], ["the of and"]])
+def test_bm25_needs_a_word(texts):
+    with pytest.raises(InputError, match="no passage has a word that BM25 counts"):
+        BM25([Passage(str(index), text) for index, text in enumerate(texts)])

@@ -56,10 +56,10 @@ def test_bad_bodies(small, route, body, status, param):
     assert response.status_code == status, response.text
     if status != 200:
         found = response.json()
-        assert set(found) == {"id", "message", "error"}
+        assert set(found) == {"id", "message", "detail", "error"}
         assert set(found["error"]) == {"message", "type", "param", "code"}
         assert (found["error"]["code"], found["error"]["param"]) == (status, param)
-        assert found["message"] == found["error"]["message"]
+        assert found["message"] == found["detail"] == found["error"]["message"]
         assert "\n" not in found["message"]
         assert found["id"] == response.headers["x-request-id"]
         if param not in (None, "body"):

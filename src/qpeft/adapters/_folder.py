@@ -4,6 +4,7 @@
     adapter_model.safetensors    trained tensors, named base_model.qpeft.…
     README.md                    model card
     provenance.json              versions, data, seed, training history
+    calibration.json             from scores to probabilities, where `qpeft calibrate` put it there
 
 LoRA has the files that PEFT itself opens, and qpeft's facts, for which PEFT's configuration has no room, beside them:
 
@@ -35,25 +36,28 @@ from qpeft import adapters
 from qpeft.adapters._base import Adapter
 from qpeft.adapters._card import card
 from qpeft.errors import AdapterError, InputError, OptionError, nearest
+from qpeft.evaluation.calibration_file import FILE as CALIBRATION
+from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, read_calibration
 from qpeft.lm import CausalLM
 from qpeft.pretrained import LanguageModel
 from qpeft.provenance import file_fingerprint
 from qpeft.template import Template
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "qpeft.json"
-FILES = (CONFIG, WEIGHTS, FACTS, "README.md", "provenance.json", "training.png")
+FILES = (CONFIG, WEIGHTS, FACTS, CALIBRATION, "README.md", "provenance.json", "training.png")
 """All that an adapter folder may hold."""
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """An opened adapter, and what goes with it."""
+    """An opened adapter, and what goes with it; `calibration` where it has been calibrated."""
 
     name: str
     adapter: Adapter
     template: Template
     max_passage_tokens: int | None
     sha256: str
+    calibration: Calibration | None = None
 
 
 def save_adapter(
@@ -140,13 +144,9 @@ def load_adapter(folder: str | Path, lm: CausalLM) -> AdapterFolder:
         first = " ".join(str(error).split())[:200]
         raise AdapterError(f"adapter {str(folder)!r}: {WEIGHTS} cannot be read: {first}") from error
     adapter.eval().requires_grad_(False)
-    return AdapterFolder(
-        described["adapter"],
-        adapter,
-        template,
-        described["max_passage_tokens"],
-        file_fingerprint(folder / WEIGHTS),
-    )
+    sha256 = file_fingerprint(folder / WEIGHTS)
+    calibration = _calibration(folder, described["adapter"], sha256, template, lm)
+    return AdapterFolder(described["adapter"], adapter, template, described["max_passage_tokens"], sha256, calibration)
 
 
 def open_adapter(
@@ -185,6 +185,24 @@ def _build(folder: Path, described: Mapping[str, Any], lm: CausalLM) -> tuple[Ad
         return adapter, Template(**described["template"])
     except (OptionError, InputError, TypeError) as error:
         raise AdapterError(f"adapter {str(folder)!r}: {CONFIG} cannot be used: {error}") from error
+
+
+def _calibration(folder: Path, name: str, sha256: str, template: Template, lm: CausalLM) -> Calibration | None:
+    """Return a folder's calibration, if it has one and it is this adapter's."""
+    path = folder / CALIBRATION
+    if not path.exists():
+        return None
+    model = {"name": lm.name, "revision": lm.revision, "sha256": lm.sha256}
+    facts = {
+        "template": {"name": template.name, "fingerprint": template.fingerprint},
+        "adapter": {"name": name, "sha256": sha256},
+    }
+    try:
+        calibration = read_calibration(path)
+        calibration.check(ScoreOrigin.of(model, facts), path)
+    except InputError as error:
+        raise AdapterError(f"adapter {str(folder)!r}: {error}") from error
+    return calibration
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from qpeft.data.files import replacing
+from qpeft.evaluation.calibration import Labels, Values, reliability
 
 GAIN, LOSS = "#0072B2", "#D55E00"
 SERIES = (
@@ -137,6 +138,52 @@ def training_curves(
         rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+def reliability_diagram(probabilities: Values, relevant: Labels, path: Path) -> None:
+    """Draw what share of the pairs is relevant over what was promised, with how many pairs there are, as a PNG.
+
+    The bins are of equal width, so that high probabilities, which few pairs have, are seen too. Bars are 95% Wilson
+    intervals, as if pairs were independent. The file appears whole or not at all.
+
+    Args:
+        probabilities: `[N]`, of pairs that the calibration was not fitted on.
+        relevant: `[N]`.
+        path: where to write.
+
+    Raises:
+        InputError: the file cannot be made.
+    """
+    top = float(probabilities.max())
+    bins = reliability(probabilities, relevant, np.linspace(0, top, 11)[1:-1])
+    promised, found = [each.promised for each in bins], [each.relevant for each in bins]
+    bars = [_wilson(each.relevant, each.pairs) for each in bins]
+    reach = max(top, *(share + above for share, (_, above) in zip(found, bars, strict=True)))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(4.6, 5.4), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        upper.plot([0, reach], [0, reach], color=_INK, linewidth=0.8, linestyle=(0, (5, 2)), label="as promised")
+        drawn = {"color": SERIES[0][0], "marker": "o", "markersize": 4.5, "linewidth": 1.4, "elinewidth": 0.9}
+        upper.errorbar(promised, found, list(zip(*bars, strict=True)), label="found", **drawn)
+        upper.set(ylabel="share that is relevant", ylim=(0, 1.02 * reach))
+        upper.legend(frameon=False, loc="upper left")
+        edges = np.linspace(0, top, 41)
+        for which, (colour, _, _), label in ((~relevant, SERIES[4], "others"), (relevant, SERIES[2], "relevant")):
+            lower.hist(probabilities[which], edges, color=colour, alpha=0.75, label=label, log=True)
+        lower.set(xlabel="calibrated probability", ylabel="pairs", xlim=(0, 1.02 * top))
+        lower.legend(frameon=False, fontsize=8)
+        for axes in (upper, lower):
+            _grid(axes)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+def _wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Return how far the interval of a share reaches below and above it (Wilson 1927)."""
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
+    return max(share - centre + half, 0.0), max(centre + half - share, 0.0)
 
 
 def _dev_panel(

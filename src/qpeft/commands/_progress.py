@@ -25,23 +25,23 @@ class Bar:
         self._task = task
         self._pairs = 0
 
-    def advance(self, queries: int = 1, pairs: int = 0) -> None:
-        """Count finished queries, and the (query, passage) pairs that they took."""
+    def advance(self, done: int = 1, pairs: int = 0) -> None:
+        """Count what is finished, and the (query, passage) pairs that they took."""
         self._pairs += pairs
         elapsed = self._progress.tasks[self._task].elapsed or 0.0
         rate = f"{self._pairs / elapsed:,.0f} passages/s" if self._pairs and elapsed else ""
-        self._progress.update(self._task, advance=queries, rate=rate)
+        self._progress.update(self._task, advance=done, rate=rate)
 
 
 @contextmanager
-def progress_bar(title: str, total: int, done: int = 0) -> Iterator[Bar]:
-    """Show a bar of `total` queries while the block runs."""
+def progress_bar(title: str, total: int, done: int = 0, unit: str = "queries") -> Iterator[Bar]:
+    """Show a bar of `total` queries, or of something else, while the block runs."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("queries"),
+        TextColumn(unit),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )

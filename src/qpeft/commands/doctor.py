@@ -2,6 +2,9 @@
 
 The check scores a few pairs of the embedded collection with the embedded model (or --model): in one batch, padded left
 and right, and one by one with a plain log-softmax over full logits in float32. It fails if they disagree.
+
+With --tune it also times number types, attention kernels, batch sizes and threads with the model, and keeps what is
+quickest here for the next time that the model is opened; where the default is as quick, the default stays.
 """
 
 from __future__ import annotations
@@ -43,6 +46,10 @@ class Config:
     """The model to check: tiny-lm (embedded), a local folder, or a name on the model hub."""
     seconds: float = 5.0
     """How long throughput is measured."""
+    tune: bool = False
+    """Find the quickest settings for the model, and keep them."""
+    passage_cache: float = 0.0
+    """With --tune: GiB for encoded passages; the settings are then those for use with a passage cache."""
 
 
 def run(config: Config) -> None:
@@ -71,6 +78,10 @@ def run(config: Config) -> None:
 
     pairs = _pairs()
     _check(config.model, pairs)
+    if config.tune:
+        from qpeft.commands._tune import tune
+
+        tune(ModelConfig(config.model, passage_cache=config.passage_cache), lambda lm: _rows(lm, pairs))
     lm = load_lm(ModelConfig(config.model))
     rows = _rows(lm, pairs)
     started, done = time.perf_counter(), 0

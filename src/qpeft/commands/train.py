@@ -77,8 +77,6 @@ class Config:
     """Cut passages to this many tokens, in training and later."""
     teacher: str | None = None
     """A run whose scores are learned by margin_mse and plackett_luce."""
-    context_folder: str | None = None
-    """Folder for encoded contexts that do not fit into --passage-cache; by default they are encoded again."""
     resume: bool = False
     """Continue an interrupted training."""
     report: bool = False
@@ -126,15 +124,11 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
 
     if not model.passage_cache and not getattr(adapters.load(config.adapter), "CHANGES_LM", False):
         model = dataclasses.replace(model, passage_cache=4.0)
+    lm: Any = load_lm(dataclasses.replace(model, dtype=begun.get("dtype", model.dtype)))
     # As in reranking: the last bits depend on the number type, which may be chosen by measurement, and on the threads.
     torch.set_num_threads(begun.get("threads", torch.get_num_threads()))
-    lm: Any = load_lm(dataclasses.replace(model, dtype=begun.get("dtype", model.dtype)))
     if lm.has_encoder:
         raise OptionError("training needs a decoder-only model")
-    if config.context_folder and lm.store is not None:
-        # What is encoded belongs to one model and number type.
-        own = fingerprint({**base_identity(lm), "dtype": lm.dtype})[:16]
-        lm.store.folder = Path(config.context_folder) / own
     torch.manual_seed(config.seed)
     total = sum(p.numel() for p in lm.model.parameters())
     adapter = adapters.load(config.adapter).build(adapter_config, lm)

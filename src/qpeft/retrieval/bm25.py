@@ -10,7 +10,7 @@ from typing import Any
 import bm25s
 import Stemmer
 
-from qpeft.errors import OptionError, nearest
+from qpeft.errors import InputError, OptionError, nearest
 from qpeft.retrieval._index_folder import new_index_folder, read_index_folder
 from qpeft.types import Passage, Query, Ranking
 
@@ -30,13 +30,19 @@ class Config:
 
 
 class BM25:
-    """A BM25 index over passages."""
+    """A BM25 index over passages.
+
+    Raises:
+        InputError: no passage has a word that counts.
+    """
 
     def __init__(self, passages: Iterable[Passage], config: Config | None = None, *, progress: bool = False) -> None:
         self.config = config or Config()
         self.passage_ids: list[str] = []
         self._progress = progress
         tokens = self._tokenize(self._texts(passages))
+        if not any(tokens.ids):
+            raise InputError("no passage has a word that BM25 counts")
         self._index = bm25s.BM25(k1=self.config.k1, b=self.config.b)
         self._index.index(tokens, show_progress=progress)
 

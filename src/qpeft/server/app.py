@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -17,6 +15,7 @@ from starlette.responses import Response
 from qpeft import server
 from qpeft.errors import AdapterError, QpeftError, QueryError
 from qpeft.pretrained import LanguageModel
+from qpeft.server import page
 from qpeft.server.batcher import OverloadedError
 from qpeft.server.guard import OPEN, Guard
 from qpeft.server.models import UnknownModelError
@@ -25,8 +24,6 @@ from qpeft.server.refusals import Refusal, of_fault, of_validation, response
 from qpeft.server.routes import router
 from qpeft.server.service import Service
 from qpeft.server.settings import Settings
-
-PAGE = "qpeft.server.page"
 
 
 def create_app(settings: Settings, open_lm: Callable[[], LanguageModel], keys: Sequence[str] = ()) -> FastAPI:
@@ -50,14 +47,10 @@ def create_app(settings: Settings, open_lm: Callable[[], LanguageModel], keys: S
     )
     app.state.service = service
     app.include_router(router)
-    open_paths = set(OPEN)
-    if importlib.util.find_spec(PAGE) is not None:
-        page = importlib.import_module(PAGE).router
-        app.include_router(page)
-        open_paths |= {route.path for route in page.routes}
+    app.include_router(page.router)
     for kind in (Refusal, RequestValidationError, HTTPException, QpeftError, OverloadedError):
         app.add_exception_handler(kind, _failed)
-    app.add_middleware(Guard, service=service, keys=keys, open_paths=open_paths)
+    app.add_middleware(Guard, service=service, keys=keys, open_paths=OPEN | page.OPEN)
     if settings.cors_origin:
         app.add_middleware(
             CORSMiddleware,

@@ -6,15 +6,17 @@ An adapter is found by its name in a listing of the folder; no path that a clien
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qpeft.adapters._folder import AdapterFolder, adapter_path, embedded_adapters, open_adapter
 from qpeft.errors import AdapterError, InputError, OptionError, QpeftError, nearest
+from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, read_calibration
 from qpeft.methods.query_likelihood import Config, QueryLikelihood, build_scorer
 from qpeft.model_config import EMBEDDED
 from qpeft.pretrained import LanguageModel
@@ -23,8 +25,6 @@ from qpeft.server.settings import Settings
 from qpeft.template import KeptTokens
 from qpeft.types import Passage, Query
 
-Calibration = Callable[[Sequence[float]], Sequence[float]]
-"""Raw scores of one query's documents in nats → probabilities of relevance."""
 KEPT_CHARACTERS = 8_000_000
 """Of documents whose tokens are kept; some 100 MB."""
 
@@ -37,8 +37,8 @@ class UnknownModelError(InputError):
 class ServedModel:
     """A name that requests may ask for.
 
-    `calibration` turns raw scores into probabilities; without one, the geometric mean of the query tokens'
-    probabilities stands for it.
+    `calibration` turns the raw scores of a query's documents into probabilities; without one, the geometric mean of the
+    query tokens' probabilities stands for it.
     """
 
     name: str
@@ -81,7 +81,11 @@ class Models:
         self._folder = None if settings.adapters is None else Path(settings.adapters)
         config = Config(template=settings.template, max_passage_tokens=settings.max_passage_tokens)
         self._kept = KeptTokens(KEPT_CHARACTERS)
-        self._served = {self.base: ServedModel(self.base, build_scorer(config, lm, kept=self._kept))}
+        scorer = build_scorer(config, lm, kept=self._kept)
+        calibration = read_calibration(settings.calibration) if settings.calibration else None
+        if calibration is not None:
+            calibration.check(self._origin(scorer, config), f"--calibration {settings.calibration}")
+        self._served = {self.base: ServedModel(self.base, scorer, calibration=calibration)}
 
     @property
     def served(self) -> dict[str, ServedModel]:
@@ -124,12 +128,20 @@ class Models:
             raise AdapterError(str(error)) from error
         config = Config(max_passage_tokens=self._settings.max_passage_tokens)
         try:
-            made = ServedModel(f"{self.base}:{name}", build_scorer(config, self.lm, opened, kept=self._kept), opened)
+            scorer = build_scorer(config, self.lm, opened, kept=self._kept)
+            if opened.calibration is not None:
+                _check(name, opened.calibration, self._origin(scorer, config))
+            made = ServedModel(f"{self.base}:{name}", scorer, opened, opened.calibration)
             warm_up(made)
         except BaseException:
             opened.adapter.withdraw()
             raise
         return made
+
+    def _origin(self, scorer: QueryLikelihood, config: Config) -> ScoreOrigin:
+        """Return what a scorer's scores are scores of."""
+        model = {"name": self.lm.name, "revision": self.lm.revision, "sha256": self.lm.sha256}
+        return ScoreOrigin.of(model, scorer.facts, "query_likelihood", dataclasses.asdict(config))
 
     def serve(self, model: ServedModel) -> ServedModel | None:
         """Let a model be asked for, from now on; return what had its name before."""
@@ -158,6 +170,13 @@ class Models:
                 self.serve(self.open(name))
             except QpeftError as error:
                 log("adapter not served", logging.WARNING, adapter=name, reason=str(error))
+
+
+def _check(name: str, calibration: Calibration, origin: ScoreOrigin) -> None:
+    try:
+        calibration.check(origin, f"adapter {name!r}: its calibration")
+    except InputError as error:
+        raise AdapterError(str(error)) from error
 
 
 def _usable(path: Path, root: Path) -> bool:

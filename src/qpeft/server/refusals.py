@@ -1,7 +1,7 @@
 """Errors as each dialect words them.
 
 TEI has `{"error", "error_type"}`. The others get OpenAI's `{"error": {"message", "type", "param", "code"}}`, which vLLM
-and infinity speak, and beside it Cohere's `message`.
+and infinity speak, and beside it Cohere's `message` and Jina's `detail`: clients of theirs fail without it.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ class OpenAiError(BaseModel):
 
 
 class Problem(BaseModel):
-    """An error of OpenAI's form, with Cohere's `message`."""
+    """An error of OpenAI's form, with Cohere's `message` and Jina's `detail`."""
 
     id: str
     message: str
+    detail: str
     error: OpenAiError
 
 
@@ -84,7 +85,7 @@ def response(refusal: Refusal, dialect: Dialect, request_id: str) -> Response:
     else:
         kind = TYPES.get(refusal.status, "invalid_request_error")
         error = OpenAiError(message=refusal.message, type=kind, param=refusal.param, code=refusal.status)
-        body = Problem(id=request_id, message=refusal.message, error=error)
+        body = Problem(id=request_id, message=refusal.message, detail=refusal.message, error=error)
     # Not by pydantic, which stops at lone surrogates; a message may quote whatever a client sent.
     text = json.dumps(body.model_dump(), ensure_ascii=True)
     return Response(text, refusal.status, refusal.headers, "application/json")

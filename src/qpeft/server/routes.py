@@ -170,4 +170,6 @@ def _card(model: ServedModel, base: str) -> dict[str, Any]:
     card |= {"root": base, "parent": None if model.adapter is None else base}
     if model.adapter is not None:
         card["adapter"] = {"kind": model.adapter.name, "sha256": model.adapter.sha256}
+    if model.calibration is not None:
+        card["calibration"] = {"method": model.calibration.method, "centred": model.calibration.centred}
     return card

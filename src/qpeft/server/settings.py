@@ -19,6 +19,8 @@ class Settings:
     """Folder with adapter folders; each that fits the model is served as BASE:NAME."""
     template: str | None = None
     """Template without an adapter: a name or a YAML file; by default plain. An adapter has its own."""
+    calibration: str | None = None
+    """File from qpeft calibrate, for the model without an adapter; an adapter has its own in its folder."""
     max_passage_tokens: int | None = None
     """Cut passages to this many tokens; by default as the adapter was trained, or what the model's context demands."""
     api_key_file: str | None = None

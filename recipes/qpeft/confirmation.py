@@ -1,0 +1,88 @@
+"""The confirmation: what the table suggests, tested on test queries that nothing else reads."""
+
+from __future__ import annotations
+
+import collections
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qpeft.evaluation.significance import bootstrap_interval, holm, paired_t
+
+MEASURES = ("nDCG@10", "RR@10", "R@10", "CandHit@10", "CandHit_clean@10")
+BASELINES = ("zero_shot", "soft_prompt")
+TESTED = ("qpeft_a", "qpeft_r")
+KINDS = {"per_query": "", "mixed": ", both half BM25"}
+
+
+class Confirmation:
+    """Q-PEFT-A and -R, mean of three seeds, against both baselines: fixed before the queries were read.
+
+    Args:
+        folder: the JSON files that `run.py DATA confirm` wrote.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._chunks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+        self.rows = {"bm25": ["bm25"], "zero_shot": ["zero_shot"]}
+        for row in ("soft_prompt", "qpeft_r", "qpeft_a"):
+            self.rows[row] = [name for name in self._chunks[0] if f"-{row}-" in name]
+
+    def values(self, row: str, kind: str, measure: str) -> dict[str, float]:
+        """Return query id → the measure's mean over seeds."""
+        each: dict[str, list[float]] = collections.defaultdict(list)
+        for chunk in self._chunks:
+            for name in self.rows[row]:
+                for query, value in chunk[name].get(kind, {}).get(measure, {}).items():
+                    each[query].append(value)
+        return {query: statistics.fmean(found) for query, found in each.items()}
+
+    def tests(self) -> list[dict[str, Any]]:
+        """Return all comparisons in RR@10, Holm-corrected over the four of systems alone and the four of mixed ones."""
+        found = []
+        for kind in KINDS:
+            some = [self._test(row, baseline, kind) for row in TESTED for baseline in BASELINES]
+            for test, corrected in zip(some, holm([test["p"] for test in some]), strict=True):
+                found.append({**test, "p_holm": corrected})
+        return found
+
+    def _test(self, row: str, baseline: str, kind: str) -> dict[str, Any]:
+        own, other = self.values(row, kind, "RR@10"), self.values(baseline, kind, "RR@10")
+        difference = np.array([own[query] - other[query] for query in other])
+        low, high = bootstrap_interval(difference) or (0.0, 0.0)
+        facts = {"row": row, "against": baseline, "kind": kind, "difference": float(difference.mean())}
+        return {**facts, "low": low, "high": high, "p": p_value(own, other)}
+
+    def markdown(self, tests: list[dict[str, Any]]) -> str:
+        """Return means and comparisons as Markdown tables."""
+        count = len(self.values("bm25", "per_query", "RR@10"))
+        lines = [f"### Confirmation: trained on reddit-shift, 320 queries; {count:,} further test queries", ""]
+        lines += [_line(["row (seeds)", *MEASURES, "RR@10, half BM25"]), _line(["---"] * (len(MEASURES) + 2))]
+        for row, names in self.rows.items():
+            means = [f"{statistics.fmean(self.values(row, 'per_query', m).values()):.3f}" for m in MEASURES]
+            mixed = self.values(row, "mixed", "RR@10")
+            means.append(f"{statistics.fmean(mixed.values()):.3f}" if mixed else "")
+            lines.append(_line([f"{row} ({len(names)})", *means]))
+        lines += ["", _line(["RR@10 of", "minus", "difference", "95 %", "p (Holm)"]), _line(["---"] * 5)]
+        for test in tests:
+            interval = f"{test['low']:+.3f} … {test['high']:+.3f}"
+            against = f"{test['against']}{KINDS[test['kind']]}"
+            lines.append(_line([test["row"], against, f"{test['difference']:+.3f}", interval, shown(test["p_holm"])]))
+        return "\n".join([*lines, ""])
+
+
+def p_value(one: dict[str, float], other: dict[str, float]) -> float | None:
+    """Return the paired t-test's two-sided p."""
+    return paired_t(np.array([one[query] - other[query] for query in other]))
+
+
+def shown(p: float | None) -> str:
+    """Return a p-value as it is printed."""
+    return "–" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

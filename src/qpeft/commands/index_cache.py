@@ -1,0 +1,81 @@
+"""Encode a collection's passages ahead, so that reranking them later only reads queries.
+
+Keys and values of every passage go to --passage-cache-folder, where `rerank`, `train` and others find them when given
+the same model, number type, template and folder. A passage that must be cut to leave room for a query is encoded again
+for queries of other lengths, unless --max-passage-tokens cuts all alike. Interrupted, the same command continues.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from qpeft.commands._progress import progress_bar
+from qpeft.data.collection import open_collection
+from qpeft.errors import OptionError
+from qpeft.model_config import ModelConfig
+from qpeft.types import Passage, Query
+
+A_QUERY = Query("query", "a")
+"""Nothing that is encoded depends on it."""
+AT_A_TIME = 256
+
+
+@dataclass(frozen=True)
+class Config:
+    """Encoding ahead."""
+
+    collection: str
+    """A BEIR folder, mini (embedded), or ir_datasets:ID."""
+    template: str = "plain"
+    """Name of a template or path of a YAML file; an adapter's, if it is to be used."""
+    max_passage_tokens: int | None = None
+    """Cut passages to this many tokens, as later in reranking."""
+
+
+def configs(arguments: list[str]) -> tuple[type[Any], ...]:
+    """Return this command's options, and those of the model."""
+    return Config, ModelConfig
+
+
+def run(config: Config, model: ModelConfig) -> None:
+    """Encode what is not yet there, and say how much there is."""
+    if model.passage_cache_folder is None:
+        raise OptionError("--passage-cache-folder is missing: where encoded passages go")
+    passages = open_collection(config.collection).passages
+
+    from qpeft.loading import load_lm
+    from qpeft.template import Prompt, load_template
+
+    lm: Any = load_lm(dataclasses.replace(model, passage_cache=0.0))
+    prompt = Prompt(
+        load_template(config.template), lm.tokenizer, lm.max_length, max_passage_tokens=config.max_passage_tokens
+    )
+    cut = 0
+    with progress_bar("index-cache", len(passages), unit="passages") as bar:
+        for some in _batches(passages.values(), AT_A_TIME):
+            prompt.read_ahead(some)
+            for passage in some:
+                row = prompt.rows(A_QUERY, passage)[0]
+                context = row.context[: row.hint]
+                cut += row.truncated
+                if not lm.store.on_disk(lm.key(context)):
+                    lm.encode(context)
+                bar.advance()
+    size = sum(path.stat().st_size for path in lm.store.folder.rglob("*.safetensors"))
+    print(f"{len(passages):,} passages, {lm.store.misses:,} encoded now, {size / 2**30:.2f} GiB in {lm.store.folder}")
+    if cut:
+        print(f"{cut:,} passages were cut; --max-passage-tokens cuts alike for all queries")
+
+
+def _batches(passages: Iterable[Passage], count: int) -> Iterable[list[Passage]]:
+    batch: list[Passage] = []
+    for passage in passages:
+        batch.append(passage)
+        if len(batch) == count:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,49 @@
+"""The snippets of docs/integrations.md run as they stand; those over HTTP at the address of a real server."""
+
+import importlib
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from qpeft.cli import parse
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+SECTIONS = re.findall(r"^### (.*?)\n(.*?)(?=^##|\Z)", TEXT, re.M | re.S)
+SNIPPETS = {title: snippet for title, body in SECTIONS for snippet in re.findall(r"```python\n(.*?)```", body, re.S)}
+ADDRESS = "http://127.0.0.1:8080"
+ANSWERS = {"mteb": "my-team/tiny-lm\n", "huggingface_hub": "True tiny-lm\n"}
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:unclosed:ResourceWarning", "ignore:The inplace keyword:pandas.errors.Pandas4Warning"
+)
+
+
+def test_every_snippet_is_found():
+    assert len(SNIPPETS) == TEXT.count("```python") >= 13
+
+
+@pytest.mark.parametrize("title", SNIPPETS)
+def test_snippets_run(title, url, capsys):
+    code = SNIPPETS[title].replace(ADDRESS, url)
+    assert (url in code) == (TEXT.index(f"### {title}\n") > TEXT.index("## Over HTTP"))
+    exec(compile(code, f"integrations.md: {title}", "exec"), {})
+    printed = capsys.readouterr().out
+    if title in ANSWERS:
+        assert printed == ANSWERS[title]
+    else:
+        assert printed.startswith("Rivers carry minerals")
+
+
+def test_commands_and_extras_exist():
+    (line,) = re.findall(r"^qpeft serve .*$", TEXT, re.M)
+    module = importlib.import_module("qpeft.commands.serve")
+    arguments = shlex.split(line)[2:]
+    assert len(parse("serve", "", module.configs(arguments), arguments)) == 2
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.findall(r"qpeft\[(.*?)\]", TEXT)) <= set(extras)
+    for module, name in re.findall(r"\| `(\w+)\.(\w+)` \|", TEXT):
+        assert hasattr(importlib.import_module(f"qpeft.integrations.{module}"), name)

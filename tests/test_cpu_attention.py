@@ -1,0 +1,77 @@
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qpeft import cpu_attention
+from qpeft.errors import OptionError
+from qpeft.loading import load_lm
+from qpeft.model_config import ModelConfig
+from reference import naive_log_probs
+from test_context_store import with_store
+from test_lm import assert_close, rows_for
+from tiny_models import GATED, wordpiece_tokenizer
+
+
+@pytest.fixture(params=[1, 2000, cpu_attention.SCORES], ids=["row by row", "a few rows", "all rows"])
+def at_a_time(request, monkeypatch):
+    """Scores that are held at a time."""
+    monkeypatch.setattr(cpu_attention, "SCORES", request.param)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_scores_equal_the_naive_reference(family, make_lm, side, at_a_time):
+    lm = make_lm(family, padding_side=side)
+    rows = rows_for(lm)
+    assert max(map(len, rows)) > 12, "longer than the sliding window, so that it bites"
+    references = [naive_log_probs(lm.model, row) for row in rows]
+    lm.model.set_attn_implementation(cpu_attention.NAME)
+    assert_close(lm.log_probs(rows), references)
+    stored = with_store(lm)
+    for _ in range(2):
+        assert_close(stored.log_probs(rows), references)
+
+
+def test_gradients_equal_those_of_eager_attention(make_lm):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 4, 4, 9, 8).unbind()
+    key, value = key[:, :2], value[:, :2]
+    mask = torch.zeros(4, 1, 9, 9).masked_fill(torch.ones(9, 9).triu(1).bool(), -1e9)
+    own, eager = [], []
+    for found in (own, eager):
+        leaves = [part.clone().requires_grad_() for part in (query, key, value)]
+        if found is own:
+            out = cpu_attention.attention(torch.nn.Module(), *leaves, mask, softcap=2.0)[0]
+        else:
+            keys, values = (part.repeat_interleave(2, 1) for part in leaves[1:])
+            scores = torch.tanh(leaves[0] @ keys.transpose(2, 3) * 8**-0.5 / 2) * 2 + mask
+            out = (scores.softmax(-1) @ values).transpose(1, 2)
+        (out * torch.arange(9)[:, None, None]).sum().backward()
+        found += [out, *(leaf.grad for leaf in leaves)]
+    for one, other in zip(own, eager, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def save(folder, model):
+    model.save_pretrained(folder)
+    wordpiece_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_it_is_what_cpus_use_unless_told_otherwise(saved_model):
+    chosen = {name: load_lm(ModelConfig(str(saved_model), attention_kernel=name)) for name in ("auto", "eager")}
+    used = {name: lm.model.config._attn_implementation for name, lm in chosen.items()}
+    assert used == {"auto": cpu_attention.NAME, "eager": "eager"}
+    with pytest.raises(OptionError, match="--attention-kernel flush: "):
+        load_lm(ModelConfig(str(saved_model), attention_kernel="flush"))
+
+
+def test_layers_that_need_more_keep_their_own_attention(tmp_path):
+    config = AutoConfig.for_model("gpt_oss", **GATED, head_dim=8, num_local_experts=2, num_experts_per_tok=1)
+    torch.manual_seed(0)
+    folder = save(tmp_path, AutoModelForCausalLM.from_config(config))
+    lm = load_lm(ModelConfig(folder, dtype="float32"))
+    assert lm.model.config._attn_implementation == "eager"
+    rows = rows_for(lm)
+    assert_close(lm.log_probs(rows), [naive_log_probs(lm.model, row) for row in rows])
+    with pytest.raises(OptionError, match=f"--attention-kernel {cpu_attention.NAME}: .* knows no s_aux"):
+        load_lm(ModelConfig(folder, attention_kernel=cpu_attention.NAME))
