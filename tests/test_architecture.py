@@ -15,8 +15,8 @@ LAYERS = [
     {"types", "registry"},
     {"provenance", "model_config"},
     {"tuning"},
-    {"template", "hints", "context_store", "cpu_attention", "losses"},
-    {"layout"},
+    {"template", "hints", "context_store", "cpu_attention", "depth", "losses"},
+    {"layout", "flops"},
     {"data", "retrieval"},
     {"evaluation"},
     {"pretrained"},
@@ -65,7 +65,7 @@ def test_one_idea_one_file(path):
 
 def test_torch_is_imported_only_when_there_is_work():
     rooms = ["qpeft.data.collection", "qpeft.data.convert", "qpeft.retrieval.bm25", "qpeft.retrieval.dense"]
-    rooms += ["qpeft.retrieval.fusion", "qpeft.evaluation.interpolation", "qpeft.methods.query_likelihood", "qpeft.cli"]
+    rooms += ["qpeft.retrieval.fusion", "qpeft.evaluation.interpolation", "qpeft.methods.cascade", "qpeft.cli"]
     code = f"import sys, {', '.join(rooms)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

@@ -57,10 +57,10 @@ def with_store(lm, *, tokenizer=None, **options):
     return alike(lm, tokenizer=tokenizer, store=ContextStore(1 << 28), **options)
 
 
-def alike(lm, *, tokenizer=None, batch_tokens=4096, **options):
+def alike(lm, *, model=None, tokenizer=None, batch_tokens=4096, **options):
     """Return the same model with other options."""
     return CausalLM(
-        lm.model,
+        model or lm.model,
         tokenizer or lm.tokenizer,
         name=lm.name,
         max_length=lm.max_length,

@@ -96,10 +96,10 @@ WORDS = (
 )
 
 
-def build_family(family: str) -> torch.nn.Module:
-    """Return a fresh random model of a family, the same every time."""
+def build_family(family: str, **options: object) -> torch.nn.Module:
+    """Return a fresh random model of a family, the same every time; `options` change its configuration."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **FAMILIES[family], **SPECIAL)
+    config = AutoConfig.for_model(family, **{**FAMILIES[family], **SPECIAL, **options})
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "attn_pdrop", "embd_pdrop"):
         if getattr(config, name, None):
             setattr(config, name, 0.0)

@@ -37,8 +37,8 @@ class Encoded:
     states: Tensor | None = None
 
 
-Key = tuple[tuple[int, ...], int | None]
-"""Token ids of the context, and which layer's states were asked for."""
+Key = tuple[tuple[int, ...], int | None, int]
+"""Token ids of the context, which layer's states were asked for, and how many layers were run."""
 
 Storage = Literal["exact", "int8", "fp8"]
 EIGHT_BITS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from qpeft.errors import ModelError
+from qpeft.flops import encoder_decoder_flops
 from qpeft.hints import HintWriter
 from qpeft.pretrained import PretrainedLM, RowLogProbs, pad_ids, token_log_probs
 from qpeft.template import Row
@@ -37,6 +38,10 @@ class EncoderDecoderLM(PretrainedLM):
             decoder_attention_mask=target_mask.to(self.device),
             use_cache=False,
         ).logits
+        lengths = [(len(row.context), len(row.target)) for row in rows]
+        tokens = sum(map(sum, lengths))
+        flops = None if self.shape is None else encoder_decoder_flops(self.shape, lengths)
+        self.computed.add(tokens, contexts.numel() + targets.numel() - tokens, flops)
         scored, _ = pad_ids([[int(s) for s in row.scored] for row in rows])
         scored = scored.bool()
         values = token_log_probs(logits[scored.to(self.device)], targets[scored].to(self.device)).cpu()

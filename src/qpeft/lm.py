@@ -9,8 +9,8 @@ runs at the scored positions only, which keeps the memory small and soft-capped 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from qpeft.context_store import ContextStore, Encoded, Filled, FilledLayer, filled_layers
+from qpeft.context_store import ContextStore, Encoded, Filled, FilledLayer, Key, filled_layers
+from qpeft.depth import Layers, find_layers
 from qpeft.errors import ModelError, OptionError
+from qpeft.flops import context_flops, decoder_flops
 from qpeft.hints import HintWriter, Pairs, Slots
 from qpeft.layout import Layout, PaddingSide, lay_out
 from qpeft.pretrained import PretrainedLM, RowLogProbs, pad_ids, token_log_probs
@@ -60,7 +62,10 @@ class CausalLM(PretrainedLM):
         super().__init__(model, tokenizer, name=name, max_length=max_length, batch_tokens=batch_tokens, folder=folder)
         self.padding_side = padding_side
         self.store = store
-        self._layers = model.config.get_text_config().num_hidden_layers
+        self._depth = model.config.get_text_config().num_hidden_layers
+        self._layers: Layers | None = None
+        with suppress(ModelError):
+            self._layers = find_layers(model)
         self._buffer: Tensor | None = None
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
         if store is not None and (model._is_stateful or not set(kinds) <= {"full_attention", "sliding_attention"}):
@@ -115,6 +120,7 @@ class CausalLM(PretrainedLM):
                 **self._past(layout, past, starts),
                 logits_to_keep=layout.predicting.to(self.device),
             ).logits
+        self._count(layout, starts)
         values = token_log_probs(logits.reshape(-1, logits.shape[-1]), layout.labels.to(self.device))
         return values, layout.counts
 
@@ -127,13 +133,17 @@ class CausalLM(PretrainedLM):
         """
         if self.store is None:
             return self._encode(ids, layer)
-        return self.store.get((ids, layer), lambda: self._encode(ids, layer))
+        return self.store.get(self.key(ids, layer), lambda: self._encode(ids, layer))
+
+    def key(self, ids: tuple[int, ...], layer: int | None = None) -> Key:
+        """Return under which key a context is stored."""
+        return ids, layer, self._depth
 
     @torch.no_grad()
     def _encode(self, ids: tuple[int, ...], layer: int | None) -> Encoded:
         cache: Any = DynamicCache()
         if layer is None:
-            cache.layers = filled_layers(self._layers)
+            cache.layers = filled_layers(self._depth)
         states = None
         with suppress(Filled):
             out = self.model(
@@ -145,7 +155,43 @@ class CausalLM(PretrainedLM):
                 logits_to_keep=1,
             )
             states = None if layer is None else out.hidden_states[layer][0].clone()
+        flops = None
+        if self.shape is not None and layer is None:
+            flops = context_flops(self.shape, len(ids), self._depth)
+        elif self.shape is not None:
+            flops = decoder_flops(self.shape, [(len(ids), 0)], 1, self._depth)
+        self.computed.add(len(ids), 0, flops)
         return Encoded(torch.stack([torch.stack([kept.keys[0], kept.values[0]]) for kept in cache.layers]), states)
+
+    def _count(self, layout: Layout, starts: Sequence[int]) -> None:
+        lengths = layout.mask.sum(1).tolist()
+        flops = None
+        if self.shape is not None:
+            flops = decoder_flops(self.shape, list(zip(lengths, starts, strict=True)), len(layout.labels), self._depth)
+        self.computed.add(sum(lengths), layout.mask.numel() - sum(lengths), flops)
+
+    def check_depth(self, depth: int, adapters: Sequence[HintWriter | None] = ()) -> None:
+        """Raise the error that scoring with the first `depth` layers would end in; see `PretrainedLM.check_depth`."""
+        if self._layers is None:
+            raise OptionError(f"{self.name} cannot be cut to its first layers: which modules they are cannot be told")
+        count = len(self._layers.modules)
+        if not 1 <= depth < count:
+            raise OptionError(f"layers={depth}: {self.name} has {count} layers; take from 1 to {count - 1} of them")
+        for adapter in adapters:
+            if adapter is not None and (adapter.reads_layer or 0) >= depth:
+                # after the last layer that is run, its states would be those behind the model's last norm
+                raise OptionError(f"layers={depth}: the adapter reads states of layer {adapter.reads_layer}; take more")
+
+    @contextmanager
+    def _first_layers(self, depth: int) -> Iterator[None]:
+        assert self._layers is not None
+        whole = self._depth
+        with self._layers.first(depth):
+            self._depth = depth
+            try:
+                yield
+            finally:
+                self._depth = whole
 
     def _forward(
         self, rows: Sequence[Row], with_passage: bool, adapters: Sequence[HintWriter | None]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from qpeft.errors import ModelError
+from qpeft.errors import ModelError, OptionError
+from qpeft.flops import Computed, shape_of
 from qpeft.hints import HintWriter
 from qpeft.provenance import weights_fingerprint
 from qpeft.template import Row
@@ -46,6 +48,7 @@ class LanguageModel(Protocol):
     max_length: int
     batch_tokens: int
     has_encoder: bool
+    computed: Computed
 
     @property
     def attention_kernel(self) -> str:
@@ -78,8 +81,13 @@ class LanguageModel(Protocol):
         *,
         with_passage: bool = False,
         adapters: HintWriter | Sequence[HintWriter | None] | None = None,
+        depth: int | None = None,
     ) -> list[RowLogProbs]:
         """Return the log-probabilities of each row's scored tokens, in order."""
+        ...
+
+    def check_depth(self, depth: int, adapters: Sequence[HintWriter | None] = ()) -> None:
+        """Raise OptionError if rows cannot be scored with the first `depth` layers and these adapters."""
         ...
 
 
@@ -104,6 +112,8 @@ class PretrainedLM:
         self.max_length = max_length
         self.model = model.eval().requires_grad_(False)
         self.batch_tokens = batch_tokens
+        self.shape = shape_of(self.model)
+        self.computed = Computed()
         self._turn = threading.Lock()  # forwards share memory, stored contexts and the switches of LoRA's layers
 
     @property
@@ -149,6 +159,7 @@ class PretrainedLM:
         *,
         with_passage: bool = False,
         adapters: HintWriter | Sequence[HintWriter | None] | None = None,
+        depth: int | None = None,
     ) -> list[RowLogProbs]:
         """Return the log-probabilities of each row's scored tokens, in order. Threads may call it; they take turns.
 
@@ -156,13 +167,29 @@ class PretrainedLM:
             rows: token ids, of any lengths.
             with_passage: also return those of the passage's tokens (decoder-only models).
             adapters: what writes the hints: one adapter for all rows, or one (or None) for each.
+            depth: run the first so many layers only, then the model's last norm and head; all of them by default.
 
         Raises:
             ModelError: a single row does not fit in memory.
+            OptionError: see `check_depth`.
         """
         each = list(adapters) if isinstance(adapters, Sequence) else [adapters] * len(rows)
-        with self._turn:
+        if depth is not None:
+            self.check_depth(depth, each)
+        with self._turn, nullcontext() if depth is None else self._first_layers(depth):
             return self._log_probs(rows, with_passage, each)
+
+    def check_depth(self, depth: int, adapters: Sequence[HintWriter | None] = ()) -> None:
+        """Raise the error that scoring with the first `depth` layers would end in.
+
+        Raises:
+            OptionError: the model has an encoder, or no list of layers that can be told, or not more layers than that;
+                or an adapter reads states that lie deeper.
+        """
+        raise OptionError(f"{self.name}: only decoder-only models can be cut to their first layers")
+
+    def _first_layers(self, depth: int) -> AbstractContextManager[None]:
+        raise NotImplementedError
 
     def _log_probs(
         self, rows: Sequence[Row], with_passage: bool, each: Sequence[HintWriter | None]

@@ -13,6 +13,7 @@ literal belongs to the piece that follows it, because that is where byte-level t
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -290,6 +291,12 @@ class Prompt:
             raise OptionError(f"query {query.id!r}: windows of {width} tokens cannot overlap by {overlap}")
         starts = range(0, max(1, len(ids) - overlap), width - overlap)
         return [row(ids[start : start + width], False) for start in starts]
+
+    def cut(self, max_passage_tokens: int) -> Prompt:
+        """Return the same prompt with passages cut to so many tokens, or fewer where it cuts them to fewer."""
+        shorter = copy.copy(self)
+        shorter.max_passage_tokens = min(max_passage_tokens, self.max_passage_tokens or max_passage_tokens)
+        return shorter
 
     def _hint_place(self, passage_end: int) -> int:
         assert self._hint_offset is not None

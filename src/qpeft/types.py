@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, NotRequired, Protocol, TypedDict, final
+from typing import Any, ClassVar, NotRequired, Protocol, TypedDict, final
 
 import numpy as np
 
@@ -199,6 +199,8 @@ class Reranker(abc.ABC):
     """What provenance says of the method: its template, its adapter."""
     window: int = field(default=1, init=False)
     """Queries that are worked on together. Scores may depend, in their last bits, on the others of a window."""
+    scores_all: ClassVar[bool] = True
+    """Whether all candidates are scored alike, so that their scores may be mixed with others."""
 
     @staticmethod
     def from_pretrained(model: str = "tiny-lm", *, method: str = "query_likelihood", **options: Any) -> Reranker:

@@ -48,6 +48,10 @@ def test_bad_runs(rerank_arguments, tmp_path, capsys, text, words):
         (["--normalize", "median"], ["normalize"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["--windows", "8", "--window-overlap", "9"], ["window_overlap 9"]),
+        (["--cheap", "layers=1"], ["unknown option --cheap"]),
+        (["--method", "cascade", "--cascade", "20:100"], ["--cascade 20:100"]),
+        (["--method", "cascade", "--cheap", "layers=2"], ["has 2 layers; take from 1 to 1"]),
+        (["--method", "cascade", "--interpolate", "0.5"], ["--interpolate needs scores of all", "cascade"]),
     ],
 )
 def test_bad_options(rerank_arguments, tmp_path, capsys, more, words):

@@ -11,6 +11,8 @@ from qpeft.commands._partial import Partial
 from qpeft.data.trec import read_run
 from qpeft.types import Hit, Ranking, ScoringCounts
 
+CASCADE = ("--method", "cascade", "--cascade", "7:2")
+
 
 def test_only_the_runs_passages_are_ranked_and_those_below_the_depth_keep_their_order(
     rerank_arguments, toy_run, tmp_path, capsys
@@ -59,7 +61,14 @@ def test_gzip_samples_and_interpolation(rerank_arguments, tmp_path, toy_run):
 
 
 @pytest.mark.parametrize(
-    "more", [(), ("--queries-per-batch", "2"), ("--passage-cache", "0.01")], ids=["plain", "windows", "cache"]
+    "more",
+    [
+        (),
+        ("--queries-per-batch", "2"),
+        ("--passage-cache", "0.01"),
+        (*CASCADE, "--cheap", "layers=1", "--passage-cache", "0.01", "--queries-per-batch", "2"),
+    ],
+    ids=["plain", "windows", "cache", "cascade"],
 )
 def test_a_killed_run_resumes_to_the_same_bytes(rerank_arguments, start_process, tmp_path, more):
     whole = tmp_path / "whole.trec"
@@ -145,3 +154,53 @@ def test_a_run_goes_on_with_the_threads_that_it_began_with(rerank_arguments, tmp
 def test_cuts_are_shown(rerank_arguments, tmp_path, capsys):
     assert main(rerank_arguments(tmp_path / "ql.trec", "--max-passage-tokens", "1")) == 0
     assert "passages were cut" in capsys.readouterr().err
+
+
+def test_what_it_cost_is_printed_and_kept(rerank_arguments, tmp_path, capsys):
+    costs = {}
+    for name, more in (("plain", ()), ("cached", ("--passage-cache", "0.01")), ("one", ("--batch-tokens", "1"))):
+        assert main(rerank_arguments(tmp_path / name, *more)) == 0
+        costs[name] = json.loads((tmp_path / f"{name}.provenance.json").read_text())["cost"]
+    printed = capsys.readouterr().err
+    assert printed.count("queries/PetaFLOP") == 3
+    assert printed.count("of passages cached") == 1
+    assert "memory up to" in printed
+    plain, cached, one = costs.values()
+    assert plain["queries_per_petaflop"] == pytest.approx(plain["queries"] / plain["flops"] * 1e15, rel=1e-3)
+    assert plain["queries"] == len(read_run(tmp_path / "plain"))
+    assert (one["padding"], one["tokens"], one["flops"]) == (0, plain["tokens"], plain["flops"])
+    assert plain["padding"] > 0
+    assert cached["flops"] < plain["flops"]
+    assert cached["cached"] + cached["encoded"] == plain["pairs"]
+    assert (plain["cached"], plain["peak_device_memory"]) == (None, None)
+
+
+@pytest.mark.parametrize("cheap", ["first_stage", "passage_tokens=2", "layers=1"])
+def test_a_cascade_keeps_below_what_it_drops(rerank_arguments, toy_run, tmp_path, cheap):
+    outputs = tmp_path / "ql.trec", tmp_path / "cascade.trec"
+    assert main(rerank_arguments(outputs[0], "--depth", "7")) == 0
+    assert main(rerank_arguments(outputs[1], "--depth", "7", *CASCADE, "--cheap", cheap)) == 0
+    full, ranked = (read_run(output) for output in outputs)
+    for query, first in read_run(toy_run).items():
+        own = [hit.passage_id for hit in ranked[query].hits]
+        assert sorted(own) == sorted(hit.passage_id for hit in first.hits)
+        assert own[7:] == [hit.passage_id for hit in first.hits[7:]]
+        order = [hit.passage_id for hit in full[query].hits]
+        assert order.index(own[0]) < order.index(own[1])
+    facts = [json.loads((output.with_name(output.name + ".provenance.json")).read_text()) for output in outputs]
+    assert facts[1]["options"]["cheap"] == cheap
+    assert facts[1]["counts"]["pairs"] == facts[0]["counts"]["pairs"]
+    if cheap == "first_stage":  # the toy passages and the toy model are too short for the others to be cheap
+        assert facts[1]["cost"]["flops"] < facts[0]["cost"]["flops"]
+
+
+def test_a_resumed_cascade_counts_as_an_uninterrupted_one(rerank_arguments, tmp_path):
+    more = (*CASCADE, "--cheap", "layers=1")
+    output = tmp_path / "ql.trec"
+    _, whole = unfinished(rerank_arguments, output, *more)
+    assert main(rerank_arguments(output, *more, "--resume")) == 0
+    assert output.read_bytes() == whole.read_bytes()
+    facts = [json.loads((tmp_path / f"{n}.provenance.json").read_text()) for n in ("ql.trec", "whole.trec")]
+    assert facts[0]["counts"] == facts[1]["counts"]
+    assert facts[0]["cost"]["queries"] == facts[1]["cost"]["queries"] - 2
+    assert facts[0]["cost"]["flops"] < facts[1]["cost"]["flops"]

@@ -209,3 +209,29 @@ def test_passages_encoded_ahead_are_found_by_reranking(toy, rerank_arguments, tm
     assert sorted(folder.rglob("*.safetensors")) == files, "nothing had to be encoded"
     assert main(index[:-2]) == 2
     assert "--passage-cache-folder is missing" in capsys.readouterr().err
+
+
+def test_costs_of_runs_that_know_them(toy, toy_run, rerank_arguments, tmp_path, capsys):
+    output = tmp_path / "ql.trec"
+    assert main(rerank_arguments(output, "--tag", "ql")) == 0
+    capsys.readouterr()
+    runs = ["--collection", str(toy), "--run", str(output)]
+    assert (
+        main(["evaluate", *runs, "--run", str(toy_run), "--cost", "--format", "json", "--measures", "RR@10 R@5"]) == 0
+    )
+    ranked, first = json.loads(capsys.readouterr().out)["runs"]
+    kept = json.loads((tmp_path / "ql.trec.provenance.json").read_text())["cost"]
+    assert ranked["cost"]["flops"] == kept["flops"]
+    expected = ranked["means"]["RR@10"] * kept["queries"] / kept["flops"] * 1e15
+    assert ranked["cost"]["quality_per_petaflop"] == pytest.approx(expected)
+    assert first["cost"] is None
+    page = tmp_path / "page.html"
+    assert main(["compare", *runs, "--baseline", str(toy_run), "--cost", "--html", str(page)]) == 0
+    assert "QPP" in capsys.readouterr().out
+    assert "RPP nDCG@10" in page.read_text()
+    assert main(["compare", *runs, "--baseline", str(toy_run)]) == 0
+    assert "QPP" not in capsys.readouterr().out
+    (tmp_path / "ql.trec.provenance.json").write_text('{"cost": {"seconds": 1}}')
+    assert main(["evaluate", *runs]) == 0
+    assert main(["evaluate", *runs, "--cost"]) == 2
+    assert "ql.trec.provenance.json: not provenance of a run" in capsys.readouterr().err

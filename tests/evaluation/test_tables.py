@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from qpeft.errors import OptionError
+from qpeft.evaluation.cost import Cost
 from qpeft.evaluation.measures import Evaluation
 from qpeft.evaluation.significance import compare, compare_all_pairs
 from qpeft.evaluation.table_formats import render
-from qpeft.evaluation.tables import measure_table
+from qpeft.evaluation.tables import measure_table, significant
 
 MEASURES = ("nDCG@10", "RR@10")
 
@@ -125,3 +126,34 @@ def test_missing_values_are_dashes_not_zeros():
 def test_an_unknown_format_is_named(evaluations):
     with pytest.raises(OptionError, match="did you mean 'markdown'"):
         render(evaluations, format="markdwon")
+
+
+def test_costs_stand_in_a_table_of_their_own(evaluations):
+    costs = {"base": Cost(2.0, 4, 100, 9000, padding=1000, flops=8 * 10**14, peak_memory=3 * 2**30)}
+    header, _, *rows = markdown_rows(render(evaluations, format="markdown", costs=costs))[len(evaluations) + 2 :]
+    mean = evaluations[0].means["nDCG@10"]
+    expected = ["50.0", "4,500", "10.0", "–", "200", "5.00", f"{5 * mean:.2f}", "3,072", "–"]
+    assert header[4:8] == ["cached %", "TFLOP/query", "QPP", "RPP nDCG@10"]
+    assert rows[0] == ["base", *expected]
+    assert rows[2] == ["worse", *["–"] * 9]
+    assert "QPP" not in render(evaluations, format="markdown")
+
+
+def test_programs_read_costs_too(evaluations):
+    costs = {"worse": Cost(2.0, 4, 100, 9000, flops=8 * 10**14)}
+    means = [each.means["nDCG@10"] for each in evaluations]
+    runs = json.loads(render(evaluations, format="json", costs=costs))["runs"]
+    assert [run["cost"] is None for run in runs] == [True, True, False]
+    assert runs[2]["cost"]["quality_per_petaflop"] == 5 * means[2]
+    rows = list(csv.DictReader(io.StringIO(render(evaluations, format="csv", costs=costs))))
+    assert [row["cost_queries_per_petaflop"] for row in rows] == ["", "", "5.0"]
+    assert float(rows[2]["cost_quality_per_petaflop"]) == 5 * means[2]
+    assert "cost" not in json.loads(render(evaluations, format="json"))["runs"][0]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (0.012345, "0.0123"), (1.0, "1.00"), (99.96, "100.0"), (1234.5, "1,234"), (None, "–")],
+)
+def test_significant_digits(value, text):
+    assert significant(value) == text

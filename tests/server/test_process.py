@@ -154,6 +154,12 @@ def test_bad_options(capsys, arguments, says):
     assert says in capsys.readouterr().err
 
 
+def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", "--port", "0"]) == 2
+    assert "'uvicorn': pip install 'qpeft[server]'" in capsys.readouterr().err
+
+
 def test_help_says_how_to_ask(capsys):
     with pytest.raises(SystemExit):
         main(["serve", "--help"])

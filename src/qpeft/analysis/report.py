@@ -17,7 +17,7 @@ from qpeft.errors import OptionError
 from qpeft.evaluation.cost import Cost
 from qpeft.evaluation.measures import Evaluation, evaluate
 from qpeft.evaluation.significance import Comparison, Test, bootstrap_interval, per_query_differences
-from qpeft.evaluation.tables import comparison_table, interval, measure_notes, measure_table, number
+from qpeft.evaluation.tables import comparison_table, cost_table, interval, measure_notes, measure_table, number
 from qpeft.types import Passage, Qrels, Query, Run
 
 CURVE_CUTOFFS = tuple(range(5, 51, 5))
@@ -70,7 +70,7 @@ def write_comparison_report(
         "baseline": comparisons[0].baseline if comparisons else None,
         "summary": _summary(evaluations, comparisons, test, alpha),
         "notes": measure_notes(evaluations, comparisons, test, alpha),
-        "costs": _costs(evaluations, costs or {}),
+        "costs": cost_table(evaluations, costs) if costs else None,
         "differences": comparison_table(comparisons, test=test, alpha=alpha) if comparisons else None,
         "curves": _curves([by_tag[each.run] for each in evaluations], qrels),
         "series": [(each.run, *SERIES[index % len(SERIES)]) for index, each in enumerate(evaluations)],
@@ -119,10 +119,6 @@ def _summary(
             for row, of_run in zip(table.rows, intervals, strict=True)
         ],
     }
-
-
-def _costs(evaluations: Sequence[Evaluation], costs: Mapping[str, Cost]) -> list[tuple[str, Cost]]:
-    return [(each.run, costs[each.run]) for each in evaluations if each.run in costs]
 
 
 def _curves(runs: Sequence[Run], qrels: Qrels) -> dict[str, Any] | None:

@@ -1,15 +1,19 @@
-"""What `evaluate` and `compare` share: runs, judgements, measures."""
+"""What `evaluate` and `compare` share: runs, what they cost, judgements."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from qpeft.data.collection import Collection, open_collection
 from qpeft.data.trec import read_run
-from qpeft.errors import InputError, OptionError
+from qpeft.errors import FormatError, InputError, OptionError
 from qpeft.evaluation.answers import has_answer
 from qpeft.evaluation.candidate_measures import judge
+from qpeft.evaluation.cost import Cost
+from qpeft.provenance import provenance_path
 from qpeft.types import Qrels, Run
 
 Labels = Literal["qrels", "answers"]
@@ -23,6 +27,26 @@ def read_runs(paths: Sequence[str]) -> list[Run]:
     if len({run.tag for run in named}) < len(named):
         raise OptionError("the same run is given twice")
     return named
+
+
+def read_costs(runs: Sequence[Run], paths: Sequence[str]) -> dict[str, Cost]:
+    """Return the costs of the runs that have one in the provenance beside them, by tag.
+
+    Raises:
+        FormatError: a provenance file cannot be read.
+    """
+    costs = {}
+    for run, path in zip(runs, paths, strict=True):
+        beside = provenance_path(Path(path))
+        if not beside.is_file():
+            continue
+        try:
+            facts = json.loads(beside.read_text(encoding="utf-8"))
+            if "cost" in facts:
+                costs[run.tag] = Cost.from_dict(facts["cost"])
+        except (OSError, ValueError, TypeError, OptionError) as error:
+            raise FormatError(beside, None, f"not provenance of a run: {error}") from error
+    return costs
 
 
 def judgements(collection: str, split: str, labels: Labels, runs: Sequence[Run]) -> tuple[Collection, Qrels]:

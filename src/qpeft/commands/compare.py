@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from qpeft.commands._judgements import Labels, judgements, read_runs
+from qpeft.commands._judgements import Labels, judgements, read_costs, read_runs
 from qpeft.commands.evaluate import DEFAULT_MEASURES
 from qpeft.evaluation.measures import evaluate
 from qpeft.evaluation.significance import Test, compare, compare_all_pairs
@@ -45,11 +45,15 @@ class Config:
     """How the table is printed."""
     digits: int = 4
     """Decimals."""
+    cost: bool = False
+    """Also show what the runs cost, where the provenance beside them says so; RPP is that of the first measure."""
 
 
 def run(config: Config) -> None:
     """Compare, print tables, and write the report where asked to."""
-    runs = read_runs([config.baseline, *config.run])
+    paths = (config.baseline, *config.run)
+    runs = read_runs(paths)
+    costs = read_costs(runs, paths) if config.cost or config.html else {}
     collection, qrels = judgements(config.collection, config.split, config.labels, runs)
     evaluations = [evaluate(each, qrels, config.measures) for each in runs]
     if config.all_pairs:
@@ -64,13 +68,13 @@ def run(config: Config) -> None:
             test=config.test,
             alpha=config.alpha,
             digits=config.digits,
+            costs=costs if config.cost else None,
         )
     )
     if config.html is None:
         return
     from qpeft.analysis.report import write_comparison_report
 
-    paths = (config.baseline, *config.run)
     write_comparison_report(
         config.html,
         evaluations,
@@ -84,6 +88,7 @@ def run(config: Config) -> None:
             options=dataclasses.asdict(config),
             runs={each.tag: file_fingerprint(Path(path)) for each, path in zip(runs, paths, strict=True)},
         ),
+        costs=costs,
         test=config.test,
         alpha=config.alpha,
         title=f"{collection.name} · {config.split}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qpeft.commands._judgements import Labels, judgements, read_runs
+from qpeft.commands._judgements import Labels, judgements, read_costs, read_runs
 from qpeft.data.records import write_json_lines
 from qpeft.evaluation.measures import evaluate
 from qpeft.evaluation.table_formats import Format, render
@@ -37,6 +37,8 @@ class Config:
     """How the table is printed."""
     digits: int = 4
     """Decimals."""
+    cost: bool = False
+    """Also show what the runs cost, where the provenance beside them says so; RPP is that of the first measure."""
 
 
 def run(config: Config) -> None:
@@ -52,4 +54,5 @@ def run(config: Config) -> None:
             for query, value in values.items()
         )
         write_json_lines(lines, config.per_query)
-    print(render(evaluations, format=config.format, digits=config.digits))
+    costs = read_costs(runs, config.run) if config.cost else None
+    print(render(evaluations, format=config.format, digits=config.digits, costs=costs))

@@ -61,7 +61,7 @@ def run(config: Config, model: ModelConfig) -> None:
                 row = prompt.rows(A_QUERY, passage)[0]
                 context = row.context[: row.hint]
                 cut += row.truncated
-                if not lm.store.on_disk((context, None)):
+                if not lm.store.on_disk(lm.key(context)):
                     lm.encode(context)
                 bar.advance()
     size = sum(path.stat().st_size for path in lm.store.folder.rglob("*.safetensors"))

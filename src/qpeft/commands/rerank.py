@@ -10,7 +10,7 @@ import dataclasses
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,9 @@ from qpeft.data.candidates import candidates_from_run, check_run
 from qpeft.data.collection import open_collection
 from qpeft.data.trec import read_run, write_run
 from qpeft.errors import OptionError
-from qpeft.evaluation.cost import Cost
+from qpeft.evaluation.cost import Cost, peak_memory
 from qpeft.evaluation.interpolation import interpolate
+from qpeft.evaluation.tables import significant
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import file_fingerprint, fingerprint, provenance, write_provenance
 from qpeft.types import Ranking, Run, ScoringCounts
@@ -99,6 +100,8 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
         "model": described,
     }
     reranker = methods.load(config.method).build(method, lm)
+    if config.interpolate is not None and not reranker.scores_all:
+        raise OptionError(f"--interpolate needs scores of all candidates; --method {config.method} gives some none")
     facts |= reranker.facts
     for query_id in first:
         reranker.check(queries[query_id])
@@ -116,7 +119,7 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     counts = partial.counts(reranker.counts)
     reranked = _with_rest(first, rankings, config)
     write_run(reranked, Path(config.output))
-    cost = Cost(seconds, len(rankings) - resumed_at, reranker.counts.pairs, reranker.counts.tokens)
+    cost = _cost(seconds, len(rankings) - resumed_at, reranker.counts.pairs, lm)
     facts |= {"counts": dataclasses.asdict(counts), "cost": cost.as_dict(), "resumed_at": resumed_at}
     write_provenance(Path(config.output), provenance(**facts))
     partial.remove()
@@ -149,8 +152,27 @@ def _with_rest(first: Run, rankings: list[Ranking], config: Config) -> Run:
     return interpolate(first, whole, config.interpolate, depth=config.depth, tag=tag)
 
 
+def _cost(seconds: float, queries: int, pairs: int, lm: Any) -> Cost:
+    import torch
+
+    store = getattr(lm, "store", None)
+    return Cost(
+        seconds,
+        queries,
+        pairs,
+        lm.computed.tokens,
+        lm.computed.padding,
+        lm.computed.flops,
+        cached=None if store is None else store.hits,
+        encoded=None if store is None else store.misses,
+        peak_memory=peak_memory(),
+        peak_device_memory=torch.cuda.max_memory_allocated(lm.device) if lm.device.type == "cuda" else None,
+    )
+
+
 def _say(config: Config, counts: ScoringCounts, cost: Cost) -> None:
     print(f"{config.output}: {counts.pairs:,} pairs, {cost.passages_per_second:,.0f} passages/s", file=sys.stderr)
+    print(f"  cost: {', '.join(_cost_parts(cost))}", file=sys.stderr)
     notes = {
         "passages were cut to fit the model's context": counts.truncated_passages,
         "passages have no tokens and were ranked last": counts.empty_passages,
@@ -159,3 +181,17 @@ def _say(config: Config, counts: ScoringCounts, cost: Cost) -> None:
     for what, count in notes.items():
         if count:
             print(f"  note: {count:,} {what}", file=sys.stderr)
+
+
+def _cost_parts(cost: Cost) -> Iterator[str]:
+    yield f"{cost.tokens_per_second:,.0f} tokens/s"
+    if cost.padded_share is not None:
+        yield f"{cost.padded_share:.1%} padding"
+    if cost.cache_hit_rate is not None:
+        yield f"{cost.cache_hit_rate:.1%} of passages cached"
+    if cost.teraflops_per_query is not None:
+        yield f"{significant(cost.teraflops_per_query)} TFLOP/query"
+        yield f"{significant(cost.queries_per_petaflop)} queries/PetaFLOP"
+    for kind, peak in (("", cost.peak_memory), ("GPU ", cost.peak_device_memory)):
+        if peak is not None:
+            yield f"{kind}memory up to {peak / 2**20:,.0f} MiB"

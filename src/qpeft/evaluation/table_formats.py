@@ -8,14 +8,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, get_args
 
 from qpeft.errors import OptionError, nearest
+from qpeft.evaluation.cost import Cost
 from qpeft.evaluation.measures import Evaluation
 from qpeft.evaluation.significance import Comparison, Test
-from qpeft.evaluation.tables import BETTER, WORSE, Cell, Table, comparison_table, measure_table
+from qpeft.evaluation.tables import BETTER, WORSE, Cell, Table, comparison_table, cost_table, measure_table
 
 Format = Literal["text", "markdown", "latex", "csv", "json"]
 
@@ -36,8 +37,9 @@ def render(
     test: Test = "t",
     alpha: float = 0.05,
     digits: int = 4,
+    costs: Mapping[str, Cost] | None = None,
 ) -> str:
-    """Return evaluations, and comparisons if there are any, in one of the formats.
+    """Return evaluations, comparisons if there are any, and costs by tag of the run if given, in one of the formats.
 
     Text, Markdown and LaTeX show the table of measures (`measure_table`), then that of the comparisons
     (`comparison_table`). CSV is one row per run, or, with comparisons, one row per comparison. JSON holds everything.
@@ -46,15 +48,17 @@ def render(
         OptionError: an unknown format.
     """
     if format == "csv":
-        return _comparisons_csv(comparisons) if comparisons else _evaluations_csv(evaluations)
+        return _comparisons_csv(comparisons) if comparisons else _evaluations_csv(evaluations, costs)
     if format == "json":
-        return _json(evaluations, comparisons, test, alpha)
+        return _json(evaluations, comparisons, test, alpha, costs)
     writers = {"text": text_table, "markdown": _markdown, "latex": _latex}
     if format not in writers:
         raise OptionError(f"format {format!r} is not known{nearest(format, get_args(Format))}")
     tables = [measure_table(evaluations, comparisons, test=test, alpha=alpha, digits=digits)]
     if comparisons:
         tables.append(comparison_table(comparisons, test=test, alpha=alpha, digits=digits))
+    if costs is not None:
+        tables.append(cost_table(evaluations, costs))
     return "\n".join(writers[format](table) for table in tables)
 
 
@@ -117,13 +121,25 @@ def _latex(table: Table) -> str:
     )
 
 
-def _evaluations_csv(evaluations: Sequence[Evaluation]) -> str:
+def _costs(evaluation: Evaluation, costs: Mapping[str, Cost]) -> dict[str, Any]:
+    """Return what is known of a run's cost, with the first measure's RPP."""
+    cost = costs.get(evaluation.run)
+    if cost is None:
+        return {}
+    mean = evaluation.means[evaluation.measures[0]]
+    return {**cost.as_dict(), "quality_per_petaflop": cost.quality_per_petaflop(mean)}
+
+
+def _evaluations_csv(evaluations: Sequence[Evaluation], costs: Mapping[str, Cost] | None) -> str:
     measures = tuple(dict.fromkeys(measure for each in evaluations for measure in each.measures))
+    found = [_costs(each, costs or {}) for each in evaluations]
+    known = tuple(dict.fromkeys(name for cost in found for name in cost))
     return _csv(
         [
             {"run": each.run, "queries": len(each.queries), "unranked": each.unranked}
             | {measure: each.means.get(measure) for measure in measures}
-            for each in evaluations
+            | {f"cost_{name}": cost.get(name) for name in known}
+            for each, cost in zip(evaluations, found, strict=True)
         ]
     )
 
@@ -147,10 +163,17 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
-def _json(evaluations: Sequence[Evaluation], comparisons: Sequence[Comparison], test: Test, alpha: float) -> str:
+def _json(
+    evaluations: Sequence[Evaluation],
+    comparisons: Sequence[Comparison],
+    test: Test,
+    alpha: float,
+    costs: Mapping[str, Cost] | None,
+) -> str:
     content: dict[str, Any] = {
         "runs": [
             {"run": each.run, "queries": len(each.queries), "unranked": each.unranked, "means": each.means}
+            | ({} if costs is None else {"cost": _costs(each, costs) or None})
             for each in evaluations
         ]
     }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # so that formatting a number does not import statistics
+    from qpeft.evaluation.cost import Cost
     from qpeft.evaluation.measures import Evaluation
     from qpeft.evaluation.significance import Comparison, Test
 
@@ -94,6 +96,44 @@ def comparison_table(
     return Table(header, rows, (note,), names=3)
 
 
+def cost_table(evaluations: Sequence[Evaluation], costs: Mapping[str, Cost]) -> Table:
+    """Return one row per run: speed, work, what the first measure gained for it, memory; `–` where it is not known.
+
+    Args:
+        evaluations: of the runs.
+        costs: by tag of the run.
+    """
+    measure = evaluations[0].measures[0]
+    rows = []
+    for each in evaluations:
+        cost = costs.get(each.run)
+        values = [None] * 9 if cost is None else _cost_values(cost, each.means.get(measure))
+        rows.append((Cell(each.run), *(Cell(significant(value)) for value in values)))
+    header = (
+        "run", "passages/s", "tokens/s", "padding %", "cached %", "TFLOP/query", "QPP", f"RPP {measure}",
+        "peak MiB", "peak GPU MiB",
+    )  # fmt: skip
+    note = f"QPP: queries per PetaFLOP; RPP: {measure} per PetaFLOP; without the first stage's work and adapters' own"
+    return Table(header, tuple(rows), (note,))
+
+
+def _cost_values(cost: Cost, mean: float | None) -> list[float | None]:
+    def scaled(value: float | None, factor: float) -> float | None:
+        return None if value is None else value * factor
+
+    return [
+        cost.passages_per_second,
+        cost.tokens_per_second,
+        scaled(cost.padded_share, 100),
+        scaled(cost.cache_hit_rate, 100),
+        cost.teraflops_per_query,
+        cost.queries_per_petaflop,
+        cost.quality_per_petaflop(mean),
+        scaled(cost.peak_memory, 2**-20),
+        scaled(cost.peak_device_memory, 2**-20),
+    ]
+
+
 def measure_notes(
     evaluations: Sequence[Evaluation], comparisons: Sequence[Comparison], test: Test, alpha: float
 ) -> list[str]:
@@ -130,6 +170,14 @@ def significance_marks(comparisons: Sequence[Comparison], test: Test, alpha: flo
 def number(value: float | None, digits: int, *, signed: bool = False) -> str:
     """Format a value with a typographic minus; `–` for one that is not defined."""
     return "–" if value is None else f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """Format a value that is not negative with so many significant digits, more before the point; `–` for None."""
+    if value is None:
+        return "–"
+    decimals = digits - 1 - math.floor(math.log10(value)) if value else 0
+    return f"{value:,.{max(0, decimals)}f}"
 
 
 def interval(bounds: tuple[float, float] | None, digits: int, *, signed: bool = False) -> str:

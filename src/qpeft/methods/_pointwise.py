@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import final
 
 from qpeft.errors import ScoreError
 from qpeft.types import Candidates, Query, Ranking, Reranker, Scorer
+
+
+def windows(items: Iterable[Candidates], size: int) -> Iterator[list[Candidates]]:
+    """Yield the items in lists of `size`, the last one with what is left, and read no further than that."""
+    items = iter(items)
+    while together := list(itertools.islice(items, size)):
+        yield together
 
 
 @final
@@ -35,14 +43,8 @@ class Pointwise(Reranker):
 
     def rerank(self, items: Iterable[Candidates]) -> Iterator[Ranking]:
         """Yield one ranking per item, lazily and in order; see `Reranker.rerank`."""
-        waiting: list[Candidates] = []
-        for item in items:
-            waiting.append(item)
-            if len(waiting) == self.window:
-                yield from self._rank(waiting)
-                waiting = []
-        if waiting:
-            yield from self._rank(waiting)
+        for together in windows(items, self.window):
+            yield from self._rank(together)
 
     def _rank(self, items: list[Candidates]) -> Iterator[Ranking]:
         pairs = [(item.query, passage) for item in items for passage in item.passages]

@@ -134,6 +134,7 @@ class QueryLikelihood:
         prompt: template and tokenizer.
         adapter: what writes hints, if anything.
         hint_queries: what the adapter reads instead of a query, by query id (a control).
+        depth: score with the model's first so many layers only.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class QueryLikelihood:
         prompt: Prompt,
         adapter: HintWriter | None = None,
         hint_queries: Mapping[str, Query] | None = None,
+        depth: int | None = None,
     ) -> None:
         template = prompt.template
         self.counts = ScoringCounts()
@@ -155,6 +157,20 @@ class QueryLikelihood:
         self.lm = lm
         self.prompt = prompt
         self._hint_queries = hint_queries or {}
+        self._depth = depth
+
+    def cheaper(self, *, passage_tokens: int | None = None, layers: int | None = None) -> QueryLikelihood:
+        """Return a scorer that reads less of each passage, not in windows then, or with fewer of the model's layers.
+
+        Raises:
+            OptionError: the model or the adapter cannot do with so many layers.
+        """
+        config, prompt = self._config, self.prompt
+        if passage_tokens is not None:
+            config, prompt = dataclasses.replace(config, windows=0), prompt.cut(passage_tokens)
+        if layers is not None:
+            self.lm.check_depth(layers, [self.adapter])
+        return QueryLikelihood(config, self.lm, prompt, self.adapter, self._hint_queries, layers)
 
     def check(self, query: Query) -> None:
         """Raise QueryError for a query that is empty or leaves no room for a passage."""
@@ -163,7 +179,8 @@ class QueryLikelihood:
     def score(self, pairs: Sequence[tuple[Query, Passage]]) -> list[float]:
         """Return the score of each pair, −∞ for a passage of zero tokens."""
         work = self.prepare(pairs)
-        return self.pool(work, self.lm.log_probs(work.rows, with_passage=self.with_passage, adapters=self.adapter))
+        values = self.lm.log_probs(work.rows, with_passage=self.with_passage, adapters=self.adapter, depth=self._depth)
+        return self.pool(work, values)
 
     def prepare(self, pairs: Sequence[tuple[Query, Passage]], max_passage_tokens: int | None = None) -> Work:
         """Return the rows that the model must read, and count what happened to the input.
