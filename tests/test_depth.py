@@ -50,7 +50,7 @@ def test_hints_are_read_by_the_first_layers(make_lm, name):
 def test_states_are_all_there_after_a_first_look_at_few_layers(make_lm):
     """transformers looks for the layers when it is first asked for states, and only then."""
     lm, fresh = make_lm("llama"), make_lm("llama")
-    adapter, reference = (build_adapter("qpeft_c", each, layer=1) for each in (lm, fresh))
+    adapter, reference = (build_adapter("qpeft_c", each, trained=True, layer=1) for each in (lm, fresh))
     rows = hinted_rows(lm, adapter)
     with find_layers(lm.model).first(1):
         lm.model(input_ids=torch.tensor([rows[0].context]), output_hidden_states=True)
