@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ from qpeft.types import Candidates, Passage, Query, Run, ScoringCounts
 HERE = Path(__file__).parent
 MEASURES = "nDCG@10 RR@10"
 COLLECTIONS = ("reddit-shift", "squad")
-SURVIVORS = (40, 30, 20, 15, 10, 5)
+SURVIVORS = (40, 30, 20, 15, 10)
+INK = "#1c1e21"
 KINDS = {
     "first_stage": "first stage's order",
     "passage_tokens": "first m tokens of the passage",
@@ -232,35 +233,40 @@ def facts(run: Run, cost: Cost, most: Cost, qrels: Any, reference: Any) -> dict[
 
 
 def draw(collections: dict[str, Any], path: Path) -> None:
-    """Draw nDCG@10 over the share of the full score's FLOPs: a line per cheap score, its points are survivors."""
+    """Draw quality, and what is left of the full ranking, over FLOPs: a line per cheap score, a point per survivors."""
     measure = MEASURES.split()[0]
     with matplotlib.rc_context({"font.size": 9.0, "axes.spines.right": False, "axes.spines.top": False}):
-        figure = Figure(figsize=(9.2, 4.2), dpi=150, layout="constrained")
-        panels = figure.subplots(1, len(collections), squeeze=False)[0]
-        for axes, (name, found) in zip(panels, collections.items(), strict=True):
-            axes.axhline(
-                found["full"]["means"][measure], color="#1c1e21", linewidth=0.9, label="all candidates in full"
+        figure = Figure(figsize=(9.2, 7.2), dpi=150, layout="constrained")
+        panels = figure.subplots(2, len(collections), squeeze=False, sharex=True, sharey="row")
+        for (quality, kept), (name, found) in zip(panels.T, collections.items(), strict=True):
+            quality.axhline(found["full"]["means"][measure], color=INK, linewidth=0.9, label="all candidates in full")
+            quality.axhline(found["BM25"][measure], color=INK, linewidth=0.9, linestyle=(0, (5, 2)), label="BM25")
+            lines(quality, found["cascades"], lambda each: each["means"][measure])
+            lines(kept, found["cascades"], lambda each: each["top ten kept"])
+            quality.set(title=name, ylabel=f"dev {measure}")
+            kept.set(
+                xlabel="FLOPs per query, % of scoring all in full", ylabel="share of the full top ten that survives"
             )
-            axes.axhline(found["BM25"][measure], color="#1c1e21", linewidth=0.9, linestyle=(0, (5, 2)), label="BM25")
-            for (kind, label), (colour, marker, _) in zip(KINDS.items(), SERIES, strict=False):
-                own = [each for each in found["cascades"] if each["cheap"] == kind]
-                numbers = sorted({each["number"] for each in own})
-                for place, number in enumerate(numbers):
-                    line = [each for each in own if each["number"] == number]
-                    x = [100 * each["share of full"] for each in line]
-                    y = [each["means"][measure] for each in line]
-                    strength = 0.35 + 0.65 * (place + 1) / len(numbers)
-                    axes.plot(x, y, color=colour, marker=marker, markersize=3.5, linewidth=1.1, alpha=strength,
-                              label=label if place == len(numbers) - 1 else None)  # fmt: skip
-                    if number:
-                        axes.annotate(str(number), (x[-1], y[-1]), (-3, -9), textcoords="offset points",
-                                      color=colour, fontsize=7)  # fmt: skip
-            axes.set(title=name, xlabel="FLOPs per query, % of scoring all in full", ylabel=f"dev {measure}")
-            axes.grid(axis="y", alpha=0.15, linewidth=0.8)
-            axes.set_xlim(0, None)
-        handles, labels = panels[0].get_legend_handles_labels()
+            for axes in (quality, kept):
+                axes.grid(axis="y", alpha=0.15, linewidth=0.8)
+                axes.set_xlim(0, 110)
+        handles, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
         figure.savefig(path, metadata={"Software": None})
+
+
+def lines(axes: Any, cascades: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> None:
+    for (kind, name), (colour, marker, _) in zip(KINDS.items(), SERIES, strict=False):
+        numbers = sorted({each["number"] for each in cascades if each["cheap"] == kind})
+        for place, number in enumerate(numbers, start=1):
+            line = [each for each in cascades if each["cheap"] == kind and each["number"] == number]
+            points = [100 * each["share of full"] for each in line], [value(each) for each in line]
+            label = name if place == len(numbers) else None
+            strength = 0.35 + 0.65 * place / len(numbers)
+            axes.plot(*points, color=colour, marker=marker, markersize=3.5, linewidth=1.1, alpha=strength, label=label)
+            if number and points[0][-1] < 105:
+                end = points[0][-1], points[1][-1]
+                axes.annotate(str(number), end, (-3, -9), textcoords="offset points", color=colour, fontsize=7)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -50,7 +52,7 @@ def test_hints_are_read_by_the_first_layers(make_lm, name):
 def test_states_are_all_there_after_a_first_look_at_few_layers(make_lm):
     """transformers looks for the layers when it is first asked for states, and only then."""
     lm, fresh = make_lm("llama"), make_lm("llama")
-    adapter, reference = (build_adapter("qpeft_c", each, layer=1) for each in (lm, fresh))
+    adapter, reference = (build_adapter("qpeft_c", each, trained=True, layer=1) for each in (lm, fresh))
     rows = hinted_rows(lm, adapter)
     with find_layers(lm.model).first(1):
         lm.model(input_ids=torch.tensor([rows[0].context]), output_hidden_states=True)
@@ -119,3 +121,13 @@ def test_a_list_within_a_layer_is_not_the_layers(make_lm):
     for layer in model.model.layers:
         layer.experts = torch.nn.ModuleList(torch.nn.Identity() for _ in range(2))
     assert find_layers(model).modules is model.model.layers
+
+
+def test_threads_do_not_meet_at_one_depth(make_lm):
+    lm = make_lm("llama")
+    rows = rows_for(lm)
+    expected = {depth: lm.log_probs(rows, depth=depth) for depth in (None, 1)}
+    depths = [None, 1] * 20
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda depth: lm.log_probs(rows, depth=depth), depths))
+    assert all(exactly_equal(values, expected[depth]) for depth, values in zip(depths, found, strict=True))

@@ -116,11 +116,13 @@ def test_reading_states_takes_a_whole_pass(make_lm):
     assert lm.computed.flops == products + square - whole_square(rows) + attention(rows)
 
 
-def test_fewer_layers_take_less(make_lm):
-    lm = alike(make_lm("gpt2"), batch_tokens=1)
+@pytest.mark.parametrize("kept", [False, True], ids=["whole", "kept"])
+def test_fewer_layers_take_less(make_lm, kept):
+    lm = make_lm("gpt2")
+    lm = with_store(lm, batch_tokens=1) if kept else alike(lm, batch_tokens=1)
     rows = rows_for(lm)[:2]
     products, square = counted(lm.model, lambda: lm.log_probs(rows, depth=1))
-    computed = [(len(row) - 1, 0) for row in rows]
+    computed = [(len(row.target), len(row.context) - 1) if kept else (len(row) - 1, 0) for row in rows]
     assert square == whole_square(computed, 1)
     assert lm.computed.flops == products + attention(computed, [None])
 
