@@ -48,13 +48,13 @@ class Watched(CausalLM):
         """Let batches through."""
         self._open.set()
 
-    def log_probs(self, rows, *, with_passage=False, adapters=None):
+    def log_probs(self, rows, *, adapters=None, **options):
         self.batches.append((list(rows), adapters))
         self.entered.release()
         assert self._open.wait(20)
         if any(self.poison in row.context for row in rows):
             raise RuntimeError("poison")
-        return super().log_probs(rows, with_passage=with_passage, adapters=adapters)
+        return super().log_probs(rows, adapters=adapters, **options)
 
     def wait_for_batch(self):
         """Return once a batch has reached the model."""
