@@ -124,6 +124,7 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
 
     if not model.passage_cache and not getattr(adapters.load(config.adapter), "CHANGES_LM", False):
         model = dataclasses.replace(model, passage_cache=4.0)
+    torch.set_num_threads(begun.get("threads", torch.get_num_threads()))  # the size of batches follows it
     lm: Any = load_lm(dataclasses.replace(model, dtype=begun.get("dtype", model.dtype)))
     # As in reranking: the last bits depend on the number type, which may be chosen by measurement, and on the threads.
     torch.set_num_threads(begun.get("threads", torch.get_num_threads()))
