@@ -78,8 +78,8 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
 
     partial = Partial(Path(config.output), config.resume)
     # Sums are split among the threads, so their number decides the last bits of a score. It is set in a new run too,
-    # because torch then keeps the maths library from using fewer as it sees fit; and before the model is opened, because
-    # the size of batches follows it.
+    # because torch then keeps the maths library from using fewer as it sees fit; and before the model is opened, as the
+    # size of batches follows it.
     torch.set_num_threads(partial.settings.get("threads", torch.get_num_threads()))
     lm = load_lm(dataclasses.replace(model, dtype=partial.settings.get("dtype", model.dtype)))
     threads = partial.settings.get("threads", torch.get_num_threads())
