@@ -18,45 +18,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qpeft import adapters
 from qpeft.context_store import ContextStore
 from qpeft.lm import CausalLM
-from qpeft.loading import load_lm, model_path
-from qpeft.model_config import ModelConfig
+from qpeft.model_config import EMBEDDED
 from qpeft.provenance import provenance
 from qpeft.template import Row
+from shapes import SHAPES, open_lm
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-0.6b": {
-        "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936,
-        "tie_word_embeddings": True,
-    },
-    "mistral-7b": {
-        "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32_000,
-    },
-}  # fmt: skip
 MODES = ("plain", "encoded", "kept")
-
-
-def open_lm(shape: str, device: str) -> CausalLM:
-    """Return the embedded model, or a random one of a shape; bf16."""
-    if shape == "tiny-lm":
-        lm: Any = load_lm(ModelConfig("tiny-lm", device=device, dtype="bfloat16"))
-        return lm
-    facts = dict(SHAPES[shape])
-    config = AutoConfig.for_model(facts.pop("model_type"), **facts)
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(model_path("tiny-lm"))  # row lengths are set here, so any will do
-    return CausalLM(model, tokenizer, name=shape, max_length=512, batch_tokens=65_536)
 
 
 def make_rows(count: int, passages: int, passage_tokens: int, query_tokens: int) -> list[Row]:
@@ -112,7 +85,7 @@ def measure(lm: CausalLM, mode: str, adapter_name: str, args: argparse.Namespace
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["tiny-lm", *SHAPES], default="tiny-lm")
+    parser.add_argument("--shape", choices=[EMBEDDED, *SHAPES], default=EMBEDDED)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--adapter", default="qpeft_a")
     parser.add_argument("--mode", choices=MODES, help="one way alone, in this process")

@@ -100,8 +100,9 @@ def test_sliding_windows_compose(tiny, frame):
         >> QpeftReRanker(tiny)
         >> pt.text.max_passage()
     )
-    found = pipe(frame.drop(columns=["score", "rank", "title"]))
-    assert set(found.docno) == set(frame.docno)
+    first = frame.head(3).drop(columns=["score", "rank", "title"])
+    found = pipe(first)
+    assert set(found.docno) == set(first.docno)
 
 
 def test_what_pyterrier_asks_of_a_transformer(tiny, frame):

@@ -34,6 +34,7 @@ OPTIONAL = {
     "ir_datasets": "irds",
     "bitsandbytes": "quantized",
     "peft": "lora",
+    "fastapi": "server",
 }
 
 

@@ -130,13 +130,11 @@ class Models:
         try:
             scorer = build_scorer(config, self.lm, opened, kept=self._kept)
             if opened.calibration is not None:
-                opened.calibration.check(self._origin(scorer, config), f"adapter {name!r}: its calibration")
+                _check(name, opened.calibration, self._origin(scorer, config))
             made = ServedModel(f"{self.base}:{name}", scorer, opened, opened.calibration)
             warm_up(made)
-        except BaseException as error:
+        except BaseException:
             opened.adapter.withdraw()
-            if isinstance(error, InputError):
-                raise AdapterError(str(error)) from error
             raise
         return made
 
@@ -172,6 +170,13 @@ class Models:
                 self.serve(self.open(name))
             except QpeftError as error:
                 log("adapter not served", logging.WARNING, adapter=name, reason=str(error))
+
+
+def _check(name: str, calibration: Calibration, origin: ScoreOrigin) -> None:
+    try:
+        calibration.check(origin, f"adapter {name!r}: its calibration")
+    except InputError as error:
+        raise AdapterError(str(error)) from error
 
 
 def _usable(path: Path, root: Path) -> bool:

@@ -1,0 +1,188 @@
+"""Results as Markdown: prints one, or puts all of them into docs/performance.md between their markers.
+
+    python benchmarks/tables.py RESULT.json
+    python benchmarks/tables.py --update      # docs/performance.md from benchmarks/results
+    python benchmarks/tables.py --check       # exit status 1 where the two differ
+
+A marker names a result's file; while there is none, "not measured yet" stands there:
+
+    <!-- result: scoring-tiny-lm-cpu.json -->
+    <!-- end -->
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
+MISSING = "*not measured yet*"
+MARKED = re.compile(r"(<!-- result: (?P<file>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a Markdown table whose columns but the first are aligned right."""
+    lines = [head, ["---", *["--:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def number(value: float) -> str:
+    """Return three significant digits, with separators."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def spread(found: dict[str, float] | None) -> str:
+    """Return the median of a ratio, with its lowest and highest."""
+    return "absent" if found is None else f"{found['median']:.2f} ({found['low']:.2f}–{found['high']:.2f})"
+
+
+def rate(case: dict[str, Any]) -> str:
+    """Return pairs per second with the slowest and quickest round."""
+    return f"{number(case['pairs/s'])} ({number(case['slowest'])}–{number(case['quickest'])})"
+
+
+def scoring(result: dict[str, Any]) -> str:
+    """Return the tables of `scoring.py`."""
+    against = result["against"]
+    cases = [[name, rate(case), spread(against[name])] for name, case in result["cases"].items()]
+    absent = [[name, why, ""] for name, why in result["absent"].items()]
+    wanted = [
+        [f"{each['case']} / {each['against']}", f"≥ {each['wanted']:g}", spread(each["measured"]),
+         {True: "yes", False: "no", None: "absent"}[each["met"]]]
+        for each in result["targets"]
+    ]  # fmt: skip
+    agreement = result["agreement"].items()
+    return "\n\n".join(
+        [
+            _pairs(result) + f" {result['gflop per pair']:g} GFLOP a pair. Largest differences from the float32 loop's "
+            "scores: " + ", ".join(f"{name} {found['largest difference']:.1e}" for name, found in agreement) + " nats.",
+            table(["way", "pairs/s (slowest–quickest round)", "qpeft does so many times as many"], cases + absent),
+            table(["wanted", "at least", "measured", "met"], wanted),
+            _made(result),
+        ]
+    )
+
+
+def ablation(result: dict[str, Any]) -> str:
+    """Return the table of `scoring.py --ablation`."""
+    padded, times = result["padded share"], result["times full"]
+    rows = [
+        [name, rate(case), spread(times[name]) if name in times else "1",
+         f"{padded[name]:.1%}" if name in padded else ""]
+        for name, case in result["cases"].items()
+    ]  # fmt: skip
+    head = ["changed", "pairs/s (slowest–quickest round)", "times the full setting", "padding"]
+    return "\n\n".join([_pairs(result), table(head, rows), _made(result)])
+
+
+def scaling(result: dict[str, Any]) -> str:
+    """Return the table of `scaling.py`."""
+    rows = [
+        [f"{point['queries']:,} × {point['candidates']:,}", f"{point['pairs']:,}", number(point["seconds"]),
+         number(1e6 * point["seconds"] / point["pairs"]), number(point["peak MiB"])]
+        for point in result["points"]
+    ]  # fmt: skip
+    slopes = ", ".join(
+        f"{name} {'unknown' if slope is None else f'{slope:.3f}'}" for name, slope in result["exponents"].items()
+    )
+    head = ["queries × candidates", "pairs", "seconds", "µs a pair", "peak memory, MiB"]
+    return "\n\n".join(
+        [
+            table(head, rows),
+            f"Seconds grow as pairs to the power of: {slopes}.",
+            "![Scaling](../benchmarks/results/scaling.png)",
+            _made(result),
+        ]
+    )
+
+
+def head_memory(result: dict[str, Any]) -> str:
+    """Return the table of `head_memory.py`."""
+    rows = [
+        [point["way"], point["device"], f"{point['rows']:,}", f"{point['batch tokens']:,}", f"{point['scored']:,}",
+         number(point["peak MiB"])]
+        for point in result["points"]
+    ]  # fmt: skip
+    head = ["way", "device", "rows", "tokens in a batch", "scored tokens, all rows", "peak MiB above the model"]
+    return "\n\n".join([f"Vocabulary {result['vocabulary']:,}.", table(head, rows), _made(result)])
+
+
+def gpu(result: dict[str, Any]) -> str:
+    """Return the tables of `gpu.py`."""
+    parts = []
+    for shape, found in result["shapes"].items():
+        rows = [
+            [each["what"], number(each["value"]) if "value" in each else each["absent"], each.get("unit", ""),
+             number(each["peak GiB"]) if "peak GiB" in each else ""]
+            for each in found
+        ]  # fmt: skip
+        parts.append(f"**{shape}**\n\n" + table(["what", "measured", "unit", "peak GiB"], rows))
+    return "\n\n".join([*parts, _made(result)])
+
+
+KINDS = {"scoring": scoring, "ablation": ablation, "scaling": scaling, "head_memory": head_memory, "gpu": gpu}
+
+
+def render(result: dict[str, Any]) -> str:
+    """Return a result as Markdown."""
+    return KINDS[result["kind"]](result)
+
+
+def _pairs(result: dict[str, Any]) -> str:
+    facts = result["pairs"]
+    return (
+        f"{result['shape']}, {result['dtype']}, {result['collection']}: {facts['pairs']:,} pairs of "
+        f"{facts['queries']:,} queries ({facts['words per query']:g} words) and {facts['passages']:,} passages "
+        f"({facts['words per passage']:g} words), each passage in {facts['pairs per passage']:g} pairs."
+    )
+
+
+def _made(result: dict[str, Any]) -> str:
+    made = result["made"]
+    versions = ", ".join(
+        f"{name} {made['versions'][name]}" for name in ("torch", "transformers") if name in made["versions"]
+    )
+    machine = made["machine"]
+    where = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores, {made['threads']} threads"
+    load = made.get("load of the machine")
+    busy = "" if load is None else f", load {load:.1f} at the end"
+    return f"*{where}{busy}; {versions}; {made['created'][:10]}.*"
+
+
+def page(text: str) -> str:
+    """Return the page with every marked place filled from its result."""
+
+    def fill(place: re.Match[str]) -> str:
+        path = RESULTS / place["file"]
+        found = render(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else MISSING
+        return f"{place[1]}{found}\n{place[3]}"
+
+    return MARKED.sub(fill, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", type=Path)
+    parser.add_argument("--update", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args(arguments)
+    for path in args.results:
+        print(render(json.loads(path.read_text(encoding="utf-8"))))
+    if args.update or args.check:
+        text = PAGE.read_text(encoding="utf-8")
+        filled = page(text)
+        if args.update:
+            PAGE.write_text(filled, encoding="utf-8")
+        elif filled != text:
+            sys.exit(f"{PAGE.name} is not what benchmarks/results say; run benchmarks/tables.py --update")
+
+
+if __name__ == "__main__":
+    main()
