@@ -21,6 +21,8 @@ from qpeft.lm import CausalLM
 from qpeft.template import Row
 
 HEIGHTS = (64, 128, 256, 512, 1024, 2048, 4096)
+TALL = (8192, 16_384)
+"""Heights that are tried too where there is a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,8 @@ def _quickest(product: Product, dtype: torch.dtype, device: str) -> Callable[[],
     weights = torch.randn(product.width, product.inner, device=device).to(dtype)
     layouts = [weights.T, weights.T.contiguous()]
     best: tuple[float, int, Tensor] | None = None
-    for height in [h for h in HEIGHTS if h <= product.height] or [product.height]:
+    heights = HEIGHTS if device == "cpu" else HEIGHTS + TALL
+    for height in [h for h in heights if h <= product.height] or [product.height]:
         left = torch.randn(height, product.inner, device=device).to(dtype)
         for right in layouts:
             seconds = _best_of(lambda left=left, right=right: torch.mm(left, right)) / height
