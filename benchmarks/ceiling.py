@@ -80,7 +80,7 @@ def needed(lm: CausalLM, rows: Sequence[Row]) -> tuple[list[Product], Attention]
 
 def _linear_layers(lm: CausalLM) -> Iterator[tuple[int, int, bool]]:
     """Yield inner and outer size of each linear layer that a forward pass runs, and whether it runs for every token."""
-    context, target = tuple(range(1000, 1010)), (1010, 1011, 1012)
+    context, target = tuple(range(3, 13)), (13, 14, 15)
     probe = Row(context, target, (True,) * 3, (0, len(context)), None, target)
     seen: list[tuple[int, int, int]] = []
 

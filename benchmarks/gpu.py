@@ -23,22 +23,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rounds import Case, interleave, made, quiet_libraries, set_threads, synchronize
+import torch
 
-quiet_libraries()
-
-import torch  # noqa: E402
-
-import tables  # noqa: E402
-import training  # noqa: E402
-from ceiling import Ceiling, needed  # noqa: E402
-from naive import padded_scores  # noqa: E402
-from qpeft.context_store import ContextStore  # noqa: E402
-from qpeft.lm import CausalLM  # noqa: E402
-from qpeft.model_config import EMBEDDED  # noqa: E402
-from qpeft.pretrained import token_log_probs  # noqa: E402
-from qpeft.template import Row  # noqa: E402
-from shapes import SHAPES, open_lm  # noqa: E402
+import tables
+import training
+from ceiling import Ceiling, needed
+from naive import padded_scores
+from qpeft.context_store import ContextStore
+from qpeft.lm import CausalLM
+from qpeft.model_config import EMBEDDED
+from qpeft.pretrained import token_log_probs
+from qpeft.template import Row
+from rounds import Case, interleave, made, set_up, synchronize
+from shapes import SHAPES, open_lm
 
 DEFAULT = ("llama-3.1-8b", "mistral-7b")
 VOID = "void"
@@ -282,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(arguments)
-    set_threads(args.threads)
+    set_up(args.threads)
     shapes = args.shape or DEFAULT
     started = time.monotonic()
     result: dict[str, Any] = {"kind": "gpu", "device": args.device, "pairs": args.pairs, "shapes": {}}

@@ -18,19 +18,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rounds import made, quiet_libraries, set_threads
+import torch
 
-quiet_libraries()
-
-import torch  # noqa: E402
-
-import tables  # noqa: E402
-from memory import peak_mib, reset_peak, resident_mib  # noqa: E402
-from naive import padded_scores  # noqa: E402
-from qpeft.lm import CausalLM  # noqa: E402
-from qpeft.template import Row  # noqa: E402
-from shapes import SHAPES, open_lm  # noqa: E402
-from training import make_rows  # noqa: E402
+import tables
+from memory import peak_mib, reset_peak, resident_mib
+from naive import padded_scores
+from qpeft.lm import CausalLM
+from qpeft.template import Row
+from rounds import made, set_up
+from shapes import SHAPES, open_lm
+from training import make_rows
 
 SHAPE = "llama-128k-head"
 PASSAGE_TOKENS, QUERY_TOKENS = 175, 20
@@ -99,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--one", nargs=4, metavar=("WAY", "DEVICE", "ROWS", "TOKENS"), help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(arguments)
-    set_threads(args.threads)
+    set_up(args.threads)
     if args.one:
         way, device, count, tokens = args.one
         print(json.dumps(measure(way, device, int(count), int(tokens))))
