@@ -41,7 +41,7 @@ class InOrder(CausalLM):
         found: list[RowLogProbs] = []
         batch: list[Row] = []
         for row in rows:
-            if batch and (len(batch) + 1) * max(map(len, [*batch, row])) > self._batch_tokens:
+            if batch and (len(batch) + 1) * max(map(len, [*batch, row])) > self.batch_tokens:
                 found += super().log_probs(batch, **options)
                 batch = []
             batch.append(row)
@@ -86,13 +86,13 @@ class Bench:
         self.count = sum(len(item.passages) for item in items)
         self.lm: Any = load_lm(ModelConfig(folder, dtype=dtype, **self.settings))
         cached: Any = load_lm(ModelConfig(folder, dtype=dtype, passage_cache=1, **self.settings))
-        self.cached_tokens: int = cached._batch_tokens
+        self.cached_tokens: int = cached.batch_tokens
         self.padded: dict[str, float] = {}
         self.cases: dict[str, Case] = {}
 
     def again(self, kind: type[CausalLM] = CausalLM, **changes: Any) -> CausalLM:
         """Return another scorer around the same weights."""
-        facts = {"name": self.lm.name, "max_length": MAX_LENGTH, "batch_tokens": self.lm._batch_tokens, **changes}
+        facts = {"name": self.lm.name, "max_length": MAX_LENGTH, "batch_tokens": self.lm.batch_tokens, **changes}
         same = kind(self.lm.model, self.lm.tokenizer, **facts)
         return same
 
@@ -173,14 +173,14 @@ def measure(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
     bench.add_cached("passage cache, empty", filled=False)
     bench.add_cached("passage cache, filled", filled=True)
     bench.add_cached("passage cache, filled, 32 queries together", filled=True, together=32)
-    bench.add_cached("passage cache, filled, batches as without", filled=True, batch_tokens=bench.lm._batch_tokens)
+    bench.add_cached("passage cache, filled, batches as without", filled=True, batch_tokens=bench.lm.batch_tokens)
     interleave(bench.cases, args.rounds)
     return {
         "kind": "ablation",
         "shape": args.shape,
         "dtype": args.dtype,
         "pairs": pairs.facts(items),
-        "batch tokens": bench.lm._batch_tokens,
+        "batch tokens": bench.lm.batch_tokens,
         "batch tokens with a cache": bench.cached_tokens,
         "cases": {name: case.result() for name, case in bench.cases.items()},
         "times full": {name: ratio(case, bench.cases[FULL]) for name, case in bench.cases.items() if name != FULL},

@@ -21,6 +21,8 @@ from qpeft.lm import CausalLM
 from qpeft.template import Row
 
 HEIGHTS = (64, 128, 256, 512, 1024, 2048, 4096)
+TALL = (8192, 16_384)
+"""Heights that are tried too where there is a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def needed(lm: CausalLM, rows: Sequence[Row]) -> tuple[list[Product], Attention]
 
 def _linear_layers(lm: CausalLM) -> Iterator[tuple[int, int, bool]]:
     """Yield inner and outer size of each linear layer that a forward pass runs, and whether it runs for every token."""
-    context, target = tuple(range(1000, 1010)), (1010, 1011, 1012)
+    context, target = tuple(range(3, 13)), (13, 14, 15)
     probe = Row(context, target, (True,) * 3, (0, len(context)), None, target)
     seen: list[tuple[int, int, int]] = []
 
@@ -119,7 +121,8 @@ def _quickest(product: Product, dtype: torch.dtype, device: str) -> Callable[[],
     weights = torch.randn(product.width, product.inner, device=device).to(dtype)
     layouts = [weights.T, weights.T.contiguous()]
     best: tuple[float, int, Tensor] | None = None
-    for height in [h for h in HEIGHTS if h <= product.height] or [product.height]:
+    heights = HEIGHTS if device == "cpu" else HEIGHTS + TALL
+    for height in [h for h in heights if h <= product.height] or [product.height]:
         left = torch.randn(height, product.inner, device=device).to(dtype)
         for right in layouts:
             seconds = _best_of(lambda left=left, right=right: torch.mm(left, right)) / height

@@ -6,11 +6,10 @@ their log-softmax is taken whole, and the query's tokens are picked from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qpeft.types import Candidates
 
@@ -32,38 +31,45 @@ class Loop:
         self.tokenizer = tokenizer
         self.rows = rows
 
-    @torch.inference_mode()
     def __call__(self, items: Sequence[Candidates]) -> list[float]:
         """Return the mean log-probability of the query's tokens, for each pair."""
-        scores: list[float] = []
-        for ids, mask, target in self._batches(items):
-            logits = self.model(input_ids=ids, attention_mask=mask).logits
-            log_probs = torch.log_softmax(logits[:, :-1].float(), -1)
-            chosen = log_probs.gather(-1, ids[:, 1:, None])[..., 0]
-            scored = target[:, 1:]
-            scores += ((chosen * scored).sum(1) / scored.sum(1)).tolist()
-        return scores
-
-    def _batches(self, items: Sequence[Candidates]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield ids, mask and what is scored, each `[B, T]`."""
         first = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        scores: list[float] = []
         for item in items:
             query = self.tokenizer(item.query.text, add_special_tokens=False)["input_ids"]
             for start in range(0, len(item.passages), self.rows):
-                some = item.passages[start : start + self.rows]
                 prompts = self.tokenizer(
-                    [PROMPT.format(title=passage.title, text=passage.text) for passage in some],
+                    [PROMPT.format(title=p.title, text=p.text) for p in item.passages[start : start + self.rows]],
                     add_special_tokens=False,
                 )["input_ids"]
                 rows = [[*first, *prompt, *query] for prompt in prompts]
-                width = max(map(len, rows))
-                ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
-                lengths = torch.tensor([len(row) for row in rows])[:, None]
-                place = torch.arange(width)[None]
-                mask = (place < lengths).long()
-                target = (place >= lengths - len(query)) & (place < lengths)
-                device = self.model.device
-                yield ids.to(device), mask.to(device), target.to(device)
+                scores += padded_scores(self.model, rows, [len(query)] * len(rows))
+        return scores
+
+
+@torch.inference_mode()
+def padded_scores(
+    model: Any, rows: Sequence[Sequence[int]], targets: Sequence[int], dtype: torch.dtype = torch.float32
+) -> list[float]:
+    """Return the mean log-probability of each row's last tokens.
+
+    Args:
+        model: a causal model of the transformers library.
+        rows: token ids; all go into one batch.
+        targets: how many tokens of each row are scored.
+        dtype: of the log-softmax.
+    """
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=model.device)
+    lengths = torch.tensor([len(row) for row in rows], device=model.device)[:, None]
+    firsts = lengths - torch.tensor(targets, device=model.device)[:, None]
+    place = torch.arange(width, device=model.device)[None]
+    logits = model(input_ids=ids, attention_mask=(place < lengths).long(), use_cache=False).logits
+    log_probs = torch.log_softmax(logits[:, :-1].to(dtype), -1)
+    chosen = log_probs.gather(-1, ids[:, 1:, None])[..., 0].float()
+    scored = ((place >= firsts) & (place < lengths))[:, 1:]
+    means: list[float] = ((chosen * scored).sum(1) / scored.sum(1)).tolist()
+    return means
 
 
 def logits_bytes(vocabulary: int, rows: int, width: int) -> int:

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 
 from qpeft.provenance import provenance
+from qpeft.tuning import FOLDER
 
 
 @dataclass
@@ -88,11 +90,19 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def set_threads(count: int | None) -> None:
-    """Set how many threads torch and the tokenizers use; None leaves torch's choice."""
-    if count is not None:
-        torch.set_num_threads(count)
+def set_up(threads: int | None) -> None:
+    """Prepare this process: threads, quiet libraries, and settings as they come.
+
+    Args:
+        threads: of torch and the tokenizers; None leaves torch's choice.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
     os.environ["RAYON_NUM_THREADS"] = str(torch.get_num_threads())
+    os.environ[FOLDER] = os.devnull  # what `qpeft doctor --tune` found here is left out
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def made(**facts_: Any) -> dict[str, Any]:
@@ -102,11 +112,3 @@ def made(**facts_: Any) -> dict[str, Any]:
     if torch.cuda.is_available():
         record["machine"]["gpu"] = torch.cuda.get_device_name()
     return record
-
-
-def quiet_libraries() -> None:
-    """Keep peers' progress bars and warnings out of the output."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore")

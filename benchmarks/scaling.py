@@ -21,14 +21,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rounds import made, quiet_libraries, set_threads
-
-quiet_libraries()
-
-import tables  # noqa: E402
-from memory import peak_mib, reset_peak  # noqa: E402
-from qpeft import Reranker  # noqa: E402
-from qpeft.types import Candidates, Passage, Query  # noqa: E402
+import tables
+from memory import peak_mib, reset_peak
+from qpeft import Reranker
+from qpeft.types import Candidates, Passage, Query
+from rounds import made, set_up
 
 WORDS = (
     *("river", "stone", "winter", "music", "engine", "cell", "treaty", "harbour", "copper", "planet", "grammar"),
@@ -107,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--one", type=int, nargs=2, metavar=("QUERIES", "CANDIDATES"), help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(arguments)
-    set_threads(args.threads)
+    set_up(args.threads)
     if args.one:
         print(json.dumps(measure(*args.one)))
         return

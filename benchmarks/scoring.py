@@ -24,25 +24,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rounds import Case, interleave, made, quiet_libraries, ratio, set_threads
+import torch
+from transformers import AutoModelForCausalLM
 
-quiet_libraries()
-
-import torch  # noqa: E402 — after the environment is set
-from transformers import AutoModelForCausalLM  # noqa: E402
-
-import ablation  # noqa: E402
-import pairs  # noqa: E402
-import tables  # noqa: E402
-from ceiling import Ceiling, needed  # noqa: E402
-from naive import Loop, logits_bytes  # noqa: E402
-from peers import OURS_T5, Score, open_peers, reason  # noqa: E402
-from qpeft.context_store import ContextStore  # noqa: E402
-from qpeft.loading import load_lm  # noqa: E402
-from qpeft.methods.query_likelihood import Config, QueryLikelihood, build_scorer  # noqa: E402
-from qpeft.model_config import EMBEDDED, ModelConfig  # noqa: E402
-from qpeft.types import Candidates  # noqa: E402
-from shapes import MAX_LENGTH, SHAPES, model_folder  # noqa: E402
+import ablation
+import pairs
+import tables
+from ceiling import Ceiling, needed
+from naive import Loop, logits_bytes
+from peers import OURS_T5, Score, open_peers, reason
+from qpeft.context_store import ContextStore
+from qpeft.loading import load_lm
+from qpeft.methods.query_likelihood import Config, QueryLikelihood, build_scorer
+from qpeft.model_config import EMBEDDED, ModelConfig
+from qpeft.types import Candidates
+from rounds import Case, interleave, made, ratio, set_up
+from shapes import MAX_LENGTH, SHAPES, model_folder
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
 """Nats per query token by which a score may differ from the loop's in float32."""
@@ -202,6 +199,9 @@ def compare(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
         "kind": "scoring",
         "shape": args.shape,
         "dtype": args.dtype,
+        "attention": bench.lm.attention_kernel,
+        "batch tokens": bench.lm.batch_tokens,
+        "batch tokens with a cache": bench.cached.batch_tokens,
         "pairs": pairs.facts(bench.items),
         "gflop per pair": round(bench.bare.flops / bench.count / 1e9, 3),
         "gflop per second, alone": round(bench.bare.flops / min(cases[BARE].seconds) / 1e9, 1),
@@ -273,7 +273,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
-    set_threads(args.threads)
+    set_up(args.threads)
     with tempfile.TemporaryDirectory() as workplace:
         if args.profile:
             ablation.profile(args, Path(workplace))

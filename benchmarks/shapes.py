@@ -20,7 +20,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "model_type": "qwen3", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 30_522,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": True, "initializer_range": 0.2,
     },
     "qwen3-0.6b": {
         "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
@@ -44,7 +44,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 32_128, "decoder_start_token_id": 0,
     },
 }  # fmt: skip
-"""Public configurations, and two small ones: `tiny` to try a benchmark, `llama-128k-head` for a large head alone."""
+"""Public configurations, and two small ones: `tiny`, with weights so large that a mistake shows in the scores, to try a
+benchmark; `llama-128k-head` for a large head alone."""
 
 MAX_LENGTH = 512
 """Tokens that every model measured may read; no pair of the benchmarks has more."""

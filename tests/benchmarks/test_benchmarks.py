@@ -1,0 +1,243 @@
+"""The benchmarks measure what they say: same work, same scores, right products, right ratios."""
+
+import argparse
+import json
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import ablation
+import gpu
+import naive
+import pairs
+import peers
+import rounds
+import scaling
+import scoring
+import tables
+from ceiling import needed
+from qpeft.loading import load_lm
+from qpeft.model_config import ModelConfig
+from qpeft.template import Row
+from qpeft.types import Candidates
+
+
+@pytest.fixture(scope="module")
+def items():
+    return pairs.candidates("mini", queries=2, depth=5, pool=6)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return load_lm(ModelConfig("tiny-lm", dtype="float32", device="cpu"))
+
+
+def random_rows(count, vocabulary=300):
+    """Return rows of different lengths."""
+    found = []
+    for row in gpu.varied_rows(count, count):
+        tokens = [token % (vocabulary - 3) + 3 for token in (*row.context, *row.target)]
+        context, target = tokens[: len(row.context) // 4], tokens[len(row.context) :]
+        found.append(Row(tuple(context), tuple(target), row.scored, (3, len(context)), None, ()))
+    return found
+
+
+class TestPairs:
+    def test_every_query_meets_a_relevant_passage_among_its_candidates(self, items):
+        qrels = pairs.open_collection("mini").qrels("test")
+        for item in items:
+            assert len({passage.id for passage in item.passages}) == 5
+            assert any(qrels[item.query.id].get(passage.id, 0) > 0 for passage in item.passages)
+
+    def test_facts_count_pairs_and_different_passages(self, items):
+        facts = pairs.facts(items)
+        assert facts["pairs"] == 10
+        assert facts["passages"] == len({passage.id for item in items for passage in item.passages}) <= 6
+
+    def test_generated_passages_are_all_different(self):
+        texts = [passage.text for item in scaling.generated(3, 50) for passage in item.passages]
+        assert len(set(texts)) == 150
+
+
+class TestRounds:
+    def test_cases_take_turns(self):
+        order = []
+        cases = {name: rounds.Case(lambda name=name: order.append(name), 1) for name in "abc"}
+        rounds.interleave(cases, 2)
+        assert order == list("abcabc")
+
+    def test_ratio_is_of_pairs_per_second_and_of_rounds(self):
+        quick, slow = rounds.Case(None, pairs=10), rounds.Case(None, pairs=5)
+        quick.seconds, slow.seconds = [1.0, 1.0, 2.0], [1.0, 2.0, 2.0]
+        quick.cpu_seconds, slow.cpu_seconds = [1.0] * 3, [3.0] * 3
+        assert rounds.ratio(quick, slow) == {"median": 2.0, "low": 2.0, "high": 4.0, "cpu": 6.0}
+
+    def test_set_up_is_outside_the_time(self):
+        seen = []
+        case = rounds.Case(lambda: seen.append(len(case.seconds)), 1, before=lambda: seen.append("before"))
+        case.time()
+        assert seen == ["before", 0]
+        assert len(case.seconds) == len(case.cpu_seconds) == 1
+
+    def test_exponent_of_a_power_law(self):
+        points = [{"pairs": n, "seconds": 3 * n**0.5} for n in (10, 100, 1000, 10_000)]
+        assert scaling.exponent(points) == pytest.approx(0.5)
+
+
+class TestCeiling:
+    @pytest.mark.parametrize("name", ["bert", "llama", "qwen3"])
+    def test_products_are_those_that_the_model_does(self, make_lm, name):
+        lm = make_lm(name)
+        lm.model.set_attn_implementation("eager")
+        (row,) = random_rows(1)
+        products, attention = needed(lm, [row])
+        with FlopCounterMode(display=False) as counter:
+            lm.log_probs([row])
+        counted = {str(kind): flops for kind, flops in counter.get_flop_counts()["Global"].items()}
+        square = counted.pop("aten.bmm")
+        assert sum(product.flops for product in products) == sum(counted.values())
+        length = len(row) - 1
+        assert attention.flops == square * (length + 1) // (2 * length)
+
+    def test_several_rows_need_the_sum_of_what_each_needs(self, make_lm):
+        lm = make_lm("llama")
+        rows = random_rows(4)
+
+        def flops(some):
+            products, attention = needed(lm, some)
+            return sum(product.flops for product in products), attention.flops
+
+        each = [flops([row]) for row in rows]
+        together = flops(rows)
+        assert together[0] == sum(linear for linear, _ in each)
+        assert together[1] == pytest.approx(sum(triangle for _, triangle in each), rel=0.02)
+
+
+class TestSameScores:
+    def test_loop_agrees_with_ours(self, exact, items):
+        found = scoring.plain(exact).score(pairs.texts(items))
+        assert naive.Loop(exact.model, exact.tokenizer, rows=2)(items) == pytest.approx(found, abs=1e-4)
+
+    def test_a_difference_makes_the_comparison_void(self):
+        scores = {scoring.LOOP: [-1.0, -2.0], scoring.OURS: [-1.0, -2.01]}
+        assert scoring.check(scores, "bfloat16")[scoring.OURS]["largest difference"] == pytest.approx(0.01)
+        with pytest.raises(scoring.DisagreementError, match=r"0\.01 nats off"):
+            scoring.check(scores, "float32")
+        with pytest.raises(scoring.DisagreementError):
+            scoring.check({**scores, scoring.OURS: [-1.0, float("nan")]}, "bfloat16")
+
+    def test_changes_of_the_ablation_leave_scores_alone(self, make_lm):
+        lm = make_lm("gemma2", padding_side="right")
+        rows = random_rows(7)
+        expected = gpu.means(lm, rows)
+        bench = argparse.Namespace(lm=lm)
+        changed = {kind: ablation.Bench.again(bench, kind) for kind in (ablation.CausalLM, ablation.InOrder)}
+        for other in changed.values():
+            assert gpu.means(other, rows) == pytest.approx(expected, abs=1e-4)
+        whole = changed[ablation.CausalLM]
+        whole.model = ablation.FullLogits(whole.model)
+        assert gpu.means(whole, rows) == pytest.approx(expected, abs=1e-4)
+
+    def test_batches_in_the_order_given_fit_and_are_not_sorted(self, make_lm):
+        lm = make_lm("llama", batch_tokens=200)
+        other = ablation.InOrder(lm.model, lm.tokenizer, name="in order", max_length=128, batch_tokens=200)
+        rows = random_rows(9)
+        seen = []
+        with ablation.tokens_sent(lm.model) as sent:
+            hook = lm.model.register_forward_pre_hook(
+                lambda _, __, inputs: seen.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+            )
+            other.log_probs(rows)
+            hook.remove()
+        assert sum(height for height, _ in seen) == 9
+        assert seen[0][1] == max(len(row) for row in rows[: seen[0][0]]) - 1
+        assert all(height * (width + 1) <= 200 for height, width in seen)
+        assert sum(sent) == sum(height * width for height, width in seen)
+
+    def test_log_softmax_whole(self):
+        logits, tokens = torch.randn(5, 11), torch.tensor([0, 3, 10, 4, 4])
+        expected = torch.log_softmax(logits, -1)[torch.arange(5), tokens]
+        torch.testing.assert_close(ablation.log_softmax_whole(logits, tokens), expected)
+
+    def test_packed_rows_and_equal_lengths(self, make_lm):
+        lm = make_lm("llama")
+        lm.model.set_attn_implementation("sdpa")
+        rows = random_rows(7)
+        expected = gpu.means(lm, rows)
+        assert gpu.packed(lm, rows, budget=120) == pytest.approx(expected, abs=1e-4)
+        assert gpu.equal_lengths(lm, rows) == pytest.approx(expected, abs=1e-4)
+        assert gpu.loop(lm, rows, 3) == pytest.approx(expected, abs=1e-4)
+
+
+class TestPeers:
+    def test_absent_packages_are_named(self, monkeypatch, tmp_path):
+        monkeypatch.setitem(sys.modules, "minicons", None)
+        monkeypatch.setitem(sys.modules, "rerankers.models.llm_layerwise_ranker", None)
+        opened, absent = peers.open_peers("tiny", "unread", tmp_path)
+        assert not opened
+        assert absent["minicons conditional_score, fp32"].startswith("not installed")
+        assert set(absent) == {*peers.CROSS_ENCODERS, *peers.CAUSAL, *peers.T5}
+
+    def test_one_that_fails_is_named_with_its_reason(self, items):
+        def breaks(_):
+            raise ValueError("no such thing\nand more")
+
+        working, absent = scoring.warmed({"good": len, "bad": breaks}, {"gone": "why"}, items)
+        assert list(working) == ["good"]
+        assert absent == {"gone": "why", "bad": "does not run: ValueError: no such thing"}
+
+    def test_cross_encoder_of_the_same_shape_scores_every_pair(self, tmp_path, items):
+        pytest.importorskip("sentence_transformers")
+        folder = peers.cross_encoder_folder(scoring.model_folder("tiny-lm", tmp_path), tmp_path / "encoder")
+        assert len(peers.sentence_transformers(folder, torch.float32)(items)) == 10
+
+    def test_t5_for_peers_reads_words(self, tmp_path, items):
+        folder = peers.t5_folder(tmp_path)
+        tokenizer = peers.T5Tokenizer.from_pretrained(folder)
+        ids = tokenizer("the river and its engines")["input_ids"]
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == "the river and its engines"
+
+
+class TestResults:
+    def test_scoring_measures_and_renders(self, tmp_path):
+        args = scoring.parse(["--shape", "tiny", "--queries", "1", "--depth", "2", "--rounds", "1"])
+        result = scoring.compare(args, tmp_path)
+        result = json.loads(json.dumps({**result, "collection": "mini", "made": rounds.made()}))
+        text = tables.render(result)
+        for name in (*result["cases"], *result["absent"]):
+            assert f"| {name} |" in text
+        assert "≥ 5" in text
+
+    def test_ablation_measures_and_renders(self, tmp_path):
+        args = scoring.parse(["--ablation", "--queries", "2", "--depth", "2", "--rounds", "1"])
+        result = ablation.measure(args, tmp_path)
+        result = json.loads(json.dumps({**result, "collection": "mini", "made": rounds.made()}))
+        assert f"| {ablation.FULL} |" in tables.render(result)
+        assert 0 <= result["padded share"][ablation.FULL] < 1
+
+    def test_page_is_filled_from_results_alone(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(tables, "RESULTS", tmp_path)
+        page = "before\n<!-- result: scaling.json -->\nold\n<!-- end -->\nafter\n"
+        assert tables.page(page) == page.replace("old", tables.MISSING)
+        points = [{"grows": "queries", "queries": 1, "candidates": 100, "pairs": 100, "seconds": 0.5, "peak MiB": 99.0}]
+        result = {"kind": "scaling", "points": points, "exponents": {"queries": 1.01}, "made": rounds.made()}
+        (tmp_path / "scaling.json").write_text(json.dumps(result))
+        filled = tables.page(page)
+        assert "| 1 × 100 | 100 | 0.5 | 5,000 | 99 |" in filled
+        assert filled.startswith("before\n<!-- result")
+        assert filled.endswith("<!-- end -->\nafter\n")
+        assert tables.page(filled) == filled
+
+    def test_the_performance_page_says_what_the_results_say(self):
+        text = tables.PAGE.read_text(encoding="utf-8")
+        assert tables.page(text) == text, "run benchmarks/tables.py --update"
+        assert len(tables.MARKED.findall(text)) >= 6
+
+
+def test_small_batches_of_candidates_are_pairs():
+    query = pairs.Query("q", "why")
+    item = Candidates(query, (pairs.Passage("a", "x"), pairs.Passage("b", "y")))
+    assert [passage.id for _, passage in pairs.texts([item])] == ["a", "b"]
