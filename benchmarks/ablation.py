@@ -28,7 +28,7 @@ from qpeft.types import Candidates
 from rounds import Case, interleave, ratio
 from shapes import MAX_LENGTH, model_folder
 
-QUERIES, DEPTH, PASSAGES = 32, 16, 64
+QUERIES, DEPTH, PASSAGES, ROUNDS = 32, 16, 64, 3
 FULL = "full"
 STORE = 8 * 2**30
 

@@ -33,14 +33,14 @@ SHAPE = "llama-128k-head"
 PASSAGE_TOKENS, QUERY_TOKENS = 175, 20
 OURS = "qpeft"
 WAYS = (OURS, "logits at all positions, bf16", "logits at all positions, fp32")
-BATCHES = (1_024, 8_192, 65_536)
-"""Tokens in a batch: our default for one CPU thread, for one with a passage cache, and for GPUs."""
+BATCHES = (1_024, 4_096, 65_536)
+"""Tokens in a batch: our default for one CPU thread, for four, and for GPUs."""
 REPEATS = 2
 """Times that all rows are scored, after a first time that is not counted; the largest peak counts."""
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(16 * 2**20)}
 """Lets the C library give large freed tensors back at once, so that the peak is what was alive, without gaps."""
-FULL_LIMIT = 8_192
-"""Tokens in a batch for logits at all positions; more would not fit on a small machine."""
+FULL_LIMIT = 4_096
+"""Tokens in a batch for logits at all positions; these take about five GiB, more would not fit on a small machine."""
 
 
 def rows_of(count: int) -> list[Row]:

@@ -261,7 +261,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     queries, depth, rounds = SIZES[args.shape == EMBEDDED]
     if args.ablation:
-        queries, depth = ablation.QUERIES, ablation.DEPTH
+        queries, depth, rounds = ablation.QUERIES, ablation.DEPTH, ablation.ROUNDS
     if args.quick:
         queries, depth, rounds = 2, 4, 2
     for name, value in (("queries", queries), ("depth", depth), ("rounds", rounds)):

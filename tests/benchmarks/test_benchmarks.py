@@ -128,6 +128,8 @@ class TestSameScores:
         assert scoring.check(scores, "bfloat16")[scoring.OURS]["largest difference"] == pytest.approx(0.01)
         with pytest.raises(scoring.DisagreementError, match=r"0\.01 nats off"):
             scoring.check(scores, "float32")
+        with pytest.raises(scoring.DisagreementError, match="fp32"):
+            scoring.check({scoring.LOOP: [-1.0], "qpeft, fp32": [-1.01]}, "bfloat16")
         with pytest.raises(scoring.DisagreementError):
             scoring.check({**scores, scoring.OURS: [-1.0, float("nan")]}, "bfloat16")
 
