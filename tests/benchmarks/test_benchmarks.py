@@ -3,12 +3,15 @@
 import argparse
 import json
 import sys
+from importlib import resources
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import ablation
+import cascade
 import gpu
 import naive
 import pairs
@@ -243,3 +246,28 @@ def test_small_batches_of_candidates_are_pairs():
     query = pairs.Query("q", "why")
     item = Candidates(query, (pairs.Passage("a", "x"), pairs.Passage("b", "y")))
     assert [passage.id for _, passage in pairs.texts([item])] == ["a", "b"]
+
+
+class TestCascade:
+    ARGUMENTS = argparse.Namespace(data=Path(str(resources.files("qpeft"))) / "collections", queries=3, depth=12)
+
+    @pytest.fixture(autouse=True)
+    def small(self, monkeypatch):
+        monkeypatch.setattr(cascade, "COLLECTIONS", ("mini",))
+        settings = (("12:3", "passage_tokens=16"), ("12:3", "layers=4"), ("12:8:3", "first_stage,layers=4"))
+        monkeypatch.setattr(cascade, "CHECKED", settings)
+
+    def test_what_is_put_together_equals_what_is_run(self, exact, capsys):
+        cascade.check(exact, self.ARGUMENTS)
+        assert capsys.readouterr().out.count("checked") == 3
+
+    def test_another_order_and_other_flops_are_noticed(self, exact, monkeypatch):
+        rank = cascade.rank
+        monkeypatch.setattr(
+            cascade, "rank", lambda scorers, items, sizes, cheap: rank(scorers, items, [12, 4], cheap[-1:])
+        )
+        with pytest.raises(SystemExit, match="ranked otherwise"):
+            cascade.check(exact, self.ARGUMENTS)
+        monkeypatch.setattr(cascade, "decoder_flops", lambda *_: 1)
+        with pytest.raises(SystemExit, match="FLOPs counted"):
+            cascade.check(exact, self.ARGUMENTS)

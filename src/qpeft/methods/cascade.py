@@ -38,7 +38,7 @@ class Config(query_likelihood.Config):
 
     cascade: str = "100:20"
     """Candidates that get the cheap score, and how many of them survive it; more steps as in 100:40:10."""
-    cheap: str = "passage_tokens=48"
+    cheap: str = "passage_tokens=32"
     """The cheap score: first_stage, passage_tokens=M or layers=L; one for each step but the last, with commas."""
 
 
