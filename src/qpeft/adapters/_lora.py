@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from qpeft import adapters
 from qpeft.adapters import lora
 from qpeft.adapters._base import Adapter
-from qpeft.adapters._lora_targets import Targets, resolve
+from qpeft.adapters._lora_targets import Place, Targets, component_table, resolve
 from qpeft.adapters.lora import CHANGES_LM, Config
 from qpeft.errors import MissingDependencyError, OptionError
 from qpeft.hints import Hints, Pairs
@@ -42,6 +43,7 @@ class LoraAdapter(Adapter):
         self.reads_template = self.qpeft is not None and self.qpeft.reads_template
         self.peft_config, self.label, self._layers = _insert(config, resolve(config.modules, lm.model), lm)
         self._peft_configs = lm.model.peft_config
+        self._frozen = (lm.model,)  # in a tuple, so that it is not taken for a part of this module
         self.model = nn.Module()
         for path, layer in self._layers.items():
             own = _descend(self.model, path)
@@ -72,6 +74,42 @@ class LoraAdapter(Adapter):
         finally:
             self._switch([])
 
+    def places(self) -> dict[Place, int]:
+        """Return where this adapter's additions stand, each with its number of parameters, in the model's order.
+
+        Raises:
+            OptionError: the architecture has no table, or the table does not say what one of the layers does.
+        """
+        counts = {
+            place: sum(half[self.label].weight.numel() for half in (layer.lora_A, layer.lora_B))
+            for place, layer in self._placed
+        }
+        return {place: counts[place] for place in component_table(self._frozen[0]).values() if place in counts}
+
+    @contextmanager
+    def only(self, active: Collection[Place]) -> Iterator[None]:
+        """Let only the additions at these places act, within this context; the others are scaled to zero.
+
+        What else the adapter has (a head, a hint) acts as before. Contexts may stand in one another: then an addition
+        acts that all of them let act. No weight is copied or changed.
+
+        Raises:
+            OptionError: as `places`; or the adapter has no addition at one of the places.
+        """
+        placed = self._placed
+        unknown = set(active) - {place for place, _ in placed}
+        if unknown:
+            raise OptionError(f"this adapter has no addition at {min(unknown, key=str)}")
+        silenced = [layer for place, layer in placed if place not in active]
+        before = [layer.scaling[self.label] for layer in silenced]
+        try:
+            for layer in silenced:
+                layer.scaling[self.label] = 0.0
+            yield
+        finally:
+            for layer, scaling in zip(silenced, before, strict=True):
+                layer.scaling[self.label] = scaling
+
     def withdraw(self) -> None:
         """Take the additions out of the model."""
         for layer in self._layers.values():
@@ -82,6 +120,18 @@ class LoraAdapter(Adapter):
         """Return what PEFT keeps in `adapter_config.json`."""
         facts = {key: sorted(v) if isinstance(v, set) else v for key, v in self.peft_config.to_dict().items()}
         return {**facts, "inference_mode": True}
+
+    @functools.cached_property
+    def _placed(self) -> list[tuple[Place, Any]]:
+        table = component_table(self._frozen[0])
+        found = []
+        for path, layer in self._layers.items():
+            names = [path.replace(".base_layer", ""), getattr(layer, "parameter_name", "")]
+            name = ".".join(filter(None, names))
+            if name not in table:
+                raise OptionError(f"the additions to {name} are none of attention's or the MLP's")
+            found.append((table[name], layer))
+        return found
 
     def _switch(self, labels: list[str]) -> None:
         # peft couples "active" with "trainable", for all adapters of a layer; what is trainable is not to change here.
