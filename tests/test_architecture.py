@@ -16,7 +16,7 @@ LAYERS = [
     {"provenance", "model_config"},
     {"tuning"},
     {"template", "hints", "context_store", "cpu_attention", "depth", "losses"},
-    {"layout", "flops"},
+    {"layout", "flops", "replay"},
     {"data", "retrieval"},
     {"evaluation"},
     {"pretrained"},
