@@ -62,14 +62,14 @@ class Replay:
         before = [vars(module).get("forward") for module in self._modules]
         try:
             for index, module in enumerate(self._modules):
-                module.forward = calls.layer(index, module.forward)  # type: ignore[method-assign]
+                module.forward = calls.layer(index, module.forward)
             yield
         finally:
             for module, forward in zip(self._modules, before, strict=True):
                 if forward is None:
                     del module.forward
                 else:  # a library that dispatches a model over devices has put its own there
-                    module.forward = forward  # type: ignore[method-assign]
+                    module.forward = forward
         if shared and calls.number != len(self._entered):
             raise ModelError(f"the model was called {calls.number} times, and {len(self._entered)} times before")
 

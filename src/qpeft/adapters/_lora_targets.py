@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 from qpeft.errors import OptionError, nearest
 
-
 Component = Literal["attention", "mlp"]
 
 

@@ -10,6 +10,7 @@ these questions of a pointwise reranker). Of an adapter with additions in L laye
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -124,7 +125,7 @@ def plan(sets: Collection[Places], layers: int) -> list[Step]:
         return [tuple(sorted(names)) for names in found]
 
     paths = sorted(((path(active), active) for active in set(sets)), key=lambda item: item[0])
-    shared = [0] + [_common(one, other) for (one, _), (other, _) in zip(paths, paths[1:], strict=False)]
+    shared = [0] + [_common(one, other) for (one, _), (other, _) in itertools.pairwise(paths)]
     keep: list[set[int]] = [set() for _ in paths]
     for run, depth in enumerate(shared):
         if depth:  # kept by the last run that went through that layer itself

@@ -35,10 +35,10 @@ SERIES = (
 )
 """Colour, matplotlib's marker and the same marker as a character, for the n-th run; repeated after the last."""
 
-_INK = "#010203"  # stands for the page's text colour until the SVG is written
-_STYLE: dict[Any, Any] = {
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
+INK = "#010203"  # stands for the page's text colour until the SVG is written
+STYLE: dict[Any, Any] = {
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlesize": 10.0,
@@ -48,9 +48,9 @@ _STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "svg.fonttype": "none",
     "svg.hashsalt": "qpeft",
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
 
 
@@ -67,17 +67,17 @@ def difference_bars(differences: Sequence[float], measure: str, name: str) -> st
     edges = np.unique([0, *(np.flatnonzero(np.diff(ordered)) + 1), ordered.size])
     heights = ordered[edges[:-1]]
     reach = float(np.abs(ordered).max(initial=0.0)) or 1.0
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 2.3), layout="constrained")
         axes = figure.add_subplot()
         axes.stairs(np.clip(heights, 0, None), edges, fill=True, color=GAIN)
         axes.stairs(np.clip(heights, None, 0), edges, fill=True, color=LOSS)
-        axes.axhline(0, color=_INK, linewidth=0.8)
+        axes.axhline(0, color=INK, linewidth=0.8)
         axes.set(xlim=(0, max(ordered.size, 1)), ylim=(-1.05 * reach, 1.05 * reach))
         axes.set(xlabel="queries, by difference", ylabel=f"difference in {measure}")
         axes.locator_params(axis="x", integer=True)
-        _grid(axes)
-        return _svg(figure, name)
+        grid(axes)
+        return svg(figure, name)
 
 
 def cutoff_curves(panels: Mapping[str, Mapping[str, Sequence[float | None]]], cutoffs: Sequence[int], name: str) -> str:
@@ -88,7 +88,7 @@ def cutoff_curves(panels: Mapping[str, Mapping[str, Sequence[float | None]]], cu
         cutoffs: the values of k.
         name: prefix of the SVG's ids, unique on the page.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 3.1), layout="constrained")
         for position, (measure, of_runs) in enumerate(panels.items(), start=1):
             axes = figure.add_subplot(1, len(panels), position)
@@ -97,8 +97,8 @@ def cutoff_curves(panels: Mapping[str, Mapping[str, Sequence[float | None]]], cu
                 values = [np.nan if mean is None else mean for mean in means]
                 axes.plot(cutoffs, values, color=colour, marker=marker, markersize=4.5, linewidth=1.4)
             axes.set(title=f"{measure}@k", xlabel="k", xticks=list(cutoffs))
-            _grid(axes)
-        return _svg(figure, name)
+            grid(axes)
+        return svg(figure, name)
 
 
 def training_curves(
@@ -123,7 +123,7 @@ def training_curves(
     with_dev = bool(measured) or any(value is not None for value in dev.values())
     with_loss = bool(losses) or not with_dev
     panels = with_loss + with_dev
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.8 if panels == 2 else 2.9), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         rows = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
@@ -133,7 +133,7 @@ def training_curves(
         if with_dev:
             _dev_panel(rows[-1], measured, measure, dev)
         for axes in rows:
-            _grid(axes)
+            grid(axes)
         rows[-1].set(xlabel="optimiser step", xlim=(0, 1.02 * last))
         rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         with replacing(path) as temporary:
@@ -159,11 +159,11 @@ def reliability_diagram(probabilities: Values, relevant: Labels, path: Path) -> 
     promised, found = [each.promised for each in bins], [each.relevant for each in bins]
     bars = [_wilson(each.relevant, each.pairs) for each in bins]
     reach = max(top, *(share + above for share, (_, above) in zip(found, bars, strict=True)))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 5.4), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        upper.plot([0, reach], [0, reach], color=_INK, linewidth=0.8, linestyle=(0, (5, 2)), label="as promised")
+        upper.plot([0, reach], [0, reach], color=INK, linewidth=0.8, linestyle=(0, (5, 2)), label="as promised")
         drawn = {"color": SERIES[0][0], "marker": "o", "markersize": 4.5, "linewidth": 1.4, "elinewidth": 0.9}
         upper.errorbar(promised, found, list(zip(*bars, strict=True)), label="found", **drawn)
         upper.set(ylabel="share that is relevant", ylim=(0, 1.02 * reach))
@@ -174,7 +174,7 @@ def reliability_diagram(probabilities: Values, relevant: Labels, path: Path) -> 
         lower.set(xlabel="calibrated probability", ylabel="pairs", xlim=(0, 1.02 * top))
         lower.legend(frameon=False, fontsize=8)
         for axes in (upper, lower):
-            _grid(axes)
+            grid(axes)
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
 
@@ -193,7 +193,7 @@ def _dev_panel(
         axes.plot(*_columns(measured), color=SERIES[2][0], linewidth=1.4, marker="o", markersize=4, label="in training")
     for name, label, colour, dashes in (
         ("untrained", "untrained adapter", SERIES[4][0], (0, (1, 1.5))),
-        ("zero_shot", "model alone", _INK, (0, (5, 2))),
+        ("zero_shot", "model alone", INK, (0, (5, 2))),
     ):
         value = dev.get(name)
         if value is not None:
@@ -215,16 +215,18 @@ def _dots(points: Sequence[tuple[float, float]]) -> str:
     return "o" if len(points) <= 15 else ""
 
 
-def _grid(axes: Axes) -> None:
-    axes.grid(axis="y", color=_INK, alpha=0.15, linewidth=0.8)
+def grid(axes: Axes) -> None:
+    """Draw faint lines at the values, behind what is drawn."""
+    axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _svg(figure: Figure, name: str) -> str:
+def svg(figure: Figure, name: str) -> str:
+    """Return a figure as SVG text in the page's text colour; `name` is the prefix of its ids, unique on the page."""
     out = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     FigureCanvasSVG(figure)
     figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     text = out.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)

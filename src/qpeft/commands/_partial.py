@@ -41,7 +41,7 @@ class Partial:
                 raise StateError(
                     f"{self.path} is an unfinished run: continue it with --resume, or delete it to start afresh"
                 )
-            self._lines = _whole_lines(self.path)
+            self._lines = whole_lines(self.path)
             if self._lines:
                 self.settings = self._lines[0]["settings"]
 
@@ -96,7 +96,8 @@ class Partial:
         self.path.unlink(missing_ok=True)
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of an unfinished file of JSON lines, up to where writing was interrupted."""
     lines = []
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:

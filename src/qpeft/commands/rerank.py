@@ -7,7 +7,6 @@ queries go to OUTPUT.partial; after an interruption, --resume continues there an
 from __future__ import annotations
 
 import dataclasses
-import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from qpeft import methods
 from qpeft.commands._partial import Partial
 from qpeft.commands._peek import peek
 from qpeft.commands._progress import progress_bar
+from qpeft.commands._sample import sample_run
 from qpeft.data.candidates import candidates_from_run, check_run
 from qpeft.data.collection import open_collection
 from qpeft.data.trec import read_run, write_run
@@ -69,7 +69,7 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     """Rerank, write the run and its provenance, and say what happened to the input."""
     collection = open_collection(config.collection)
     queries = collection.queries(config.split)
-    first = _sample(read_run(config.run), config)
+    first = sample_run(read_run(config.run), config.limit_queries, config.seed, config.depth)
     check_run(first, queries, collection.passages, config.depth)
 
     import torch
@@ -126,17 +126,6 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     write_provenance(Path(config.output), provenance(**facts))
     partial.remove()
     _say(config, counts, cost)
-
-
-def _sample(first: Run, config: Config) -> Run:
-    if config.depth < 1:
-        raise OptionError(f"--depth is {config.depth}; it must be at least 1")
-    if config.limit_queries is None or config.limit_queries >= len(first):
-        return first
-    if config.limit_queries < 1:
-        raise OptionError(f"--limit-queries is {config.limit_queries}; it must be at least 1")
-    chosen = set(random.Random(config.seed).sample(sorted(first), config.limit_queries))
-    return Run((ranking for query_id, ranking in first.items() if query_id in chosen), first.tag)
 
 
 def _with_rest(first: Run, rankings: list[Ranking], config: Config) -> Run:

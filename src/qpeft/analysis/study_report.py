@@ -1,0 +1,253 @@
+"""The folder of a study: results as JSON, figures, a page, and a summary in words written from the numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+
+from qpeft.analysis.ablation import NONE
+from qpeft.analysis.study import Finding, Interval, Study
+from qpeft.analysis.study_figures import Drawn, write_figures
+from qpeft.data.files import make_folder, write_text
+from qpeft.evaluation.tables import Cell, Table, interval, number
+
+TITLES = {
+    "layers": "In which layers relevance is learned",
+    "projections": "In which projections relevance is learned",
+    "components": "Attention or the MLP",
+    "ranks": "How much rank relevance needs",
+    "checkpoints": "How relevance comes in training",
+}
+_PER = 100_000
+
+
+def write_study(study: Study, folder: Path) -> None:
+    """Write `study.json`, the figures, `summary.md` and `report.html`; each file appears whole or not at all.
+
+    Raises:
+        InputError: a file cannot be made.
+    """
+    make_folder(folder)
+    drawn = write_figures(study, folder)
+    with write_text(folder / "summary.md") as file:
+        file.write(summary(study))
+    with write_text(folder / "report.html") as file:
+        file.write(page(study, drawn))
+    with write_text(folder / "study.json") as file:
+        file.write(json.dumps(study.as_dict(), ensure_ascii=False) + "\n")
+
+
+def summary(study: Study) -> str:
+    """Return what was found as Markdown: sentences, then the table."""
+    lines = [f"# {TITLES[study.study]}", "", f"{what(study)}", "", *(f"* {each}" for each in sentences(study)), ""]
+    lines += [f"| {' | '.join(table(study).header)} |", f"|{'---|' * len(table(study).header)}"]
+    lines += [f"| {' | '.join(cell.text for cell in row)} |" for row in table(study).rows]
+    lines += ["", *table(study).notes, ""]
+    return "\n".join(lines)
+
+
+def page(study: Study, drawn: Sequence[Drawn]) -> str:
+    """Return the page: no network, no scripts, readable on light and dark."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(files("qpeft.analysis").joinpath("study.html").read_text(encoding="utf-8"))
+    return template.render(
+        title=TITLES[study.study],
+        what=what(study),
+        sentences=list(sentences(study)),
+        figures=drawn,
+        table=table(study),
+        adapters=adapters_table(study),
+        provenance=[
+            (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2))
+            for key, value in study.made.items()
+        ],
+    )
+
+
+def what(study: Study) -> str:
+    """Return what was measured, in a sentence."""
+    seeds = "1 adapter" if len(study.subjects) == 1 else f"{len(study.subjects)} adapters"
+    return f"{study.measure} on {study.collection}: {len(study.queries):,} queries × {study.depth} candidates, {seeds}."
+
+
+def sentences(study: Study) -> Iterator[str]:
+    """Yield what the numbers say, each with its interval; what is within chance is called so."""
+    full, none = study.find(study.full), study.find(NONE)
+    if full is not None and none is not None:
+        yield (
+            f"{_capital(full.name)} reach {number(full.mean, 3)}, no additions {number(none.mean, 3)}: "
+            f"a gain of {_signed(full.gain, full.gain_interval)}, with {full.parameters:,} trained parameters."
+        )
+        if not _clear(full.gain_interval):
+            yield "That gain is within chance, so shares of it say nothing."
+    yield from {
+        "layers": _of_layers,
+        "projections": _of_projections,
+        "components": _of_components,
+        "ranks": _of_order,
+        "checkpoints": _of_order,
+    }[study.study](study)
+    run, would = study.work["layers_run"], study.work["layers_without_sharing"]
+    if would:
+        yield f"States that ablations have in common were computed once: {run:,} layer runs instead of {would:,}."
+    elif study.work["why_not"]:
+        yield f"Nothing was shared between ablations: {study.work['why_not']}."
+
+
+def _of_layers(study: Study) -> Iterator[str]:
+    for kind, words in (
+        ("all but one layer", "Without one layer"),
+        ("all but a window", "Without a window of layers"),
+    ):
+        yield from _worst(study.of(kind), words)
+    for kind, words in (("one layer alone", "One layer alone"), ("a window alone", "A window of layers alone")):
+        yield from _best(study.of(kind), words)
+    for kind, words in (("from the bottom", "lowest"), ("from the top", "highest")):
+        enough = [each for each in study.of(kind) if each.drop_interval and each.drop_interval[0] <= 0]
+        if enough:
+            least = min(enough, key=lambda each: each.x)
+            yield (
+                f"The {words} {least.x:g} suffice to be within chance of all: {number(least.mean, 3)}, "
+                f"a drop of {_signed(least.drop, least.drop_interval)}."
+            )
+
+
+def _of_projections(study: Study) -> Iterator[str]:
+    yield from _worst(study.of("all but one projection"), "Without one projection")
+    yield from _best(study.of("one projection alone"), "One projection alone")
+    alone = study.of("one projection alone")
+    if alone:
+        dense = max(alone, key=lambda each: each.gain / each.parameters)
+        yield (
+            f"By its parameters, {dense.name} alone gains most: {number(_per(dense), 3, signed=True)} "
+            f"per {_PER:,} parameters."
+        )
+    yield from _worst(study.of("grid, all but one"), "Without one addition")
+    yield from _best(study.of("grid, one alone"), "One addition alone")
+
+
+def _of_components(study: Study) -> Iterator[str]:
+    for each in [*study.of("trained with"), *study.of("one component acts")]:
+        if each.name == study.full:
+            continue
+        yield (
+            f"{_capital(each.name)} ({each.parameters:,} parameters): {number(each.mean, 3)}, "
+            f"{_percent(each.share, each.share_interval)} of the measure with both, and "
+            f"{_percent(each.recovered, each.recovered_interval)} of its gain."
+        )
+
+
+def _of_order(study: Study) -> Iterator[str]:
+    found = [*study.of("rank"), *study.of("step")]
+    if not found:
+        return
+    best = max(found, key=lambda each: each.mean)
+    yield f"The best is {best.name}: {number(best.mean, 3)}, a gain of {_signed(best.gain, best.gain_interval)}."
+    enough = [each for each in found if each.drop_interval and each.drop_interval[0] <= 0]
+    if enough:
+        yield (
+            f"From {enough[0].name} on the difference to {study.full} is within chance: "
+            f"{_signed(enough[0].drop, enough[0].drop_interval)}."
+            if all(each in enough for each in found[found.index(enough[0]) :])
+            else f"Within chance of {study.full} are: {', '.join(each.name for each in enough)}."
+        )
+
+
+def _worst(found: Sequence[Finding], words: str) -> Iterator[str]:
+    if not found:
+        return
+    worst = max(found, key=lambda each: each.drop or 0.0)
+    clear = [each for each in found if _clear(each.drop_interval) and (each.drop or 0) > 0]
+    yield (
+        f"{words}, most is lost {worst.name}: a drop of {_signed(worst.drop, worst.drop_interval)}; "
+        f"{len(clear)} of {len(found)} drops are clear of chance{_named(clear)}."
+    )
+
+
+def _best(found: Sequence[Finding], words: str) -> Iterator[str]:
+    if not found:
+        return
+    best = max(found, key=lambda each: each.gain)
+    clear = [each for each in found if _clear(each.gain_interval) and each.gain > 0]
+    yield (
+        f"{words} gains most with {best.name}: {_signed(best.gain, best.gain_interval)}, "
+        f"{_percent(best.recovered, best.recovered_interval)} of the whole gain; "
+        f"{len(clear)} of {len(found)} gains are clear of chance{_named(clear)}."
+    )
+
+
+def table(study: Study) -> Table:
+    """Return one row per line of the study."""
+    rows = tuple(
+        (
+            Cell(each.kind),
+            Cell(each.name),
+            Cell(f"{each.parameters:,}"),
+            Cell(number(each.mean, 4) + (f" ± {_spread(each.means):.4f}" if len(each.means) > 1 else "")),
+            Cell(_signed(each.drop, each.drop_interval)),
+            Cell(_signed(each.gain, each.gain_interval)),
+            Cell(number(_per(each), 4, signed=True) if each.parameters else "–"),
+            Cell(_percent(each.share, each.share_interval)),
+            Cell(_percent(each.recovered, each.recovered_interval)),
+        )
+        for each in study.findings
+    )
+    header = (
+        "question", "what acts", "parameters", study.measure, "drop", "gain", f"gain per {_PER:,}", "share of measure",
+        "share of gain",
+    )  # fmt: skip
+    compared = f"drop: from {study.full}; " if study.full else ""
+    note = f"{compared}gain: over no additions; in brackets 95 % bootstrap intervals of paired differences over queries"
+    spread = "; ±: standard deviation over seeds" if any(len(each.means) > 1 for each in study.findings) else ""
+    return Table(header, rows, (note + spread,), names=2)
+
+
+def adapters_table(study: Study) -> Table:
+    """Return one row per adapter."""
+    rows = tuple(
+        tuple(
+            Cell("–" if subject[key] is None else f"{subject[key]:,}" if key == "parameters" else str(subject[key]))
+            for key in ("folder", "component", "rank", "seed", "step", "parameters")
+        )
+        for subject in study.subjects
+    )
+    return Table(("adapter", "trained", "rank", "seed", "step", "parameters"), rows, (), names=2)
+
+
+def _spread(values: Sequence[float]) -> float:
+    mean = sum(values) / len(values)
+    return float((sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5)
+
+
+def _per(each: Finding) -> float:
+    return each.gain / each.parameters * _PER
+
+
+def _clear(bounds: Interval) -> bool:
+    return bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
+
+
+def _signed(value: float | None, bounds: Interval) -> str:
+    if value is None:
+        return "–"
+    return number(value, 3, signed=True) + (f" [{interval(bounds, 3, signed=True)}]" if bounds else "")
+
+
+def _percent(value: float | None, bounds: Interval) -> str:
+    if value is None or bounds is None:
+        return "–"
+    return f"{100 * value:.0f} % [{100 * bounds[0]:.0f} … {100 * bounds[1]:.0f}]".replace("-", "−")
+
+
+def _named(found: Sequence[Finding]) -> str:
+    return f" ({', '.join(each.name for each in found)})" if 0 < len(found) <= 8 else ""
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

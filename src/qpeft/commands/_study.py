@@ -1,0 +1,312 @@
+"""What the studies of `analyze` share: options, adapters, candidates, and results that an interruption leaves whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from qpeft import methods
+from qpeft.commands._partial import whole_lines
+from qpeft.commands._progress import progress_bar
+from qpeft.commands._sample import sample_run
+from qpeft.data.candidates import candidates_from_run, check_run
+from qpeft.data.collection import open_collection
+from qpeft.data.files import make_folder
+from qpeft.data.records import read_json
+from qpeft.data.trec import read_run
+from qpeft.errors import InputError, OptionError, StateError
+from qpeft.model_config import ModelConfig
+from qpeft.provenance import file_fingerprint, fingerprint, provenance
+from qpeft.types import Candidates, Qrels, Ranking, Run
+
+if TYPE_CHECKING:  # so that options can be listed without importing torch
+    from qpeft.analysis.study import Design, Subject
+
+UNFINISHED, RESULT = "unfinished.jsonl", "study.json"
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Study."""
+
+    adapter: tuple[str, ...]
+    """Folder of a LoRA adapter; may be given several times."""
+    collection: str
+    """A BEIR folder, mini (embedded), or ir_datasets:ID."""
+    run: str
+    """The first stage's run, whose candidates are ranked."""
+    output: str
+    """The folder to write."""
+    split: str = "test"
+    """Whose queries and judgements."""
+    depth: int = 20
+    """Candidates of a query."""
+    limit_queries: int | None = None
+    """Rank a random sample of this many queries only."""
+    seed: int = 0
+    """Of the sample."""
+    measure: str = "nDCG@10"
+    """What is compared."""
+    method: str = "query_likelihood"
+    """How passages are scored; the one that the adapters were trained for."""
+    resume: bool = False
+    """Continue an interrupted study."""
+
+
+class Unfinished:
+    """Finished queries of a study in its folder, one JSON line each, under a header that says what they are of.
+
+    Args:
+        folder: of the study.
+        resume: continue what stands there.
+
+    Raises:
+        StateError: an unfinished study stands there and `resume` was not given; or the folder holds something else.
+    """
+
+    def __init__(self, folder: Path, resume: bool) -> None:
+        self.path = folder / UNFINISHED
+        self._lines: list[dict[str, Any]] = []
+        self._file: TextIO | None = None
+        if self.path.exists():
+            if not resume:
+                raise StateError(
+                    f"{self.path} is an unfinished study: continue it with --resume, or delete it to start afresh"
+                )
+            self._lines = whole_lines(self.path)
+        elif folder.exists() and not (folder / RESULT).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+            raise StateError(f"{folder} exists and is no folder of a study")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that were taken from the machine, and are kept."""
+        found: dict[str, Any] = self._lines[0]["settings"] if self._lines else {}
+        return found
+
+    def open(self, print_of_facts: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
+        """Check that the file belongs to this very study, get ready to append, and return what is there.
+
+        Raises:
+            StateError: it was made with other options, data, adapters or model.
+        """
+        if self._lines and self._lines[0]["fingerprint"] != print_of_facts:
+            raise StateError(
+                f"{self.path} was made with other options, data, adapters or model; delete it to start afresh"
+            )
+        make_folder(self.path.parent)
+        header = {"fingerprint": print_of_facts, "settings": settings}
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        lines = [header, *self._lines[1:]]
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+        return self._lines[1:]
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Append a finished query of an adapter."""
+        assert self._file is not None
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Stop appending; the file stays."""
+        if self._file is not None:
+            self._file.close()
+
+
+def run_study(
+    config: StudyConfig, model: ModelConfig, folders: Sequence[str], design_of: Callable[[Sequence[Subject]], Design]
+) -> None:
+    """Rank under every ablation, and write results, figures, report and summary.
+
+    Args:
+        config: options.
+        model: of the model.
+        folders: of the adapters.
+        design_of: says from the adapters what is measured.
+    """
+    from qpeft.evaluation.measures import parse_measures
+
+    measures = parse_measures(config.measure)
+    if len(measures) > 1:
+        raise OptionError(f"--measure {config.measure!r}: one measure is compared, not {len(measures)}")
+    output = Path(config.output)
+    unfinished = Unfinished(output, config.resume)
+    collection = open_collection(config.collection)
+    queries, qrels = collection.queries(config.split), collection.qrels(config.split)
+    first = sample_run(_judged(read_run(config.run), qrels, config), config.limit_queries, config.seed, config.depth)
+    check_run(first, queries, collection.passages, config.depth)
+
+    import torch
+
+    from qpeft.analysis.study import Study, findings
+    from qpeft.analysis.study_report import write_study
+    from qpeft.loading import describe_lm, load_lm
+
+    torch.set_num_threads(unfinished.settings.get("threads", torch.get_num_threads()))  # as in rerank
+    lm: Any = load_lm(dataclasses.replace(model, dtype=unfinished.settings.get("dtype", model.dtype)))
+    torch.set_num_threads(unfinished.settings.get("threads", torch.get_num_threads()))
+    subjects = [_subject(folder, lm) for folder in folders]
+    design = design_of(subjects)
+    facts: dict[str, Any] = {
+        "command": f"analyze {design.study}",
+        "options": {
+            name: value
+            for part in (config, model)
+            for name, value in dataclasses.asdict(part).items()
+            if name not in ("resume", "output")
+        },
+        "collection": {"name": collection.name, "split": config.split, "fingerprint": collection.fingerprint()},
+        "first_stage": {"tag": first.tag, "sha256": file_fingerprint(Path(config.run))},
+        "adapters": [{"folder": each.folder, "sha256": each.sha256} for each in subjects],
+        "model": describe_lm(lm, model),
+    }
+    settings = {"dtype": lm.dtype, "threads": torch.get_num_threads()}
+    lines = unfinished.open(fingerprint(facts), settings)
+    items = list(candidates_from_run(first, queries, collection.passages, config.depth))
+    work: dict[str, Any] = {"layers_run": 0, "layers_without_sharing": 0, "why_not": ""}
+    with closing(unfinished), progress_bar(design.study, len(subjects) * len(items), len(lines)) as bar:
+        for line in _rank(config, lm, subjects, design, items, len(lines)):
+            lines.append(line)
+            unfinished.add(line)
+            bar.advance(pairs=sum(len(scores) for scores in line["scores"]))
+    for line in lines:
+        work["layers_run"] += line["work"][0]
+        work["layers_without_sharing"] += line["work"][1]
+        work["why_not"] = line["why_not"] or work["why_not"]
+    judged = {item.query.id: qrels[item.query.id] for item in items}
+    values = _values(design, subjects, items, lines, judged, config.measure)
+    study = Study(
+        study=design.study,
+        measure=str(measures[0]),
+        collection=f"{collection.name} · {config.split}",
+        depth=config.depth,
+        queries=tuple(judged),
+        subjects=tuple(_described(each) for each in subjects),
+        findings=findings(design, subjects, values),
+        full="" if design.full is None else design.full.ablation.name,
+        work=work,
+        made=provenance(**facts),
+    )
+    write_study(study, output)
+    unfinished.path.unlink()
+    print(f"{output}: {len(study.findings)} lines, {len(items):,} queries, {len(subjects)} adapters", file=sys.stderr)
+
+
+def _judged(first: Run, qrels: Qrels, config: StudyConfig) -> Run:
+    judged = Run((ranking for query_id, ranking in first.items() if query_id in qrels), first.tag)
+    if not judged:
+        raise InputError(
+            f"{config.run}: none of its queries is judged in split {config.split!r} of {config.collection}"
+        )
+    return judged
+
+
+def _subject(folder: str, lm: Any) -> Subject:
+    from qpeft.adapters._folder import load_adapter
+    from qpeft.adapters._lora import LoraAdapter
+    from qpeft.analysis.study import Subject
+
+    opened = load_adapter(folder, lm)
+    adapter = opened.adapter
+    if not isinstance(adapter, LoraAdapter):
+        raise OptionError(f"--adapter {folder}: {opened.name} has no additions to layers; studies are of LoRA")
+    places = adapter.places()
+    adapter.withdraw()
+    step = re.fullmatch(r"step-(\d+)", Path(folder).name)
+    made = Path(folder) / "provenance.json"
+    told = read_json(made) if made.is_file() else {}
+    seed = told.get("options", {}).get("seed") if isinstance(told, dict) else None
+    return Subject(folder, opened.sha256, adapter.config.r, seed, places, int(step[1]) if step else None)
+
+
+def _rank(
+    config: StudyConfig,
+    lm: Any,
+    subjects: Sequence[Subject],
+    design: Design,
+    items: Sequence[Candidates],
+    done: int,
+) -> Iterator[dict[str, Any]]:
+    """Yield one entry per adapter and query, from where an earlier process stopped."""
+    from qpeft.adapters._folder import load_adapter
+    from qpeft.analysis.ablated import Ablated
+    from qpeft.methods._pointwise import Pointwise
+
+    method = methods.load(config.method)
+    for index, subject in enumerate(subjects):
+        rest = items[max(0, done - index * len(items)) :]
+        if not rest:
+            continue
+        opened: Any = load_adapter(subject.folder, lm)
+        scorer = method.build_scorer(method.Config(), lm, opened)
+        for item in items:
+            scorer.check(item.query)
+        sets = design.sets(index)
+        ablated = Ablated(lm, opened.adapter, Pointwise(scorer), sets)
+        before = (0, 0)
+        for item in rest:
+            found = ablated.rank([item])
+            work = ablated.work
+            yield {
+                "adapter": index,
+                "query": item.query.id,
+                "scores": [_scores(found[active][0], item) for active in sets],
+                "work": [now - then for now, then in zip(work, before, strict=True)],
+                "why_not": ablated.why_not,
+            }
+            before = work
+        opened.adapter.withdraw()
+
+
+def _scores(ranking: Ranking, item: Candidates) -> list[float]:
+    by_id = {hit.passage_id: hit.score for hit in ranking.hits}
+    return [by_id[passage.id] for passage in item.passages]
+
+
+def _values(
+    design: Design,
+    subjects: Sequence[Subject],
+    items: Sequence[Candidates],
+    lines: Sequence[dict[str, Any]],
+    qrels: Qrels,
+    measure: str,
+) -> dict[Any, Any]:
+    """Return the measure of each query by adapter and active additions."""
+    import numpy as np
+
+    from qpeft.evaluation.measures import evaluate
+
+    values = {}
+    for index in range(len(subjects)):
+        own = [line for line in lines if line["adapter"] == index]
+        for place, active in enumerate(design.sets(index)):
+            rankings = [
+                Ranking.from_scores(
+                    item.query.id, zip((p.id for p in item.passages), line["scores"][place], strict=True)
+                )
+                for item, line in zip(items, own, strict=True)
+            ]
+            ((_, of_queries),) = evaluate(Run(rankings, "ablation"), qrels, measure).per_query.items()
+            values[index, active] = np.array([of_queries[item.query.id] for item in items])
+    return values
+
+
+def _described(subject: Subject) -> dict[str, Any]:
+    return {
+        "folder": subject.folder,
+        "sha256": subject.sha256,
+        "rank": subject.rank,
+        "seed": subject.seed,
+        "step": subject.step,
+        "component": subject.component,
+        "parameters": subject.parameters,
+    }

@@ -1,0 +1,31 @@
+"""Compare attention and the MLP: LoRA adapters trained with one of them, and what either does of those with both.
+
+Give adapters trained with --modules all, and, as far as there are any, with attention or mlp; they are told apart by
+what they have, grouped by rank, and averaged over seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qpeft.commands._study import StudyConfig, run_study
+from qpeft.model_config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Config(StudyConfig):
+    """Study of components."""
+
+
+def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
+    """Return this command's options, and those of the model."""
+    return Config, ModelConfig
+
+
+def run(config: Config, model: ModelConfig) -> None:
+    """Measure and write the folder."""
+    from qpeft.analysis.study import components
+
+    run_study(config, model, config.adapter, components)

@@ -1,0 +1,263 @@
+"""What a study says of given values, and what it writes."""
+
+import dataclasses
+import json
+import re
+import xml.etree.ElementTree as ET
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from qpeft.adapters._lora_targets import Place
+from qpeft.analysis.ablation import ALL, NONE, of_layers
+from qpeft.analysis.study import (
+    Study,
+    Subject,
+    checkpoints,
+    components,
+    findings,
+    layers,
+    projections,
+    ranks,
+)
+from qpeft.analysis.study_report import sentences, summary, write_study
+from qpeft.errors import OptionError
+from qpeft.evaluation.significance import bootstrap_interval, ratio_interval
+
+QUERIES = 40
+
+
+def subject(name, *, rank=2, seed=1, step=None, names=("q", "up"), depth=3):
+    places = {
+        Place(layer, each, "mlp" if each == "up" else "attention"): rank * (10 if each == "q" else 30)
+        for layer in range(depth)
+        for each in names
+    }
+    return Subject(name, name * 8, rank, seed, places, step)
+
+
+def worth(index, active):
+    """Return a made-up value per query: upper layers and MLPs matter more, seeds differ a little."""
+    rng = np.random.default_rng(7)
+    ease = rng.uniform(0.1, 0.5, QUERIES)
+    help_of = rng.uniform(0, 0.1, (3, QUERIES))
+    gain = sum(
+        ((2 if p.component == "mlp" else 1) * (p.layer + 1) * help_of[p.layer] for p in active), np.zeros(QUERIES)
+    )
+    return ease + gain / 3 + 0.001 * index
+
+
+def measured(design, subjects):
+    values = {(i, active): worth(i, active) for i in range(len(subjects)) for active in design.sets(i)}
+    return values, findings(design, subjects, values)
+
+
+def study(design, subjects, **changes):
+    _, found = measured(design, subjects)
+    made = {
+        "study": design.study,
+        "measure": "nDCG@10",
+        "collection": "toy · test",
+        "depth": 20,
+        "queries": tuple(f"q{i}" for i in range(QUERIES)),
+        "subjects": tuple(
+            {"folder": s.folder, "sha256": s.sha256, "rank": s.rank, "seed": s.seed, "step": s.step,
+             "component": s.component, "parameters": s.parameters} for s in subjects
+        ),
+        "findings": found,
+        "full": design.full.ablation.name,
+        "work": {"layers_run": 12, "layers_without_sharing": 20, "why_not": ""},
+        "made": {"command": f"analyze {design.study}", "options": {"seed": 0}},
+    }  # fmt: skip
+    return Study(**(made | changes))
+
+
+def designs():
+    """Return a design of each study with its adapters."""
+    seeds = [subject("a"), subject("b", seed=2)]
+    trained = [
+        *seeds,
+        subject("c", names=("q",)),
+        subject("d", names=("up",), rank=2),
+        subject("e", names=("q",), rank=6),
+    ]
+    ranked = [subject(f"r{rank}{seed}", rank=rank, seed=seed) for rank in (8, 1, 2) for seed in (1, 2)]
+    stepped = [subject(f"s{step}{seed}", step=step, seed=seed) for seed in (1, 2) for step in (0, 50, 100)]
+    return {
+        "layers": (layers(seeds, 2), seeds),
+        "projections": (projections(seeds, True), seeds),
+        "components": (components(trained), trained),
+        "ranks": (ranks(ranked), ranked),
+        "checkpoints": (checkpoints(stepped), stepped),
+    }
+
+
+NAMES = ["layers", "projections", "components", "ranks", "checkpoints"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_findings_are_the_formulas(name):
+    design, subjects = designs()[name]
+    values, found = measured(design, subjects)
+    full = next(each for each in found if each.name == design.full.ablation.name)
+    for line, each in zip(design.lines, found, strict=True):
+        own = np.mean([values[i, line.ablation.active] for i in line.adapters], axis=0)
+        none = np.mean([values[i, frozenset()] for i in line.adapters], axis=0)
+        of_full = np.mean([values[i, design.full.ablation.active] for i in design.full.adapters], axis=0)
+        none_of_full = np.mean([values[i, frozenset()] for i in design.full.adapters], axis=0)
+        assert each.mean == pytest.approx(own.mean())
+        assert np.mean(each.means) == pytest.approx(own.mean())
+        assert (each.drop, each.gain) == pytest.approx(((of_full - own).mean(), (own - none).mean()))
+        assert each.drop_interval == pytest.approx(bootstrap_interval(of_full - own))
+        assert each.gain_interval == pytest.approx(bootstrap_interval(own - none))
+        assert each.share == pytest.approx(own.mean() / of_full.mean())
+        assert each.recovered == pytest.approx((own - none).mean() / (of_full - none_of_full).mean())
+        assert each.recovered_interval == pytest.approx(ratio_interval(own - none, of_full - none_of_full))
+        assert each.per_query == pytest.approx(own, abs=1e-6)
+        counted = subjects[line.adapters[0]].places
+        assert each.parameters == sum(counted[place] for place in line.ablation.active)
+    assert (full.drop, full.share, full.recovered) == pytest.approx((0, 1, 1))
+
+
+def test_each_study_has_its_lines():
+    found = {name: [line.ablation.name for line in design.lines] for name, (design, _) in designs().items()}
+    places = list(designs()["layers"][1][0].places)
+    assert found["layers"] == [ALL, *(each.name for each in of_layers(places, 2)), NONE]
+    assert {"without q", "up", "q of layer 3", "without up of layer 1"} <= set(found["projections"])
+    assert found["components"] == [
+        "trained: both, rank 2", "trained: attention, rank 2", "trained: attention, rank 6", "trained: mlp, rank 2",
+        "attention of both", "mlp of both", NONE,
+    ]  # fmt: skip
+    assert found["ranks"] == ["rank 1", "rank 2", "rank 8", NONE]
+    assert found["checkpoints"] == ["step 0", "step 50", "step 100", NONE]
+    adapters = {line.ablation.name: line.adapters for line in designs()["components"][0].lines}
+    assert adapters["trained: both, rank 2"] == adapters["mlp of both"] == (0, 1)
+    assert adapters["trained: attention, rank 6"] == (4,)
+
+
+def test_what_is_needed_of_an_adapter():
+    design, subjects = designs()["components"]
+    both, attention = subjects[0].places, subjects[2].places
+    assert design.sets(2) == [frozenset(), frozenset(attention)]
+    by_component = [frozenset(p for p in both if p.component == c) for c in ("attention", "mlp")]
+    assert design.sets(0) == [frozenset(), frozenset(both), *by_component]
+    design, _ = designs()["layers"]
+    assert len(design.sets(0)) == len(set(design.sets(0))) < len(design.lines), "the lowest one is layer 1 alone"
+
+
+def test_a_gain_within_chance_has_no_shares():
+    design, subjects = designs()["layers"]
+    values = {
+        key: worth(0, frozenset()) + (0.01 if key[1] else 0.0) * np.tile([1, -1], QUERIES // 2)
+        for key in measured(design, subjects)[0]
+    }
+    found = findings(design, subjects, values)
+    assert all(each.recovered_interval is None for each in found)
+    text = "\n".join(sentences(study(design, subjects, findings=found)))
+    assert "within chance, so shares of it say nothing" in text
+    assert "%" not in text.partition("within chance")[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: layers([subject("a"), subject("b", names=("q",))], 1), "b has additions at other places than a"),
+        (lambda: layers([subject("a")], 3), "--window is 3; the adapter has additions in 3 layers"),
+        (lambda: projections([subject("a"), subject("b", depth=2)], False), "b has additions at other places"),
+        (
+            lambda: components([subject("a", names=("q",))]),
+            "trained with both components, all of one rank; ranks: none",
+        ),
+        (lambda: components([subject("a"), subject("b", rank=4)]), "all of one rank; ranks: 2, 4"),
+        (lambda: ranks([subject("a"), subject("b", seed=2)]), "all adapters have rank 2"),
+        (lambda: ranks([subject("a"), subject("b", rank=4, depth=2)]), "b has additions at other places"),
+        (lambda: checkpoints([subject("a", step=0)]), "folders with the states of several steps"),
+        (
+            lambda: checkpoints([subject("a", step=0), subject("b", step=5), subject("c", step=0)]),
+            "step 5 is not there for every adapter",
+        ),
+    ],
+)
+def test_adapters_that_cannot_be_compared(make, message):
+    with pytest.raises(OptionError, match=re.escape(message)):
+        make()
+
+
+FIGURES = {
+    "layers": {"layers", "windows", "cumulative"},
+    "projections": {"projections", "grid"},
+    "components": {"components"},
+    "ranks": {"ranks"},
+    "checkpoints": {"checkpoints"},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_folder(name, tmp_path):
+    made = study(*designs()[name])
+    write_study(made, tmp_path)
+    figures = {f"{figure}.{kind}" for figure in FIGURES[name] for kind in ("png", "svg")}
+    assert {path.name for path in tmp_path.iterdir()} == figures | {"study.json", "summary.md", "report.html"}
+    read = Study.from_dict(json.loads((tmp_path / "study.json").read_text()))
+    assert read == made
+    assert summary(read) == (tmp_path / "summary.md").read_text()
+    for figure in FIGURES[name]:
+        assert matplotlib.image.imread(tmp_path / f"{figure}.png").std() > 0.01
+        ET.fromstring((tmp_path / f"{figure}.svg").read_text())
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("<svg") == len(FIGURES[name])
+    assert not re.search(r"(?:src|href)=\"(?!#)", html), "nothing is fetched"
+    for each in made.findings:
+        assert each.name in html
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_in_the_summary_are_those_of_the_findings(name):
+    made = study(*designs()[name])
+    text = summary(made)
+    full = made.find(made.full)
+    assert f"{full.mean:.3f}" in text.splitlines()[4]
+    for each in made.findings:
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| {each.kind} | {each.name} |"))
+        cells = [cell.strip() for cell in row.split("|")]
+        assert cells[3] == f"{each.parameters:,}"
+        assert cells[4].startswith(f"{each.mean:.4f}")
+        assert ("±" in cells[4]) == (len(each.adapters) > 1)
+        assert cells[5].replace("−", "-").startswith(f"{each.drop:+.3f}")
+        assert cells[6].replace("−", "-").startswith(f"{each.gain:+.3f}")
+    assert "12 layer runs instead of 20" in text
+
+
+def test_words_name_the_extremes():
+    made = study(*designs()["layers"])
+    text = "\n".join(sentences(made))
+    worst = max(made.of("all but one layer"), key=lambda each: each.drop)
+    assert worst.name == "without layer 3"
+    assert f"most is lost {worst.name}: a drop of +{worst.drop:.3f}" in text
+    assert "One layer alone gains most with layer 3" in text
+    assert "3 of 3 drops are clear of chance (without layer 1, without layer 2, without layer 3)" in text
+    made = study(*designs()["projections"])
+    text = "\n".join(sentences(made))
+    assert "One projection alone gains most with up" in text
+    assert "By its parameters, q alone gains most" in text, "half the gain with a third of the parameters"
+    text = "\n".join(sentences(study(*designs()["components"])))
+    assert "Trained: mlp, rank 2 (180 parameters)" in text
+    assert re.search(r"Mlp of both .*: 0\.\d+, \d+ % \[\d+ … \d+\] of the measure with both, and \d+ %", text)
+
+
+def test_where_nothing_was_shared_the_reason_is_told():
+    work = {"layers_run": 0, "layers_without_sharing": 0, "why_not": "shared states change scores"}
+    made = study(*designs()["ranks"], work=work)
+    assert list(sentences(made))[-1] == "Nothing was shared between ablations: shared states change scores."
+
+
+def test_one_query_has_no_intervals():
+    design, subjects = designs()["layers"]
+    values = {key: value[:1] for key, value in measured(design, subjects)[0].items()}
+    found = findings(design, subjects, values)
+    assert all(each.drop_interval is None and each.gain_interval is None for each in found)
+    made = study(design, subjects, findings=found, queries=("q0",))
+    assert "[" not in summary(dataclasses.replace(made, findings=found)).replace("[in", "")
