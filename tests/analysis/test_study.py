@@ -14,6 +14,7 @@ from qpeft.analysis.ablation import ALL, NONE, of_layers
 from qpeft.analysis.study import (
     Study,
     Subject,
+    bases,
     checkpoints,
     components,
     findings,
@@ -144,6 +145,13 @@ def test_what_is_needed_of_an_adapter():
     assert design.sets(0) == [frozenset(), frozenset(both), *by_component]
     design, _ = designs()["layers"]
     assert len(design.sets(0)) == len(set(design.sets(0))) < len(design.lines), "the lowest one is layer 1 alone"
+
+
+def test_adapters_that_are_the_same_without_additions():
+    made = [subject(name) for name in "abcde"]
+    prompts = [None, "x", "y", "x", None]
+    made = [dataclasses.replace(each, prompt=prompt) for each, prompt in zip(made, prompts, strict=True)]
+    assert bases(made) == [0, 1, 2, 1, 4]
 
 
 def test_a_gain_within_chance_has_no_shares():

@@ -116,6 +116,30 @@ def test_seeds_are_averaged(arguments, tmp_path):
     assert (tmp_path / "projections" / "grid.svg").is_file()
 
 
+def test_without_additions_the_model_is_ranked_once(arguments, adapters, saved_model, tmp_path, monkeypatch):
+    """Unless an adapter has more than additions, which go on acting: then it is ranked with those alone."""
+    lm = load_lm(ModelConfig(str(saved_model), dtype="float32"))
+    torch.manual_seed(9)
+    adapter = lora.build(lora.Config(r=8, hint="soft_prompt"), lm)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    save_adapter(tmp_path / "hinted", "lora", adapter, lm, load_template("plain"))
+    found = {}
+    with monkeypatch.context() as patch:
+        patch.setattr("qpeft.analysis.study_report.write_study", interrupted)
+        more = ["--adapter", str(tmp_path / "hinted")]
+        assert main(arguments("ranks", "rank-1", "rank-4", more=more)) == 130
+    for line in map(json.loads, (tmp_path / "ranks" / UNFINISHED).read_text().splitlines()[1:]):
+        found.setdefault(line["adapter"], set()).add(len(line["scores"]))
+    assert found == {0: {2}, 1: {1}, 2: {2}}
+    assert main(arguments("ranks", "rank-1", "rank-4", more=[*more, "--resume"])) == 0
+    study = result(tmp_path / "ranks")
+    gains = {each.x: each.mean - each.gain for each in study.of("rank")}
+    assert gains[1] == pytest.approx(gains[4])
+    assert gains[8] != pytest.approx(gains[4]), "the hint goes on acting"
+
+
 def test_components_ranks_and_checkpoints(arguments, tmp_path):
     assert main(arguments("components", "attention", "all-1", "mlp", "all-2")) == 0
     found = result(tmp_path / "components")

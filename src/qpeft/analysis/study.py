@@ -31,7 +31,18 @@ Values = Mapping[tuple[int, Places], Floats]
 
 @dataclass(frozen=True)
 class Subject:
-    """An adapter that is studied; `step` is that of a checkpoint. `places` has each addition's parameters."""
+    """An adapter that is studied.
+
+    Attributes:
+        folder: where it stands.
+        sha256: of its weights.
+        rank: of its additions.
+        seed: of its training, where that is known.
+        places: parameters of each addition.
+        step: of a checkpoint.
+        prompt: fingerprint of how input is written, if the adapter has nothing but additions: then two that agree in it
+            are the same without additions. None otherwise.
+    """
 
     folder: str
     sha256: str
@@ -39,6 +50,7 @@ class Subject:
     seed: int | None
     places: Mapping[Place, int]
     step: int | None = None
+    prompt: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -159,6 +171,15 @@ class Study:
 
         found = tuples(facts)
         return cls(**(found | {"findings": tuple(Finding(**tuples(each)) for each in facts["findings"])}))
+
+
+def bases(subjects: Sequence[Subject]) -> list[int]:
+    """Return for each adapter the first one that is the same without additions; itself, if no other is."""
+    first: dict[str, int] = {}
+    return [
+        index if subject.prompt is None else first.setdefault(subject.prompt, index)
+        for index, subject in enumerate(subjects)
+    ]
 
 
 def layers(subjects: Sequence[Subject], window: int) -> Design:

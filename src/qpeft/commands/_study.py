@@ -220,12 +220,21 @@ def _subject(folder: str, lm: Any) -> Subject:
     if not isinstance(adapter, LoraAdapter):
         raise OptionError(f"--adapter {folder}: {opened.name} has no additions to layers; studies are of LoRA")
     places = adapter.places()
+    read = {"template": opened.template.fingerprint, "max_passage_tokens": opened.max_passage_tokens}
+    prompt = fingerprint(read) if adapter.count_parameters() == sum(places.values()) else None
     adapter.withdraw()
     step = re.fullmatch(r"step-(\d+)", Path(folder).name)
     made = Path(folder) / "provenance.json"
     told = read_json(made) if made.is_file() else {}
     seed = told.get("options", {}).get("seed") if isinstance(told, dict) else None
-    return Subject(folder, opened.sha256, adapter.config.r, seed, places, int(step[1]) if step else None)
+    return Subject(folder, opened.sha256, adapter.config.r, seed, places, int(step[1]) if step else None, prompt)
+
+
+def _sets(design: Design, subjects: Sequence[Subject], index: int) -> list[Any]:
+    """Return the sets of additions that are ranked with; none at all only where no earlier adapter stands for it."""
+    from qpeft.analysis.study import bases
+
+    return [active for active in design.sets(index) if active or bases(subjects)[index] == index]
 
 
 def _rank(
@@ -250,7 +259,7 @@ def _rank(
         scorer = method.build_scorer(method.Config(), lm, opened)
         for item in items:
             scorer.check(item.query)
-        sets = design.sets(index)
+        sets = _sets(design, subjects, index)
         ablated = Ablated(lm, opened.adapter, Pointwise(scorer), sets)
         before = (0, 0)
         for item in rest:
@@ -283,12 +292,13 @@ def _values(
     """Return the measure of each query by adapter and active additions."""
     import numpy as np
 
+    from qpeft.analysis.study import bases
     from qpeft.evaluation.measures import evaluate
 
     values = {}
     for index in range(len(subjects)):
         own = [line for line in lines if line["adapter"] == index]
-        for place, active in enumerate(design.sets(index)):
+        for place, active in enumerate(_sets(design, subjects, index)):
             rankings = [
                 Ranking.from_scores(
                     item.query.id, zip((p.id for p in item.passages), line["scores"][place], strict=True)
@@ -297,6 +307,8 @@ def _values(
             ]
             ((_, of_queries),) = evaluate(Run(rankings, "ablation"), qrels, measure).per_query.items()
             values[index, active] = np.array([of_queries[item.query.id] for item in items])
+    for index, base in enumerate(bases(subjects)):
+        values[index, frozenset()] = values[base, frozenset()]
     return values
 
 
