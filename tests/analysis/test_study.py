@@ -22,6 +22,7 @@ from qpeft.analysis.study import (
     projections,
     ranks,
 )
+from qpeft.analysis.study_figures import _around, _heat_maps
 from qpeft.analysis.study_report import sentences, summary, write_study
 from qpeft.errors import OptionError
 from qpeft.evaluation.significance import bootstrap_interval, ratio_interval
@@ -164,7 +165,9 @@ def test_a_gain_within_chance_has_no_shares():
     assert all(each.recovered_interval is None for each in found)
     text = "\n".join(sentences(study(design, subjects, findings=found)))
     assert "within chance, so shares of it say nothing" in text
-    assert "%" not in text.partition("within chance")[0]
+    assert "%" not in text
+    assert "Without one layer, none of 3 drops is clear of chance; the largest is without layer" in text
+    assert "One layer alone, none of 3 gains is clear of chance; the largest is of layer" in text
 
 
 @pytest.mark.parametrize(
@@ -245,11 +248,11 @@ def test_words_name_the_extremes():
     worst = max(made.of("all but one layer"), key=lambda each: each.drop)
     assert worst.name == "without layer 3"
     assert f"most is lost {worst.name}: a drop of +{worst.drop:.3f}" in text
-    assert "One layer alone gains most with layer 3" in text
+    assert "One layer alone, most is gained with layer 3: +" in text
     assert "3 of 3 drops are clear of chance (without layer 1, without layer 2, without layer 3)" in text
     made = study(*designs()["projections"])
     text = "\n".join(sentences(made))
-    assert "One projection alone gains most with up" in text
+    assert "One projection alone, most is gained with up: +" in text
     assert "By its parameters, q alone gains most" in text, "half the gain with a third of the parameters"
     text = "\n".join(sentences(study(*designs()["components"])))
     assert "Trained: mlp, rank 2 (180 parameters)" in text
@@ -269,3 +272,29 @@ def test_one_query_has_no_intervals():
     assert all(each.drop_interval is None and each.gain_interval is None for each in found)
     made = study(design, subjects, findings=found, queries=("q0",))
     assert "[" not in summary(dataclasses.replace(made, findings=found)).replace("[in", "")
+
+
+def test_bands_are_as_wide_as_the_interval_of_the_difference():
+    made = study(*designs()["layers"])
+    for each in made.of("all but one layer"):
+        low, high = _around(each, "full")
+        full = made.find(ALL).mean
+        assert (full - high, full - low) == pytest.approx(each.drop_interval)
+        assert low < each.mean < high
+    for each in made.of("one layer alone"):
+        low, high = _around(each, "none")
+        none = made.find(NONE).mean
+        assert (low - none, high - none) == pytest.approx(each.gain_interval)
+
+
+def test_cells_of_the_heat_maps_stand_at_their_layer_and_projection():
+    made = study(*designs()["projections"])
+    alone, without = _heat_maps(made).axes
+    for axes, kind in ((alone, "grid, one alone"), (without, "grid, all but one")):
+        shown = {(round(text.get_position()[0]), round(text.get_position()[1])): text.get_text() for text in axes.texts}
+        columns = [label.get_text() for label in axes.get_xticklabels()]
+        for each in made.of(kind):
+            value = each.gain if kind == "grid, one alone" else each.drop
+            assert shown[columns.index(each.projection), each.x - 1].startswith(f"{value:+.3f}")
+        colours = axes.collections[0].get_array().reshape(3, 2)
+        assert colours[2, 1] == max(each.gain if axes is alone else each.drop for each in made.of(kind))

@@ -121,7 +121,7 @@ def _of_layers(study: Study) -> Iterator[str]:
 def _of_projections(study: Study) -> Iterator[str]:
     yield from _worst(study.of("all but one projection"), "Without one projection")
     yield from _best(study.of("one projection alone"), "One projection alone")
-    alone = study.of("one projection alone")
+    alone = [each for each in study.of("one projection alone") if _clear(each.gain_interval)]
     if alone:
         dense = max(alone, key=lambda each: each.gain / each.parameters)
         yield (
@@ -164,10 +164,12 @@ def _worst(found: Sequence[Finding], words: str) -> Iterator[str]:
         return
     worst = max(found, key=lambda each: each.drop or 0.0)
     clear = [each for each in found if _clear(each.drop_interval) and (each.drop or 0) > 0]
-    yield (
-        f"{words}, most is lost {worst.name}: a drop of {_signed(worst.drop, worst.drop_interval)}; "
-        f"{len(clear)} of {len(found)} drops are clear of chance{_named(clear)}."
-    )
+    told = f"{worst.name}: a drop of {_signed(worst.drop, worst.drop_interval)}"
+    if clear:
+        count = f"{len(clear)} of {len(found)} drops are clear of chance{_named(clear)}"
+        yield f"{words}, most is lost {told}; {count}."
+    else:
+        yield f"{words}, none of {len(found)} drops is clear of chance; the largest is {told}."
 
 
 def _best(found: Sequence[Finding], words: str) -> Iterator[str]:
@@ -175,9 +177,13 @@ def _best(found: Sequence[Finding], words: str) -> Iterator[str]:
         return
     best = max(found, key=lambda each: each.gain)
     clear = [each for each in found if _clear(each.gain_interval) and each.gain > 0]
+    told = f"{best.name}: {_signed(best.gain, best.gain_interval)}"
+    if not clear:
+        yield f"{words}, none of {len(found)} gains is clear of chance; the largest is of {told}."
+        return
+    whole = "" if best.recovered_interval is None else f", {_percent(best.recovered, best.recovered_interval)} of all's"
     yield (
-        f"{words} gains most with {best.name}: {_signed(best.gain, best.gain_interval)}, "
-        f"{_percent(best.recovered, best.recovered_interval)} of the whole gain; "
+        f"{words}, most is gained with {told}{whole}; "
         f"{len(clear)} of {len(found)} gains are clear of chance{_named(clear)}."
     )
 
@@ -203,7 +209,10 @@ def table(study: Study) -> Table:
         "share of gain",
     )  # fmt: skip
     compared = f"drop: from {study.full}; " if study.full else ""
-    note = f"{compared}gain: over no additions; in brackets 95 % bootstrap intervals of paired differences over queries"
+    note = (
+        f"{compared}gain: over no additions; in brackets 95 % bootstrap intervals of paired differences over queries, "
+        "not corrected for the number of lines"
+    )
     spread = "; ±: standard deviation over seeds" if any(len(each.means) > 1 for each in study.findings) else ""
     return Table(header, rows, (note + spread,), names=2)
 
