@@ -2,8 +2,8 @@
 
     python recipes/relevance-study/run.py DATA [PARTS…] [--method query_likelihood] [--collection squad] [--output DIR]
 
-DATA holds the BEIR folders of cells.COLLECTIONS. Adapters and studies stand in the output folder; what is worth keeping,
-the course of each training and each study's numbers, is copied to results/.
+DATA holds the BEIR folders of cells.COLLECTIONS. Adapters and studies stand in the output folder; what is worth
+keeping, the course of each training and each study's numbers, is copied to results/.
 """
 
 from __future__ import annotations
