@@ -15,7 +15,7 @@ LAYERS = [
     {"types", "registry"},
     {"provenance", "model_config"},
     {"tuning"},
-    {"template", "hints", "context_store", "cpu_attention", "depth", "losses"},
+    {"template", "hints", "context_store", "cpu_attention", "depth", "losses", "read_out"},
     {"layout", "flops"},
     {"data", "retrieval"},
     {"evaluation"},
