@@ -5,7 +5,8 @@ import re
 import pytest
 
 from qpeft.errors import FormatError, InputError, OptionError, QueryError
-from qpeft.template import KeptTokens, Prompt, Template, available_templates, load_template
+from qpeft.kept_tokens import KeptTokens
+from qpeft.template import Prompt, Template, available_templates, load_template
 from qpeft.types import Passage, Query
 
 QUERY = Query("q1", "why is the sky blue?")

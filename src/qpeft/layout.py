@@ -26,8 +26,8 @@ class Layout:
     """The inputs of a batch.
 
     `ids` `[B, S]` are tokens, of which `mask` `[B, S]` are real; hint vectors replace those at `slots` `[B, S]`. The
-    states at `predicting` `[B, S]` predict `labels` `[N]`, row by row; `counts` says how many each row has. A row without
-    a target has no label: what follows it is not known.
+    states at `predicting` `[B, S]` predict `labels` `[N]`, row by row; `counts` says how many each row has. A row
+    without a target has no label: what follows it is not known.
     """
 
     ids: Tensor

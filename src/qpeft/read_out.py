@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Head:
     """A trained module on the state of the last token, after the model's last norm: `[B, d] → [B, k]`."""
 

@@ -22,8 +22,7 @@ import functools
 import hashlib
 import json
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -32,6 +31,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from qpeft.errors import FormatError, InputError, OptionError, QueryError, nearest
+from qpeft.kept_tokens import KeptTokens
 from qpeft.types import Passage, Query
 
 QuestionMark = Literal["keep", "add", "strip"]
@@ -175,44 +175,6 @@ class Row:
         return len(self.context) + len(self.target)
 
 
-class KeptTokens:
-    """Tokens of the texts that were read last; prompts with one tokenizer may share them.
-
-    Args:
-        characters: length of all these texts together; tokens take some ten bytes a character, at worst forty.
-    """
-
-    def __init__(self, characters: int = 32_000_000) -> None:
-        self._characters = characters
-        self._kept: OrderedDict[tuple[str, bool], tuple[int, ...]] = OrderedDict()
-        self._used = 0
-
-    def get(self, text: str, space: bool, tokenize: Callable[[], Sequence[int]]) -> tuple[int, ...]:
-        """Return a text's tokens, kept or made; `space`: whether one stands before it."""
-        found = self._kept.get((text, space))
-        if found is not None:
-            self._kept.move_to_end((text, space))
-            return found
-        found = tuple(tokenize())
-        self._keep(text, space, found)
-        return found
-
-    def read_ahead(
-        self, texts: Iterable[str], space: bool, tokenize: Callable[[list[str]], Sequence[Sequence[int]]]
-    ) -> None:
-        """Make the tokens of texts that are not kept yet, all together."""
-        new = [text for text in dict.fromkeys(texts) if text and (text, space) not in self._kept]
-        for text, ids in zip(new, tokenize(new) if new else (), strict=True):
-            self._keep(text, space, tuple(ids))
-
-    def _keep(self, text: str, space: bool, ids: tuple[int, ...]) -> None:
-        self._kept[text, space] = ids
-        self._used += len(text)
-        while self._used > self._characters:
-            (oldest, _), _ = self._kept.popitem(last=False)
-            self._used -= len(oldest)
-
-
 class Prompt:
     """A template bound to a tokenizer and to a budget in tokens.
 
@@ -249,12 +211,12 @@ class Prompt:
         self._target = functools.lru_cache(256)(self._tokenize_target)  # its own, so that it goes with the prompt
         marked = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
         self._adds_space = bool(marked) and marked[0].startswith("▁")
-        self._context, spaced, blank = self._context_pieces()
+        self._context, spaced, self._blank = self._context_pieces()
         self._spaced_passage, self._spaced_query = spaced["{passage}"], spaced.get("{query}", False)
         self._fixed = sum(len(piece) for piece in self._context if isinstance(piece, tuple))
         self._cue: list[int] = []
         if template.target:
-            self._cue, self._spaced_query = self._literal(template.target[: -len("{query}")], previous=blank)
+            self._cue, self._spaced_query = self._literal(template.target[: -len("{query}")], previous=self._blank)
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._begin = [bos] if template.score_begin and bos is not None else []
         self._end = [eos] if template.score_end and eos is not None else []
@@ -328,6 +290,10 @@ class Prompt:
 
         self._kept.read_ahead(map(self.template.passage_text, passages), self._spaced_passage, tokenize)
 
+    def following(self, text: str) -> tuple[int, ...]:
+        """Return the tokens of a text that stands right behind the context."""
+        return tuple(self._ids(text, space=bool(self._blank)))
+
     def _passage_ids(self, passage: Passage) -> tuple[int, ...]:
         text = self.template.passage_text(passage)
         if not text:
@@ -382,7 +348,8 @@ class Prompt:
                 found += [tuple(ids)] if ids else []
         if eos is not None and (self._separate or self.template.end):
             found.append((eos,))
-        return found, before, " " if spaced and not self._separate else ""
+        closed = self._separate or self.template.end
+        return found, before, " " if spaced and not closed else ""
 
     def _literal(self, text: str, previous: str) -> tuple[list[int], bool]:
         """Tokenise a literal without the blanks at its end; say whether there were any."""

@@ -19,7 +19,10 @@ from qpeft.adapters.lora import CHANGES_LM, Config
 from qpeft.errors import MissingDependencyError, OptionError
 from qpeft.hints import Hints, Pairs
 from qpeft.lm import CausalLM
+from qpeft.read_out import Head
 
+HEAD = "score"
+"""Name of the head in transformers' classifiers."""
 _LABELS = itertools.count()
 """A label is not used again, whatever was withdrawn."""
 
@@ -27,8 +30,8 @@ _LABELS = itertools.count()
 class LoraAdapter(Adapter):
     """The additions, and the prompt adapter that goes with them.
 
-    Tensors are named as in a PEFT folder without its first `base_model.`: `model.PATH.lora_A.weight`, and `qpeft.…` for
-    those of the prompt adapter.
+    Tensors are named as in a PEFT folder without its first `base_model.`: `model.PATH.lora_A.weight`,
+    `model.score.weight` of a head, and `qpeft.…` for those of the prompt adapter.
     """
 
     changes_lm = CHANGES_LM
@@ -50,6 +53,23 @@ class LoraAdapter(Adapter):
         self.model.float()
         self._switch([])
         self.eval()
+
+    @property
+    def head(self) -> Head | None:
+        """What was trained on the state of the last token, `[d] → [1]`."""
+        found = self.model._modules.get(HEAD)
+        return None if found is None else Head(found)
+
+    def add_head(self, lm: CausalLM) -> None:
+        """Let a head on the last token be trained too; it starts as the model's own, or as in transformers."""
+        settings = lm.model.config.get_text_config()
+        module = nn.Linear(settings.hidden_size, 1, bias=False, device=lm.device)
+        with torch.no_grad():
+            if lm.head is None:
+                module.weight.normal_(std=getattr(settings, "initializer_range", 0.02))
+            else:
+                module.weight.copy_(next(lm.head.module.parameters()))
+        self.model.add_module(HEAD, module)
 
     def hint_length(self, query_tokens: int) -> int:
         """Return the prompt adapter's, or 0."""
@@ -81,7 +101,10 @@ class LoraAdapter(Adapter):
     def peft_facts(self) -> dict[str, Any]:
         """Return what PEFT keeps in `adapter_config.json`."""
         facts = {key: sorted(v) if isinstance(v, set) else v for key, v in self.peft_config.to_dict().items()}
-        return {**facts, "inference_mode": True}
+        facts["inference_mode"] = True
+        if self.head is not None:
+            facts |= {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", HEAD]}
+        return facts
 
     def _switch(self, labels: list[str]) -> None:
         # peft couples "active" with "trainable", for all adapters of a layer; what is trainable is not to change here.

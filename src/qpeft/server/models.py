@@ -17,12 +17,12 @@ from pathlib import Path
 from qpeft.adapters._folder import AdapterFolder, adapter_path, embedded_adapters, open_adapter
 from qpeft.errors import AdapterError, InputError, OptionError, QpeftError, nearest
 from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, read_calibration
+from qpeft.kept_tokens import KeptTokens
 from qpeft.methods.query_likelihood import Config, QueryLikelihood, build_scorer
 from qpeft.model_config import EMBEDDED
 from qpeft.pretrained import LanguageModel
 from qpeft.server.logs import log
 from qpeft.server.settings import Settings
-from qpeft.template import KeptTokens
 from qpeft.types import Passage, Query
 
 KEPT_CHARACTERS = 8_000_000
