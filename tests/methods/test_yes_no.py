@@ -24,22 +24,30 @@ def reference(lm, scorer, yes, no, model=None):
     return found
 
 
-def test_scores_equal_the_naive_reference(family, make_lm):
+@pytest.fixture
+def short(tmp_path):
+    """A template whose question the tiny mistral's window can look past."""
+    path = tmp_path / "short.yaml"
+    path.write_text('name: short\nversion: 1\ncontext: "{passage} ? {query} : "\n')
+    return str(path)
+
+
+def test_scores_equal_the_naive_reference(family, make_lm, short):
     lm = make_lm(family)
-    scorer = build_scorer(Config(), lm)
+    scorer = build_scorer(Config(template=short), lm)
     expected = reference(lm, scorer, "yes", "no")
     assert scorer.score(PAIRS) == pytest.approx(expected, abs=1e-4)
     assert len({round(score, 3) for score in expected}) > len(PAIRS) // 2
-    swapped = build_scorer(Config(yes="no", no="yes"), lm).score(PAIRS)
+    swapped = build_scorer(Config(template=short, yes="no", no="yes"), lm).score(PAIRS)
     assert swapped == pytest.approx([-score for score in expected], abs=1e-4)
-    other = build_scorer(Config(yes="blue", no="red"), lm)
+    other = build_scorer(Config(template=short, yes="blue", no="red"), lm)
     assert other.score(PAIRS) == pytest.approx(reference(lm, other, "blue", "red"), abs=1e-4)
     assert other.facts["answers"] == {"yes": "blue", "no": "red"}
 
 
-def test_training_and_scoring_agree(family, make_lm):
+def test_training_and_scoring_agree(family, make_lm, short):
     lm = make_lm(family)
-    scorer = build_scorer(Config(), lm).using(trained(lm))
+    scorer = build_scorer(Config(template=short), lm).using(trained(lm))
     scores = scorer.batch_scores(scorer.prepare(PAIRS).rows)
     assert scores.tolist() == pytest.approx(scorer.score(PAIRS), abs=1e-4)
     scores.sum().backward()
