@@ -92,6 +92,7 @@ def save_adapter(
         "adapter": name,
         "method": method,
         "method_options": dict(method_options or {}),
+        "head": adapter.head is not None,
         "options": dataclasses.asdict(config),
         "template": dataclasses.asdict(template),
         "max_passage_tokens": max_passage_tokens,
@@ -208,7 +209,7 @@ def _build(folder: Path, described: Mapping[str, Any], lm: CausalLM) -> tuple[Ad
         if unknown:
             raise AdapterError(f"adapter {str(folder)!r} has the option {unknown[0]!r}{nearest(unknown[0], known)}")
         adapter: Adapter = module.build(module.Config(**described["options"]), lm)
-        if described.get("method") == "classifier":
+        if described.get("head"):
             adapter.add_head(lm)
         return adapter, Template(**described["template"])
     except (OptionError, InputError, TypeError) as error:

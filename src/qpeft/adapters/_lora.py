@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,7 +45,9 @@ class LoraAdapter(Adapter):
         self._width = lm.embeddings.weight.shape[1]
         self.qpeft = _hint(config.hint, lm)
         self.reads_template = self.qpeft is not None and self.qpeft.reads_template
-        self.peft_config, self.label, self._layers = _insert(config, resolve(config.modules, lm.model), lm)
+        self.peft_config, self.label, self._layers = _insert(
+            config, _within(config.layers, resolve(config.modules, lm.model), lm), lm
+        )
         self._peft_configs = lm.model.peft_config
         self.model = nn.Module()
         for path, layer in self._layers.items():
@@ -120,6 +124,8 @@ def _check(config: Config) -> None:
         raise OptionError(f"--r is {config.r}; it must be at least 1")
     if config.alpha_per_rank <= 0:
         raise OptionError(f"--alpha-per-rank is {config.alpha_per_rank}; it must be above 0")
+    if config.alpha is not None and config.alpha <= 0:
+        raise OptionError(f"--alpha is {config.alpha}; it must be above 0")
     if not 0 <= config.dropout < 1:
         raise OptionError(f"--dropout is {config.dropout}; it must be from 0 to below 1")
 
@@ -136,6 +142,26 @@ def _hint(name: str, lm: CausalLM) -> Adapter | None:
     return hint
 
 
+def _within(text: str, targets: Targets, lm: CausalLM) -> Targets:
+    """Return the targets in the layers that an option names: the first number of a path is that of its layer."""
+    if not text.strip():
+        return targets
+    count = lm.model.config.get_text_config().num_hidden_layers
+    wanted: set[int] = set()
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
+        if not first <= last < count:
+            raise OptionError(f"--layers {text}: {part.strip()!r} is no range of the model's layers, 0-{count - 1}")
+        wanted |= set(range(first, last + 1))
+
+    def inside(paths: tuple[str, ...]) -> tuple[str, ...]:
+        numbers = ((path, re.search(r"\.(\d+)\.", path)) for path in paths)
+        return tuple(path for path, number in numbers if number and int(number[1]) in wanted)
+
+    return dataclasses.replace(targets, layers=inside(targets.layers), parameters=inside(targets.parameters))
+
+
 def _insert(config: Config, targets: Targets, lm: CausalLM) -> tuple[Any, str, dict[str, Any]]:
     """Put new layers into the model; return peft's configuration, the adapter's name there, and the layers by path."""
     try:
@@ -145,7 +171,7 @@ def _insert(config: Config, targets: Targets, lm: CausalLM) -> tuple[Any, str, d
         raise MissingDependencyError("peft", "lora") from error
     if targets.parameters and config.dropout:
         raise OptionError("--dropout must be 0 where experts are changed; or take --modules attention")
-    alpha = config.alpha_per_rank * config.r
+    alpha = config.alpha_per_rank * config.r if config.alpha is None else config.alpha
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=lm.name,

@@ -85,6 +85,15 @@ class ReadOutScorer:
         """Scorers of one kind and one model may have their rows read together."""
         return self._reading.read_out(self.adapter)
 
+    @property
+    def ready(self) -> bool:
+        """Whether it can score: whether there is what is to be read."""
+        try:
+            self._reading.read_out(self.adapter)
+        except OptionError:
+            return False
+        return True
+
     def check(self, query: Query) -> None:
         """Raise QueryError for a query that is empty or leaves no room for a passage."""
         rows_of(self.prompt, self._config, query, Passage("", ""))

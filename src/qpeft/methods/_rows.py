@@ -54,6 +54,11 @@ class RowScorer(Scorer, Protocol):
         """Scorers of one kind and one model may have their rows read together."""
         ...
 
+    @property
+    def ready(self) -> bool:
+        """Whether it can score; a classifier cannot without a head."""
+        ...
+
     def prepare(self, pairs: Sequence[tuple[Query, Passage]], max_passage_tokens: int | None = None) -> Work:
         """Return the rows that the model must read, and count what happened to the input."""
         ...

@@ -10,7 +10,7 @@ of the task SEQ_CLS, such as RankLLaMA's), or from a model that was saved as a c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from qpeft.errors import OptionError
 from qpeft.kept_tokens import KeptTokens
@@ -29,6 +29,9 @@ if TYPE_CHECKING:  # so that options can be listed without importing torch
     from qpeft.read_out import Head
 
 TEMPLATE = "rankllama"
+SCORES: Literal["log_odds"] = "log_odds"
+HEAD = True
+"""Training needs a head; said in the module, so that an adapter can be built accordingly."""
 
 
 @dataclass(frozen=True)

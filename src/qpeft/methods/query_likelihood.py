@@ -36,6 +36,10 @@ if TYPE_CHECKING:  # so that options can be listed without importing torch
     from qpeft.pretrained import LanguageModel, RowLogProbs
 
 
+TEMPLATE = "plain"
+SCORES: Literal["log_likelihood"] = "log_likelihood"
+
+
 @dataclass(frozen=True)
 class Config:
     """Options of query likelihood."""
@@ -85,7 +89,7 @@ def build_scorer(
     """
     if config.document_prior and lm.has_encoder:
         raise OptionError("--document_prior needs a decoder-only model")
-    config, prompt, opened, facts = open_prompt("query_likelihood", config, lm, opened, kept, template="plain")
+    config, prompt, opened, facts = open_prompt("query_likelihood", config, lm, opened, kept, template=TEMPLATE)
     if not prompt.template.target:
         raise OptionError(f"--template {prompt.template.name}: it has no target, whose likelihood could be the score")
     scorer = QueryLikelihood(config, lm, prompt, None if opened is None else opened.adapter)
@@ -141,6 +145,11 @@ class QueryLikelihood:
     def kind(self) -> Hashable:
         """Scorers of one kind and one model may have their rows read together."""
         return "query_likelihood", self.with_passage, self._depth
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can score: always."""
+        return True
 
     def cheaper(self, *, passage_tokens: int | None = None, layers: int | None = None) -> QueryLikelihood:
         """Return a scorer that reads less of each passage, not in windows then, or with fewer of the model's layers.

@@ -9,7 +9,7 @@ trained. The two answers must be one token each where they stand, behind the tem
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from qpeft.errors import OptionError
 from qpeft.kept_tokens import KeptTokens
@@ -29,8 +29,17 @@ if TYPE_CHECKING:  # so that options can be listed without importing torch
     from qpeft.read_out import Answers
 
 TEMPLATE = "yes_no"
-OF_ADAPTER = ("yes", "no")
-"""Options that belong to a trained adapter."""
+SCORES: Literal["log_odds"] = "log_odds"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Options of yes or no that a trained adapter keeps."""
+
+    yes: str = "yes"
+    """The answer for a relevant passage."""
+    no: str = "no"
+    """The answer for any other."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ def build_scorer(
     _read_out.check_template(prompt)
     trained = {} if opened is None else opened.method_options
     answers = {}
-    for name in OF_ADAPTER:
+    for name in ("yes", "no"):
         given, own = getattr(config, name), trained.get(name)
         if own is not None and given not in (None, own):
             raise OptionError(f"--{name} {given}: the adapter was trained with {own!r}")
