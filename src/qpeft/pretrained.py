@@ -52,6 +52,7 @@ class LanguageModel(Protocol):
     has_encoder: bool
     computed: Computed
     head: Head | None
+    has_words: bool
 
     @property
     def attention_kernel(self) -> str:

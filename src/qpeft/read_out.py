@@ -9,6 +9,16 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+WEIGHT = "score.weight"
+"""Name of a head's tensor in transformers' classifiers."""
+
+
+def linear_head(weight: Tensor) -> nn.Linear:
+    """Return the module of a head without bias, `[k, d]`, not trained."""
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
+    module.weight.data = weight
+    return module.requires_grad_(False)
+
 
 @dataclass(frozen=True)
 class Head:

@@ -35,13 +35,15 @@ from safetensors.torch import load_file, save_file
 from qpeft import adapters
 from qpeft.adapters._base import Adapter
 from qpeft.adapters._card import card
+from qpeft.adapters._published import TEMPLATE as PUBLISHED_TEMPLATE
+from qpeft.adapters._published import is_published, open_published
 from qpeft.errors import AdapterError, InputError, OptionError, nearest
 from qpeft.evaluation.calibration_file import FILE as CALIBRATION
 from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, read_calibration
 from qpeft.lm import CausalLM
 from qpeft.pretrained import LanguageModel
 from qpeft.provenance import file_fingerprint
-from qpeft.template import Template
+from qpeft.template import Template, load_template
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "qpeft.json"
 FILES = (CONFIG, WEIGHTS, FACTS, CALIBRATION, "README.md", "provenance.json", "training.png")
@@ -53,6 +55,7 @@ class AdapterFolder:
     """An opened adapter, and what goes with it; `calibration` where it has been calibrated.
 
     `method` is what it was trained for, and `method_options` are those options of it that belong to the adapter.
+    `names_template` is false where the folder does not tell what template it was trained with.
     """
 
     name: str
@@ -63,6 +66,7 @@ class AdapterFolder:
     calibration: Calibration | None = None
     method: str = "query_likelihood"
     method_options: Mapping[str, Any] = field(default_factory=dict)
+    names_template: bool = True
 
 
 def save_adapter(
@@ -142,6 +146,13 @@ def load_adapter(folder: str | Path, lm: CausalLM) -> AdapterFolder:
     folder = adapter_path(folder)
     if not folder.exists():
         raise AdapterError(f"no adapter {str(folder)!r}{nearest(str(folder), embedded_adapters())}")
+    if not (folder / FACTS).is_file() and is_published(foreign := _read_json(folder / CONFIG)):
+        adapter, path = open_published(folder, foreign, lm)
+        adapter.eval().requires_grad_(False)
+        template = load_template(PUBLISHED_TEMPLATE)
+        return AdapterFolder(
+            "lora", adapter, template, None, file_fingerprint(path), method="classifier", names_template=False
+        )
     described = read_config(folder)
     _check_base(folder, described["base"], lm)
     adapter, template = _build(folder, described, lm)
@@ -195,6 +206,8 @@ def open_adapter(
     named = "the adapter" if isinstance(adapter, AdapterFolder) else f"adapter {str(adapter)!r}"
     if method not in (None, opened.method):
         raise OptionError(f"--method {method}: {named} was trained for --method {opened.method}")
+    if template is not None and not opened.names_template:
+        return dataclasses.replace(opened, template=template)
     if template is not None and template.fingerprint != opened.template.fingerprint:
         raise OptionError(f"--template {option or template.name}: {named} was trained with {opened.template.name!r}")
     return opened

@@ -21,10 +21,9 @@ from qpeft.adapters.lora import CHANGES_LM, Config
 from qpeft.errors import MissingDependencyError, OptionError
 from qpeft.hints import Hints, Pairs
 from qpeft.lm import CausalLM
-from qpeft.read_out import Head
+from qpeft.read_out import WEIGHT, Head
 
-HEAD = "score"
-"""Name of the head in transformers' classifiers."""
+HEAD = WEIGHT.partition(".")[0]
 _LABELS = itertools.count()
 """A label is not used again, whatever was withdrawn."""
 
@@ -34,20 +33,24 @@ class LoraAdapter(Adapter):
 
     Tensors are named as in a PEFT folder without its first `base_model.`: `model.PATH.lora_A.weight`,
     `model.score.weight` of a head, and `qpeft.…` for those of the prompt adapter.
+
+    Args:
+        config: options.
+        lm: the model that gets the layers.
+        settings: peft's configuration, where it is not to be made from the options.
     """
 
     changes_lm = CHANGES_LM
 
-    def __init__(self, config: Config, lm: CausalLM) -> None:
+    def __init__(self, config: Config, lm: CausalLM, settings: Any = None) -> None:
         super().__init__()
         self.config = config
         _check(config)
         self._width = lm.embeddings.weight.shape[1]
         self.qpeft = _hint(config.hint, lm)
         self.reads_template = self.qpeft is not None and self.qpeft.reads_template
-        self.peft_config, self.label, self._layers = _insert(
-            config, _within(config.layers, resolve(config.modules, lm.model), lm), lm
-        )
+        self.peft_config = settings or _settings(config, lm)
+        self.label, self._layers = _insert(self.peft_config, lm)
         self._peft_configs = lm.model.peft_config
         self.model = nn.Module()
         for path, layer in self._layers.items():
@@ -101,6 +104,18 @@ class LoraAdapter(Adapter):
         for layer in self._layers.values():
             layer.delete_adapter(self.label)
         del self._peft_configs[self.label]
+
+    def merge(self, lm: CausalLM) -> None:
+        """Add the matrices to the model's weights for good; neither this adapter nor any other is there afterwards."""
+        from peft.tuners.lora import LoraLayer
+
+        for layer in self._layers.values():
+            layer.merge(safe_merge=True, adapter_names=[self.label])
+        modules = dict(lm.model.named_modules())
+        for path, module in modules.items():
+            parent, _, name = path.rpartition(".")
+            if isinstance(module, LoraLayer) and not isinstance(modules[parent], LoraLayer):
+                setattr(modules[parent], name, module.get_base_layer())
 
     def peft_facts(self) -> dict[str, Any]:
         """Return what PEFT keeps in `adapter_config.json`."""
@@ -162,17 +177,17 @@ def _within(text: str, targets: Targets, lm: CausalLM) -> Targets:
     return dataclasses.replace(targets, layers=inside(targets.layers), parameters=inside(targets.parameters))
 
 
-def _insert(config: Config, targets: Targets, lm: CausalLM) -> tuple[Any, str, dict[str, Any]]:
-    """Put new layers into the model; return peft's configuration, the adapter's name there, and the layers by path."""
-    try:
-        from peft import LoraConfig
-        from peft.tuners.lora import LoraLayer, LoraModel
-    except ImportError as error:
-        raise MissingDependencyError("peft", "lora") from error
+def _settings(config: Config, lm: CausalLM) -> Any:
+    """Return peft's configuration of the options."""
+    targets = _within(config.layers, resolve(config.modules, lm.model), lm)
     if targets.parameters and config.dropout:
         raise OptionError("--dropout must be 0 where experts are changed; or take --modules attention")
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise MissingDependencyError("peft", "lora") from error
     alpha = config.alpha_per_rank * config.r if config.alpha is None else config.alpha
-    settings = LoraConfig(
+    return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=lm.name,
         revision=lm.revision,
@@ -183,6 +198,12 @@ def _insert(config: Config, targets: Targets, lm: CausalLM) -> tuple[Any, str, d
         target_parameters=list(targets.parameters) or None,
         fan_in_fan_out=targets.transposed,
     )
+
+
+def _insert(settings: Any, lm: CausalLM) -> tuple[str, dict[str, Any]]:
+    """Put new layers into the model; return the adapter's name there, and the layers by path."""
+    from peft.tuners.lora import LoraLayer, LoraModel
+
     label = f"qpeft{next(_LABELS)}"
     with warnings.catch_warnings():
         # Several adapters in one model are what is wanted.
@@ -192,7 +213,7 @@ def _insert(config: Config, targets: Targets, lm: CausalLM) -> tuple[Any, str, d
         except ValueError as error:
             raise OptionError(f"LoRA cannot be put into {lm.name!r}: {' '.join(str(error).split())}") from error
     paths = lm.model.named_modules()
-    return settings, label, {path: m for path, m in paths if isinstance(m, LoraLayer) and label in m.lora_A}
+    return label, {path: m for path, m in paths if isinstance(m, LoraLayer) and label in m.lora_A}
 
 
 def _descend(root: nn.Module, path: str) -> nn.Module:

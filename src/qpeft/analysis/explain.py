@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qpeft.adapters._folder import AdapterFolder, open_adapter
 from qpeft.analysis.pieces import pieces, words
-from qpeft.errors import InputError
+from qpeft.errors import InputError, OptionError
 from qpeft.hints import Hints, HintWriter, Pairs
 from qpeft.pretrained import LanguageModel, RowLogProbs
 from qpeft.template import Prompt, Row, Template, load_template
@@ -117,7 +117,13 @@ def explain(
         ScoreError: the model gave a score that is no number, or two passages have one id.
     """
     opened = None if adapter is None else open_adapter(adapter, lm, template)
+    if opened and opened.method != "query_likelihood":
+        raise OptionError(
+            f"only query likelihood can be explained; the adapter was trained for --method {opened.method}"
+        )
     template = opened.template if opened else template or load_template("plain")
+    if not template.target:
+        raise OptionError(f"--template {template.name}: only query likelihood can be explained, of a template's target")
     if opened and max_passage_tokens is None:
         max_passage_tokens = opened.max_passage_tokens
     prompt = Prompt(
