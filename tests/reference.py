@@ -53,3 +53,24 @@ def naive_hints(model, adapter, row):
     pairs = Pairs(query, torch.ones_like(query).bool(), passage, torch.ones_like(passage).bool(), states)
     hints = adapter(pairs)
     return hints.vectors[hints.mask]
+
+
+@torch.no_grad()
+def naive_read(model, row, read, vectors=None):
+    """Return what is read at a row's last token, as a list, with vectors `[L, d]` in their place.
+
+    `read`: tokens, whose log-probabilities are returned, or the weight `[k, d]` of a head on the last state.
+    """
+    exact = copy.deepcopy(model).double()
+    exact.config._experts_implementation = "eager"
+    place = len(row.context) if vectors is None else row.hint
+    embed = exact.get_input_embeddings()
+    pieces = [embed(torch.tensor(ids, dtype=torch.long)) for ids in (row.context[:place], row.context[place:])]
+    if vectors is not None:
+        pieces.insert(1, vectors.double())
+    inputs = torch.cat(pieces)[None]
+    if isinstance(read, torch.Tensor):
+        state = exact.base_model(inputs_embeds=inputs).last_hidden_state[0, -1]
+        return [float(state @ weight) for weight in read.double()]
+    logits = exact(inputs_embeds=inputs).logits[0, -1]
+    return [float(torch.log_softmax(logits, 0)[token]) for token in read]

@@ -13,9 +13,9 @@ ROOT = Path(qpeft.__file__).parent
 LAYERS = [
     {"errors"},
     {"types", "registry"},
-    {"provenance", "model_config"},
+    {"provenance", "model_config", "kept_tokens"},
     {"tuning"},
-    {"template", "hints", "context_store", "cpu_attention", "depth", "losses"},
+    {"template", "hints", "context_store", "cpu_attention", "depth", "losses", "read_out"},
     {"layout", "flops", "replay"},
     {"data", "retrieval"},
     {"evaluation"},

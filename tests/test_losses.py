@@ -25,7 +25,7 @@ from qpeft.losses import (
 )
 
 MARGIN, SCALE = 0.3, 4.0
-SMOOTH = ["point", "ranknet", "softmax", "plackett_luce", "margin_mse"]
+SMOOTH = ["point", "ranknet", "softmax", "cross_entropy", "plackett_luce", "margin_mse"]
 
 
 def columns(mask):
@@ -63,6 +63,14 @@ def naive_softmax(groups):
     return mean(per_group)
 
 
+def naive_cross_entropy(groups):
+    def probability(score):
+        return 1 / (1 + math.exp(-score))
+
+    pairs = [(s[i], g[i]) for s, m, _, g in groups for i in columns(m)]
+    return mean([-math.log(probability(score) if grade >= 1 else 1 - probability(score)) for score, grade in pairs])
+
+
 def naive_plackett_luce(groups):
     per_group = []
     for s, m, t, _ in groups:
@@ -85,6 +93,7 @@ NAIVE = {
     "both": lambda groups: naive_point(groups) + naive_pair(groups),
     "ranknet": naive_ranknet,
     "softmax": naive_softmax,
+    "cross_entropy": naive_cross_entropy,
     "plackett_luce": naive_plackett_luce,
     "margin_mse": naive_margin_mse,
 }
@@ -295,3 +304,23 @@ def test_distillation_needs_a_teacher(name):
         assert torch.equal(named(name, teacher=None), named(name))
         check_loss(name, teacher=False)
     check_loss(name, teacher=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("both", "log_odds", "--loss both: it makes a log-likelihood large"),
+        ("point", "log_odds", "take softmax or cross_entropy"),
+        ("cross_entropy", "log_likelihood", "--method classifier or yes_no"),
+    ],
+)
+def test_losses_that_make_no_sense_for_a_kind_of_score(name, kind, message):
+    with pytest.raises(OptionError, match=message):
+        check_loss(name, teacher=False, scores=kind)
+    check_loss(name, teacher=False)
+
+
+@pytest.mark.parametrize("kind", ["log_odds", "log_likelihood"])
+def test_losses_that_suit_any_score(kind):
+    for name in ("softmax", "pair", "ranknet"):
+        check_loss(name, teacher=False, scores=kind)

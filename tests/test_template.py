@@ -1,17 +1,19 @@
 import dataclasses
 import itertools
+import re
 
 import pytest
 
-from qpeft.errors import FormatError, OptionError, QueryError
-from qpeft.template import KeptTokens, Prompt, Template, available_templates, load_template
+from qpeft.errors import FormatError, InputError, OptionError, QueryError
+from qpeft.kept_tokens import KeptTokens
+from qpeft.template import Prompt, Template, available_templates, load_template
 from qpeft.types import Passage, Query
 
 QUERY = Query("q1", "why is the sky blue?")
 PASSAGE = Passage("p", "the light of the moon", "moon")
 
 
-@pytest.mark.parametrize("template", available_templates())
+@pytest.mark.parametrize("template", [name for name in available_templates() if load_template(name).target])
 def test_a_query_has_the_same_tokens_behind_every_passage(tokenizer, template):
     prompt = Prompt(load_template(template), tokenizer, 512)
     texts = ["x", "the sea.", "ends in a space ", "éàü", "who"]
@@ -207,6 +209,85 @@ def test_room_is_kept_for_hints_of_the_query_that_is_read(tokenizers):
         assert len(row) + 2 * len(row.query) == 64
 
 
+FINGERPRINTS = {
+    "plain": "ab032966628d0b58",
+    "qpeft": "e85af3ddb469fa71",
+    "qpeft_authors": "89ee256b782a10f6",
+    "qpeft_prefix": "136a037b45fb51f7",
+    "upr": "dbc7c9767287a894",
+}
+"""Adapter folders and published results name them."""
+
+
+def test_fingerprints_stay_what_they_are():
+    assert {name: load_template(name).fingerprint[:16] for name in FINGERPRINTS} == FINGERPRINTS
+
+
+# Templates without a target
+
+PAIR = {
+    "query first": Template("q", 1, "query: {query} document: {passage}"),
+    "passage first": Template("p", 1, "document: {passage} query: {query} relevant:", end=True),
+    "bare": Template("b", 1, "{query} {passage}"),
+}
+
+
+@pytest.mark.parametrize("form", PAIR)
+def test_a_pair_has_the_tokens_of_its_whole_text(tokenizer, form):
+    template = PAIR[form]
+    (row,) = Prompt(template, tokenizer, 512).rows(QUERY, PASSAGE)
+    text = template.context.format(query=QUERY.text, passage="moon the light of the moon")
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    end = [tokenizer.eos_token_id] if template.end else []
+    assert list(row.context) == [*begin, *tokenizer(text, add_special_tokens=False)["input_ids"], *end]
+    assert (row.target, row.scored, row.hint) == ((), (), None)
+    assert tokenizer.decode(row.query).strip().startswith("why is the sky blue")
+    assert tokenizer.decode(row.context[slice(*row.passage)]).strip() == "moon the light of the moon"
+
+
+@pytest.mark.parametrize("form", PAIR)
+def test_of_a_pair_the_passage_is_cut_and_never_the_query(tokenizer, form):
+    prompt = Prompt(PAIR[form], tokenizer, 60)
+    whole = prompt.rows(QUERY, Passage("p", "the sea"))[0]
+    assert not whole.truncated
+    (row,) = prompt.rows(QUERY, Passage("p", "the sea " * 60))
+    assert row.truncated
+    assert len(row) == 60
+    assert row.query == whole.query
+    start, end = row.passage
+    joined = "".join(map(chr, row.context))
+    assert "".join(map(chr, row.query)) in joined[:start] + joined[end:]
+    pieces = prompt.rows(QUERY, Passage("p", "the sea " * 60), windows=True, overlap=2)
+    assert len(pieces) > 2
+    assert {piece.context[: piece.passage[0]] for piece in pieces} == {row.context[:start]}
+    with pytest.raises(QueryError, match="leaves no room for a passage; the limit is 60"):
+        prompt.rows(Query("q", "why is it so " * 30), PASSAGE)
+
+
+def test_hints_of_pairs_stand_where_the_template_says(tokenizers):
+    template = Template("h", 1, "a {hint} b {query} c {passage} d")
+    (row,) = Prompt(template, tokenizers["wordpiece"], 64, hint_length=lambda query: 9).rows(QUERY, PASSAGE)
+    assert tokenizers["wordpiece"].convert_ids_to_tokens(row.context[row.hint]) == "b"
+    assert len(row) <= 64 - 9
+    other = Prompt(template, tokenizers["wordpiece"], 64).rows(QUERY, PASSAGE, hint_query=Query("x", "who"))[0]
+    assert (other.context, len(other.query)) == (row.context, 1), "only what an adapter reads is another query's"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"context": "{passage}"}, "missing: target"),
+        ({"context": "{query}"}, "{passage} and {query} is needed"),
+        ({"context": "{passage} {query}", "target": "{query}"}, "context holds {hint} and {passage}"),
+        ({"context": "{passage} {query} {query}"}, "at most once"),
+        ({"context": "{passage}", "target": "{query}", "end": True}, "score_end scores EOS"),
+    ],
+)
+def test_pair_templates_that_cannot_be(options, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        Template("t", 1, **options)
+
+
 def test_fingerprint_changes_with_what_can_change_a_score():
     template = load_template("plain")
     assert dataclasses.replace(template, description="other words").fingerprint == template.fingerprint
@@ -214,7 +295,6 @@ def test_fingerprint_changes_with_what_can_change_a_score():
     changes |= {"question_mark": "add", "score_cue": True, "score_end": True, "score_begin": True}
     prints = {dataclasses.replace(template, **{field: value}).fingerprint for field, value in changes.items()}
     assert len(prints | {template.fingerprint}) == len(changes) + 1
-    assert template.fingerprint.startswith("ab032966628d"), "published results name it"
 
 
 @pytest.mark.parametrize(

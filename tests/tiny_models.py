@@ -115,6 +115,7 @@ def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
     """Return a BERT-like tokenizer that knows some words and all letters."""
     letters = list("abcdefghijklmnopqrstuvwxyz0123456789")
     pieces = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *WORDS, *letters, *(f"##{letter}" for letter in letters)]
+    pieces += ["yes", "no"]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)

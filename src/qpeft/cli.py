@@ -23,6 +23,7 @@ COMMANDS = {
     "retrieve": "find candidates with a first stage",
     "rerank": "order the candidates of a run with a language model",
     "train": "train an adapter: the language model stays frozen",
+    "merge": "add a LoRA adapter to its model's weights",
     "fuse": "merge several runs by reciprocal rank",
     "interpolate": "mix a reranked run with its first stage, the weight chosen on dev",
     "index-cache": "encode a collection's passages ahead",

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from qpeft.errors import ModelError
 from qpeft.flops import encoder_decoder_flops
 from qpeft.hints import HintWriter
 from qpeft.pretrained import PretrainedLM, RowLogProbs, pad_ids, token_log_probs
+from qpeft.read_out import Head, ReadOut
 from qpeft.template import Row
 
 
@@ -24,25 +26,39 @@ class EncoderDecoderLM(PretrainedLM):
     def _forward(
         self, rows: Sequence[Row], with_passage: bool, adapters: Sequence[HintWriter | None]
     ) -> list[RowLogProbs]:
-        if any(adapter is not None for adapter in adapters):
-            raise ModelError(f"{self.name}: adapters are for decoder-only models")
         if with_passage:
             raise ModelError(f"{self.name}: an encoder-decoder gives no probability of the passage")
+        logits = self._logits(rows, [row.target for row in rows], adapters)
+        targets, _ = pad_ids([row.target for row in rows])
+        scored, _ = pad_ids([[int(s) for s in row.scored] for row in rows])
+        scored = scored.bool()
+        values = token_log_probs(logits[scored.to(self.device)], targets[scored].to(self.device)).cpu()
+        return [RowLogProbs(value) for value in torch.split(values, scored.sum(1).tolist())]
+
+    def _read(self, rows: Sequence[Row], read_out: ReadOut, adapters: Sequence[HintWriter | None]) -> list[Tensor]:
+        """Return what stands at the decoder's first position, which is where its answer begins."""
+        if isinstance(read_out, Head):
+            raise ModelError(f"{self.name}: a head on the last token is for decoder-only models")
+        return list(read_out(self._logits(rows, [(0,)] * len(rows), adapters)[:, 0]).cpu())
+
+    def _logits(
+        self, rows: Sequence[Row], after: Sequence[tuple[int, ...]], adapters: Sequence[HintWriter | None]
+    ) -> Tensor:
+        """Return what predicts each token of the decoder's texts, `[B, T, V]`."""
+        if any(adapter is not None for adapter in adapters):
+            raise ModelError(f"{self.name}: adapters are for decoder-only models")
         contexts, context_mask = pad_ids([row.context for row in rows])
-        targets, target_mask = pad_ids([row.target for row in rows])
+        targets, target_mask = pad_ids(after)
         start = torch.full((len(rows), 1), self.model.config.decoder_start_token_id)
-        logits = self.model(
+        logits: Tensor = self.model(
             input_ids=contexts.to(self.device),
             attention_mask=context_mask.to(self.device),
             decoder_input_ids=torch.cat([start, targets[:, :-1]], 1).to(self.device),
             decoder_attention_mask=target_mask.to(self.device),
             use_cache=False,
         ).logits
-        lengths = [(len(row.context), len(row.target)) for row in rows]
+        lengths = [(len(row.context), len(target)) for row, target in zip(rows, after, strict=True)]
         tokens = sum(map(sum, lengths))
         flops = None if self.shape is None else encoder_decoder_flops(self.shape, lengths)
         self.computed.add(tokens, contexts.numel() + targets.numel() - tokens, flops)
-        scored, _ = pad_ids([[int(s) for s in row.scored] for row in rows])
-        scored = scored.bool()
-        values = token_log_probs(logits[scored.to(self.device)], targets[scored].to(self.device)).cpu()
-        return [RowLogProbs(value) for value in torch.split(values, scored.sum(1).tolist())]
+        return logits

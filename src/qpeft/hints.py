@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from qpeft.read_out import Head
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,11 @@ class HintWriter(Protocol):
     """Whether the words of the template count as passage."""
     changes_lm: bool
     """Whether it changes the model's layers (LoRA), so that nothing encoded without it may be used."""
+
+    @property
+    def head(self) -> Head | None:
+        """What was trained on the state of the last token, if anything."""
+        ...
 
     def applied(self) -> AbstractContextManager[None]:
         """Return a context in which the model is changed; nothing happens for an adapter that only writes hints."""

@@ -2,7 +2,7 @@
 
 A row is   context[:hint] · hint vectors · context[hint:] · target.   Its first `start` context tokens may already be
 encoded; then the rectangle holds only what follows them. A token is predicted by the state before it, so the last one
-is a label and no input.
+is a label and no input. Of a row without a target, the last token is an input, and its state is asked for.
 
 Shapes: `B` rows, `S` positions of the rectangle, `N` scored tokens.
 """
@@ -26,7 +26,8 @@ class Layout:
     """The inputs of a batch.
 
     `ids` `[B, S]` are tokens, of which `mask` `[B, S]` are real; hint vectors replace those at `slots` `[B, S]`. The
-    states at `predicting` `[B, S]` predict `labels` `[N]`, row by row; `counts` says how many each row has.
+    states at `predicting` `[B, S]` predict `labels` `[N]`, row by row; `counts` says how many each row has. A row
+    without a target has no label: what follows it is not known.
     """
 
     ids: Tensor
@@ -54,7 +55,7 @@ def lay_out(
         with_passage: the passage's tokens are scored too, before the target's.
         padding_side: where short rows are padded.
     """
-    lengths = [len(row) + hint - start - 1 for row, hint, start in zip(rows, hints, starts, strict=True)]
+    lengths = [len(row) + hint - start - bool(row.target) for row, hint, start in zip(rows, hints, starts, strict=True)]
     shape = len(rows), max(lengths)
     ids = torch.zeros(shape, dtype=torch.long)
     mask, slots, predicting = torch.zeros(3, *shape, dtype=torch.bool)
@@ -65,15 +66,15 @@ def lay_out(
         own = slice(first, first + length)
         place = len(row.context) if row.hint is None else row.hint
         tokens = [*row.context[start:place], *[0] * hint, *row.context[place:], *row.target]
-        scored = [False] * (len(tokens) - len(row.target)) + list(row.scored)
+        scored = [False] * (len(tokens) - len(row.target)) + (list(row.scored) if row.target else [True])
         if with_passage:
             shift = hint if place <= row.passage[0] else 0
             for position in range(row.passage[0] + shift, row.passage[1] + shift):
                 scored[position] = position > 0  # without BOS, the first token has nothing to be predicted from
-        ids[i, own] = torch.tensor(tokens[:-1])
+        ids[i, own] = torch.tensor(tokens[:length])
         mask[i, own] = True
         slots[i, first + place - start : first + place - start + hint] = True
         predicting[i, own] = torch.tensor(scored[1:])
-        labels += [token for token, wanted in zip(tokens, scored, strict=True) if wanted]
+        labels += [token for token, wanted in zip(tokens, scored, strict=bool(row.target)) if wanted]
         counts.append(sum(scored))
     return Layout(ids, mask, slots, predicting, torch.tensor(labels), counts)

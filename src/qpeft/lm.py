@@ -2,6 +2,8 @@
 
 Shapes: `B` rows, `T` positions, `N` scored positions of a batch, `K` scored positions of a row, `V` vocabulary.
 
+Of rows without scored tokens, what stands at the last one is read (`read_out.py`).
+
 Positions are explicit and padding is masked, so that a row's values do not depend on its company. The model's own head
 runs at the scored positions only, which keeps the memory small and soft-capped or scaled heads right.
 """
@@ -10,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from qpeft.flops import context_flops, decoder_flops
 from qpeft.hints import HintWriter, Pairs, Slots
 from qpeft.layout import Layout, PaddingSide, lay_out
 from qpeft.pretrained import PretrainedLM, RowLogProbs, pad_ids, token_log_probs
+from qpeft.read_out import Answers, Head, ReadOut
 from qpeft.template import Row
 
 
@@ -40,6 +44,8 @@ class CausalLM(PretrainedLM):
         folder: where the model was loaded from, if it was a folder.
         padding_side: where short rows are padded; the scores do not depend on it. On the right no mask is needed.
         store: keeps encoded contexts; without one, rows go through the model whole.
+        head: a head on the last token that came with the model, if one did.
+        has_words: whether the model predicts tokens; one that was saved as a classifier does not.
 
     Raises:
         ModelError: a store was given, but what the model remembers of a context is more than keys and values (Mamba).
@@ -58,8 +64,11 @@ class CausalLM(PretrainedLM):
         folder: Path | None = None,
         padding_side: PaddingSide = "right",
         store: ContextStore | None = None,
+        head: Head | None = None,
+        has_words: bool = True,
     ) -> None:
         super().__init__(model, tokenizer, name=name, max_length=max_length, batch_tokens=batch_tokens, folder=folder)
+        self.head, self.has_words = head, has_words
         self.padding_side = padding_side
         self.store = store
         self._depth = model.config.get_text_config().num_hidden_layers
@@ -93,10 +102,50 @@ class CausalLM(PretrainedLM):
             OptionError: an adapter reads states of the passage, but its hint stands before the passage; or one changes
                 the model's layers, and not all rows are its own.
         """
+        batch = self._batch(rows, adapters, with_passage)
+        predicting = batch.layout.predicting.to(self.device)
+        with batch.changed():
+            logits = self.model(**batch.inputs, logits_to_keep=predicting).logits
+        self._count(batch, len(batch.layout.labels))
+        values = token_log_probs(logits.reshape(-1, logits.shape[-1]), batch.layout.labels.to(self.device))
+        return values, batch.layout.counts
+
+    def read_batch(
+        self, rows: Sequence[Row], read_out: ReadOut, adapters: Sequence[HintWriter | None] | None = None
+    ) -> Tensor:
+        """Return what is read at the last tokens of a batch, `[B, k]` float32, differentiable in adapters and head.
+
+        Rows go through the model whole: they end in what differs from pair to pair.
+
+        Args:
+            rows: token ids without targets; all go into one forward pass.
+            read_out: what is read. A head runs at these positions only.
+            adapters: the adapter of each row, if any.
+
+        Raises:
+            OptionError: as `score`.
+        """
+        batch = self._batch(rows, adapters, False)
+        last = batch.layout.predicting.to(self.device)
+        with batch.changed():
+            if isinstance(read_out, Answers):
+                logits = self.model(**batch.inputs, logits_to_keep=last).logits
+                values = read_out(logits.reshape(-1, logits.shape[-1]))
+            else:
+                values = read_out(self.model.base_model(**batch.inputs).last_hidden_state[last])
+        if isinstance(read_out, Answers):
+            self._count(batch, len(rows))
+        else:
+            self._count(batch, 0, 2 * len(rows) * read_out.weights)
+        return values
+
+    def _batch(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None] | None, with_passage: bool) -> _Batch:
+        """Let adapters write, and lay the rows out; see `score`."""
         changing = _changing(adapters or ())
         layer = _common_layer([adapter for adapter in adapters or () if adapter is not None])
         after = all(row.hint is None or row.hint >= row.passage[1] for row in rows)
-        whole = with_passage or not after or changing is not None or any(len(row.context) < 2 for row in rows)
+        whole = with_passage or not after or changing is not None
+        whole |= any(len(row.context) < 2 or not row.target for row in rows)
         if layer is not None and not (after and changing is None):
             raise OptionError("an adapter that reads states of the passage needs its hint after the passage")
         encoded = None
@@ -113,16 +162,8 @@ class CausalLM(PretrainedLM):
             with_passage=with_passage,
             padding_side="right" if past is not None else self.padding_side,
         )
-        inputs = self._inputs(layout, slots)
-        with nullcontext() if changing is None else changing.applied():
-            logits = self.model(
-                **inputs,
-                **self._past(layout, past, starts),
-                logits_to_keep=layout.predicting.to(self.device),
-            ).logits
-        self._count(layout, starts)
-        values = token_log_probs(logits.reshape(-1, logits.shape[-1]), layout.labels.to(self.device))
-        return values, layout.counts
+        inputs = {**self._inputs(layout, slots), **self._past(layout, past, starts)}
+        return _Batch(layout, starts, inputs, changing)
 
     def encode(self, ids: tuple[int, ...], layer: int | None = None) -> Encoded:
         """Return keys and values of a context, from the store if there is one.
@@ -163,12 +204,14 @@ class CausalLM(PretrainedLM):
         self.computed.add(len(ids), 0, flops)
         return Encoded(torch.stack([torch.stack([kept.keys[0], kept.values[0]]) for kept in cache.layers]), states)
 
-    def _count(self, layout: Layout, starts: Sequence[int]) -> None:
-        lengths = layout.mask.sum(1).tolist()
+    def _count(self, batch: _Batch, predicted: int, more: int = 0) -> None:
+        """Add a forward pass to what was computed: tokens that the head predicts, and more FLOPs behind the layers."""
+        lengths = batch.layout.mask.sum(1).tolist()
         flops = None
         if self.shape is not None:
-            flops = decoder_flops(self.shape, list(zip(lengths, starts, strict=True)), len(layout.labels), self._depth)
-        self.computed.add(sum(lengths), layout.mask.numel() - sum(lengths), flops)
+            rows = list(zip(lengths, batch.starts, strict=True))
+            flops = decoder_flops(self.shape, rows, predicted, self._depth) + more
+        self.computed.add(sum(lengths), batch.layout.mask.numel() - sum(lengths), flops)
 
     def check_depth(self, depth: int, adapters: Sequence[HintWriter | None] = ()) -> None:
         """Raise the error that scoring with the first `depth` layers would end in; see `PretrainedLM.check_depth`."""
@@ -202,6 +245,13 @@ class CausalLM(PretrainedLM):
             for i, value in zip(own, torch.split(values.cpu(), counts), strict=True):
                 border = len(value) - sum(rows[i].scored)
                 out[i] = RowLogProbs(value[border:], value[:border] if with_passage else None)
+        return [out[i] for i in range(len(rows))]
+
+    def _read(self, rows: Sequence[Row], read_out: ReadOut, adapters: Sequence[HintWriter | None]) -> list[Tensor]:
+        out: dict[int, Tensor] = {}
+        for own in _by_model(adapters):
+            values = self.read_batch([rows[i] for i in own], read_out, [adapters[i] for i in own])
+            out |= dict(zip(own, values.cpu(), strict=True))
         return [out[i] for i in range(len(rows))]
 
     def _write_hints(
@@ -297,6 +347,20 @@ class CausalLM(PretrainedLM):
         if self._buffer is None or self._buffer.numel() < count or self._buffer.dtype != like.dtype:
             self._buffer = like.new_zeros(count)
         return self._buffer[:count].view(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A batch as the model takes it; `starts`: tokens of each row that are encoded already."""
+
+    layout: Layout
+    starts: Sequence[int]
+    inputs: dict[str, Any]
+    changing: HintWriter | None
+
+    def changed(self) -> AbstractContextManager[None]:
+        """Return a context in which the model is changed, where an adapter does so."""
+        return nullcontext() if self.changing is None else self.changing.applied()
 
 
 def _start(row: Row, hint: int) -> int:

@@ -12,8 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 
 from qpeft import cpu_attention, methods
 from qpeft.adapters._folder import base_identity
@@ -24,6 +32,7 @@ from qpeft.lm import CausalLM
 from qpeft.model_config import EMBEDDED, ModelConfig
 from qpeft.pretrained import LanguageModel
 from qpeft.provenance import fingerprint
+from qpeft.read_out import WEIGHT, Head, linear_head
 from qpeft.tuning import read_tuning, tuning_key
 from qpeft.types import Reranker
 
@@ -31,7 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_lm(config: ModelConfig) -> LanguageModel:
-    """Open a language model, decoder-only or encoder-decoder.
+    """Open a language model, decoder-only or encoder-decoder; also one that was saved as a classifier.
 
     Raises:
         ModelError: the folder is no model, has no weights, is no language model, or the hub cannot be reached.
@@ -45,8 +54,7 @@ def load_lm(config: ModelConfig) -> LanguageModel:
     try:
         settings = AutoConfig.from_pretrained(path, **options)
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        auto = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
-        opened: Any = auto.from_pretrained(
+        opened: Any = _class(settings).from_pretrained(
             path, dtype=dtype, output_loading_info=True, **_quantized(config, device), **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -71,13 +79,47 @@ def load_lm(config: ModelConfig) -> LanguageModel:
         if config.passage_cache or config.passage_cache_folder:
             raise OptionError("--passage-cache is for decoder-only models")
         return EncoderDecoderLM(model, tokenizer, **facts)
+    head = _head(model, Path(path), info, config.model)
     _choose_attention(model, config.attention_kernel, device)
     _check_causal(model, config.model)
-    lm = CausalLM(model, tokenizer, store=_context_store(config), **facts)
+    lm = CausalLM(
+        model, tokenizer, store=_context_store(config), head=head, has_words=not _classifies(settings), **facts
+    )
     if config.passage_cache_folder is not None and lm.store is not None:
         own = {**base_identity(lm), "dtype": lm.dtype, "storage": config.passage_cache_storage}
         lm.store.folder = Path(config.passage_cache_folder) / fingerprint(own)[:16]
     return lm
+
+
+def _classifies(settings: Any) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in settings.architectures or ())
+
+
+def _class(settings: Any) -> Any:
+    if _classifies(settings):
+        return AutoModelForSequenceClassification
+    return AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _head(model: Any, folder: Path, info: Any, name: str) -> Head | None:
+    """Return the head on the last token that came with a model.
+
+    Raises:
+        ModelError: a classifier of another kind.
+    """
+    if WEIGHT in info["unexpected_keys"] and folder.is_dir():  # beside a language model, where `qpeft merge` put it
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, "pt", device=str(model.device)) as file:
+                if WEIGHT in file.keys():  # noqa: SIM118 — it is no mapping
+                    return Head(linear_head(file.get_tensor(WEIGHT)))
+    if not _classifies(model.config):
+        return None
+    module = getattr(model, "score", None)
+    if not isinstance(module, nn.Linear) or module.out_features != 1:
+        raise ModelError(
+            f"model {name!r} is no language model, and no classifier with a head of one output on the last token"
+        )
+    return Head(module)
 
 
 def tuned(config: ModelConfig, device: torch.device) -> ModelConfig:
@@ -228,8 +270,14 @@ def _choose_attention(model: Any, name: str, device: torch.device) -> None:
 
 @torch.inference_mode()
 def _two_rows(model: Any) -> torch.Tensor:
-    """Return logits `[2, V]` at the first position of two rows that differ in the second."""
+    """Return what stands at the first position of two rows that differ in the second.
+
+    Logits `[2, V]`, or of a classifier the last states `[2, d]`.
+    """
     rows = torch.tensor([[1, 2], [1, 3]], device=model.device)
+    if _classifies(model.config):
+        states: torch.Tensor = model.base_model(input_ids=rows, use_cache=False).last_hidden_state[:, 0].float()
+        return states
     logits: torch.Tensor = model(input_ids=rows, use_cache=False).logits[:, 0].float()
     return logits
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,16 @@ def softmax(scores: Tensor, mask: Tensor, *, scale: float = 1.0, labels: Tensor 
     return -_mean_over_positives(torch.log_softmax(_buried(scale * _real(scores, mask), mask), -1), mask, labels)
 
 
+def cross_entropy(scores: Tensor, mask: Tensor, *, labels: Tensor | None = None) -> Tensor:
+    """Return the mean over real columns of −ln p(its label), p(relevant) being the score's logistic function; in nats.
+
+    Each pair by itself. Of log-odds of two answers, this is the cross-entropy of the right answer among the two.
+    """
+    relevant = _grades(mask, labels) >= 1
+    real = _real(scores, mask)
+    return _mean(-nn.functional.logsigmoid(torch.where(relevant, real, -real)), mask)
+
+
 def plackett_luce(scores: Tensor, mask: Tensor, *, teacher: Tensor, scale: float = 1.0) -> Tensor:
     """Return the mean over groups of −ln P(the teacher's order), in nats, summed over the places of the order.
 
@@ -99,22 +110,32 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "both": both,
     "ranknet": ranknet,
     "softmax": softmax,
+    "cross_entropy": cross_entropy,
     "plackett_luce": plackett_luce,
     "margin_mse": margin_mse,
 }
 """By name. Besides scores and mask, each takes those of the options of `loss` that its signature names."""
 
 
-def check_loss(name: str, *, teacher: bool) -> None:
+ScoreKind = Literal["log_likelihood", "log_odds"]
+"""Scores with a bound of 0, or with 0 in the middle."""
+
+
+def check_loss(name: str, *, teacher: bool, scores: ScoreKind | None = None) -> None:
     """Raise the error that a loss would end in, before there are any scores.
 
     Raises:
-        OptionError: no loss has this name, or it learns from a teacher and there is none.
+        OptionError: no loss has this name, or it learns from a teacher and there is none; or it makes no sense for
+            scores of this kind.
     """
     if name not in LOSSES:
         raise OptionError(f"unknown loss {name!r}{nearest(name, LOSSES)}")
     if "teacher" in _options(name) and not teacher:
         raise OptionError(f"the loss {name!r} learns from a teacher's scores, and there are none")
+    if scores == "log_odds" and name in ("point", "both"):
+        raise OptionError(f"--loss {name}: it makes a log-likelihood large; take softmax or cross_entropy")
+    if scores == "log_likelihood" and name == "cross_entropy":
+        raise OptionError("--loss cross_entropy: 0 must be the middle of the scores: --method classifier or yes_no")
 
 
 def loss(

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,10 @@ from qpeft.errors import ModelError, OptionError
 from qpeft.flops import Computed, shape_of
 from qpeft.hints import HintWriter
 from qpeft.provenance import weights_fingerprint
+from qpeft.read_out import Answers, Head, ReadOut
 from qpeft.template import Row
 
+T = TypeVar("T")
 LOGITS = 2**28
 """Numbers that the head may write in one forward pass, unless a single row needs more: half a GiB of bf16."""
 
@@ -49,6 +51,8 @@ class LanguageModel(Protocol):
     batch_tokens: int
     has_encoder: bool
     computed: Computed
+    head: Head | None
+    has_words: bool
 
     @property
     def attention_kernel(self) -> str:
@@ -86,15 +90,32 @@ class LanguageModel(Protocol):
         """Return the log-probabilities of each row's scored tokens, in order."""
         ...
 
+    def read(
+        self,
+        rows: Sequence[Row],
+        read_out: ReadOut,
+        *,
+        adapters: HintWriter | Sequence[HintWriter | None] | None = None,
+    ) -> list[Tensor]:
+        """Return what is read at the last token of each row, `[k]`, in order."""
+        ...
+
     def check_depth(self, depth: int, adapters: Sequence[HintWriter | None] = ()) -> None:
         """Raise OptionError if rows cannot be scored with the first `depth` layers and these adapters."""
         ...
 
 
 class PretrainedLM:
-    """What decoder-only and encoder-decoder models share: batches, memory, order."""
+    """What decoder-only and encoder-decoder models share: batches, memory, order.
+
+    Attributes:
+        head: a head on the last token that came with the model, if one did.
+        has_words: whether the model predicts tokens; one that was saved as a classifier does not.
+    """
 
     has_encoder: bool
+    head: Head | None = None
+    has_words: bool = True
 
     def __init__(
         self,
@@ -176,8 +197,40 @@ class PretrainedLM:
         each = list(adapters) if isinstance(adapters, Sequence) else [adapters] * len(rows)
         if depth is not None:
             self.check_depth(depth, each)
+        self.check_words()
+        scored = [sum(row.scored) + (row.passage[1] - row.passage[0] if with_passage else 0) for row in rows]
         with self._turn, nullcontext() if depth is None else self._first_layers(depth):
-            return self._log_probs(rows, with_passage, each)
+            return self._in_batches(rows, each, scored, lambda some, own: self._forward(some, with_passage, own))
+
+    @torch.no_grad()
+    def read(
+        self,
+        rows: Sequence[Row],
+        read_out: ReadOut,
+        *,
+        adapters: HintWriter | Sequence[HintWriter | None] | None = None,
+    ) -> list[Tensor]:
+        """Return what is read at the last token of each row, `[k]` float32 on the CPU, in order.
+
+        Args:
+            rows: token ids without targets, of any lengths.
+            read_out: what is read.
+            adapters: as in `log_probs`.
+
+        Raises:
+            ModelError: a single row does not fit in memory, or the model has not what is to be read.
+        """
+        each = list(adapters) if isinstance(adapters, Sequence) else [adapters] * len(rows)
+        scored = [int(isinstance(read_out, Answers))] * len(rows)
+        if isinstance(read_out, Answers):
+            self.check_words()
+        with self._turn:
+            return self._in_batches(rows, each, scored, lambda some, own: self._read(some, read_out, own))
+
+    def check_words(self) -> None:
+        """Raise ModelError for a model that predicts no tokens."""
+        if not self.has_words:
+            raise ModelError(f"{self.name} was saved as a classifier and predicts no tokens: --method classifier")
 
     def check_depth(self, depth: int, adapters: Sequence[HintWriter | None] = ()) -> None:
         """Raise the error that scoring with the first `depth` layers would end in.
@@ -191,13 +244,17 @@ class PretrainedLM:
     def _first_layers(self, depth: int) -> AbstractContextManager[None]:
         raise NotImplementedError
 
-    def _log_probs(
-        self, rows: Sequence[Row], with_passage: bool, each: Sequence[HintWriter | None]
-    ) -> list[RowLogProbs]:
+    def _in_batches(
+        self,
+        rows: Sequence[Row],
+        each: Sequence[HintWriter | None],
+        scored: Sequence[int],
+        forward: Callable[[list[Row], list[HintWriter | None]], list[T]],
+    ) -> list[T]:
+        """Return what `forward` returns of each row, in order; `scored`: positions of each at which the head runs."""
         sizes = [len(row) + (a.hint_length(len(row.query)) if a else 0) for row, a in zip(rows, each, strict=True)]
-        scored = [sum(row.scored) + (row.passage[1] - row.passage[0] if with_passage else 0) for row in rows]
         positions = LOGITS // self.model.config.get_text_config().vocab_size
-        results: list[RowLogProbs | None] = [None] * len(rows)
+        results: list[T | None] = [None] * len(rows)
         # Longest first, so that what does not fit shows right away.
         waiting = sorted(range(len(rows)), key=lambda i: (sizes[i], -i))
         while waiting:
@@ -206,7 +263,7 @@ class PretrainedLM:
                 count //= 2
             chosen = waiting[-count:][::-1]
             try:
-                values = self._forward([rows[i] for i in chosen], with_passage, [each[i] for i in chosen])
+                values = forward([rows[i] for i in chosen], [each[i] for i in chosen])
             except torch.OutOfMemoryError as error:
                 if count == 1:
                     raise ModelError(f"{sizes[chosen[0]]} tokens do not fit in the memory of {self.device}") from error
@@ -222,6 +279,9 @@ class PretrainedLM:
     def _forward(
         self, rows: Sequence[Row], with_passage: bool, adapters: Sequence[HintWriter | None]
     ) -> list[RowLogProbs]:
+        raise NotImplementedError
+
+    def _read(self, rows: Sequence[Row], read_out: ReadOut, adapters: Sequence[HintWriter | None]) -> list[Tensor]:
         raise NotImplementedError
 
 

@@ -35,7 +35,11 @@ def provenance_path(output: Path) -> Path:
 
 def write_provenance(output: Path, facts: Mapping[str, Any]) -> None:
     """Write the provenance of `output` beside it."""
-    path = provenance_path(output)
+    write_json(provenance_path(output), facts)
+
+
+def write_json(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write facts to a file, which is whole or absent."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)

@@ -7,6 +7,9 @@ never merged, so that the tokens of a query are the same behind every passage:
     [BOS] literal · passage · literal · {hint} · literal | cue · [BOS] · query · [EOS]
           └────────────────── context ─────────────────┘ └───────── target ────────┘
 
+Without a target, `context` holds `{query}` too, before or behind the passage. Nothing is scored then: what stands at
+the last token is read (`end`: that token is EOS).
+
 A decoder reads both as one sequence; an encoder-decoder reads the context with its encoder. White space at the end of a
 literal belongs to the piece that follows it, because that is where byte-level tokenizers put it.
 """
@@ -19,8 +22,7 @@ import functools
 import hashlib
 import json
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -29,6 +31,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from qpeft.errors import FormatError, InputError, OptionError, QueryError, nearest
+from qpeft.kept_tokens import KeptTokens
 from qpeft.types import Passage, Query
 
 QuestionMark = Literal["keep", "add", "strip"]
@@ -41,7 +44,7 @@ class Template:
     name: str
     version: int
     context: str
-    target: str
+    target: str = ""
     passage: str = "{title} {text}"
     description: str = ""
     question_mark: QuestionMark = "keep"
@@ -50,11 +53,16 @@ class Template:
     score_end: bool = False
     score_begin: bool = False
     """Whether the tokenizer's BOS stands before the query too, and is scored; nothing where it has none."""
+    end: bool = False
+    """Whether the tokenizer's EOS stands at the end of a context without a target; nothing where it has none."""
 
     def __post_init__(self) -> None:
+        if not self.target and "{query}" not in self.context:
+            raise InputError(f"template {self.name!r}: missing: target with {{query}}, or {{query}} in the context")
+        alone = set() if self.target else {"query"}
         for text, field, wanted, allowed in (
-            (self.context, "context", {"passage"}, {"passage", "hint"}),
-            (self.target, "target", {"query"}, {"query"}),
+            (self.context, "context", {"passage"} | alone, {"passage", "hint"} | alone),
+            (self.target, "target", {"query"} - alone, {"query"}),
             (self.passage, "passage", {"text"}, {"title", "text"}),
         ):
             found = re.findall(r"\{(\w*)\}", text)
@@ -62,8 +70,10 @@ class Template:
                 names = " and ".join(f"{{{name}}}" for name in sorted(allowed))
                 must = " and ".join(f"{{{name}}}" for name in sorted(wanted))
                 raise InputError(f"template {self.name!r}: {field} holds {names}, each at most once; {must} is needed")
-        if not self.target.endswith("{query}"):
+        if self.target and not self.target.endswith("{query}"):
             raise InputError(f"template {self.name!r}: target must end with {{query}}")
+        if self.target and self.end:
+            raise InputError(f"template {self.name!r}: end is for a template without a target; score_end scores EOS")
         if self.question_mark not in get_args(QuestionMark):
             raise InputError(f"template {self.name!r}: question_mark is one of {', '.join(get_args(QuestionMark))}")
 
@@ -71,8 +81,9 @@ class Template:
     def fingerprint(self) -> str:
         """SHA-256 of everything that can change a score."""
         facts = {k: v for k, v in dataclasses.asdict(self).items() if k != "description"}
-        if not self.score_begin:
-            del facts["score_begin"]  # which is younger than fingerprints that are to stay what they are
+        for younger in ("score_begin", "end"):
+            if not facts[younger]:
+                del facts[younger]  # fingerprints that were made before it are to stay what they are
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def query_text(self, query: Query) -> str:
@@ -149,7 +160,7 @@ class Row:
 
     `context` and `target` are ids; `scored` says which target tokens count; `passage` is the span of the passage in
     `context`; `hint` is the place in `context` where trained vectors would stand, if the template has one; `query` are
-    the ids that an adapter reads as the query.
+    the ids that an adapter reads as the query. A row without a target is read at its last token.
     """
 
     context: tuple[int, ...]
@@ -162,44 +173,6 @@ class Row:
 
     def __len__(self) -> int:
         return len(self.context) + len(self.target)
-
-
-class KeptTokens:
-    """Tokens of the texts that were read last; prompts with one tokenizer may share them.
-
-    Args:
-        characters: length of all these texts together; tokens take some ten bytes a character, at worst forty.
-    """
-
-    def __init__(self, characters: int = 32_000_000) -> None:
-        self._characters = characters
-        self._kept: OrderedDict[tuple[str, bool], tuple[int, ...]] = OrderedDict()
-        self._used = 0
-
-    def get(self, text: str, space: bool, tokenize: Callable[[], Sequence[int]]) -> tuple[int, ...]:
-        """Return a text's tokens, kept or made; `space`: whether one stands before it."""
-        found = self._kept.get((text, space))
-        if found is not None:
-            self._kept.move_to_end((text, space))
-            return found
-        found = tuple(tokenize())
-        self._keep(text, space, found)
-        return found
-
-    def read_ahead(
-        self, texts: Iterable[str], space: bool, tokenize: Callable[[list[str]], Sequence[Sequence[int]]]
-    ) -> None:
-        """Make the tokens of texts that are not kept yet, all together."""
-        new = [text for text in dict.fromkeys(texts) if text and (text, space) not in self._kept]
-        for text, ids in zip(new, tokenize(new) if new else (), strict=True):
-            self._keep(text, space, tuple(ids))
-
-    def _keep(self, text: str, space: bool, ids: tuple[int, ...]) -> None:
-        self._kept[text, space] = ids
-        self._used += len(text)
-        while self._used > self._characters:
-            (oldest, _), _ = self._kept.popitem(last=False)
-            self._used -= len(oldest)
 
 
 class Prompt:
@@ -238,9 +211,12 @@ class Prompt:
         self._target = functools.lru_cache(256)(self._tokenize_target)  # its own, so that it goes with the prompt
         marked = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])
         self._adds_space = bool(marked) and marked[0].startswith("▁")
-        self._before, self._spaced_passage, self._after, self._hint_offset, blank = self._context_pieces()
-        self._cue, self._spaced_query = self._literal(template.target[: -len("{query}")], previous=blank)
-        # Without a passage and with a query of no tokens: what is always there.
+        self._context, spaced, self._blank = self._context_pieces()
+        self._spaced_passage, self._spaced_query = spaced["{passage}"], spaced.get("{query}", False)
+        self._fixed = sum(len(piece) for piece in self._context if isinstance(piece, tuple))
+        self._cue: list[int] = []
+        if template.target:
+            self._cue, self._spaced_query = self._literal(template.target[: -len("{query}")], previous=self._blank)
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._begin = [bos] if template.score_begin and bos is not None else []
         self._end = [eos] if template.score_end and eos is not None else []
@@ -270,18 +246,23 @@ class Prompt:
         Raises:
             QueryError: the query is empty, or leaves no room for a passage.
         """
-        target, scored, read = self._target(query)
-        if hint_query is not None:
-            read = self._target(hint_query)[2]
+        target, scored, own = self._target(query)
+        read = own if hint_query is None else self._target(hint_query)[2]
         room = self._room(query, len(target) + (self._hint_length(len(read)) if self._hint_length else 0))
         ids = self._passage_ids(passage)
 
         def row(some: tuple[int, ...], truncated: bool) -> Row:
-            start = len(self._before)
-            end = start + len(some)
-            hint = None if self._hint_offset is None else self._hint_place(end)
-            context = (*self._before, *some, *self._after)
-            return Row(context, target, scored, (start, end), hint, read, truncated)
+            context: list[int] = []
+            places: dict[str, int] = {}
+            for piece in self._context:
+                if isinstance(piece, str):
+                    places[piece] = len(context)
+                    piece = {"{passage}": some, "{query}": own}.get(piece, ())
+                context += piece
+            start = places["{passage}"]
+            return Row(
+                tuple(context), target, scored, (start, start + len(some)), places.get("{hint}"), read, truncated
+            )
 
         if not windows:
             room = min(room, max_passage_tokens or room)
@@ -298,11 +279,6 @@ class Prompt:
         shorter.max_passage_tokens = min(max_passage_tokens, self.max_passage_tokens or max_passage_tokens)
         return shorter
 
-    def _hint_place(self, passage_end: int) -> int:
-        assert self._hint_offset is not None
-        before_passage = self._hint_offset < 0
-        return len(self._before) + self._hint_offset if before_passage else passage_end + self._hint_offset
-
     def read_ahead(self, passages: Iterable[Passage]) -> None:
         """Tokenise passages together, which the tokenizer does on all cores."""
         lead = self._lead(self._spaced_passage)
@@ -313,6 +289,10 @@ class Prompt:
             return ids
 
         self._kept.read_ahead(map(self.template.passage_text, passages), self._spaced_passage, tokenize)
+
+    def following(self, text: str) -> tuple[int, ...]:
+        """Return the tokens of a text that stands right behind the context."""
+        return tuple(self._ids(text, space=bool(self._blank)))
 
     def _passage_ids(self, passage: Passage) -> tuple[int, ...]:
         text = self.template.passage_text(passage)
@@ -325,12 +305,14 @@ class Prompt:
         ids = self._ids(self.template.query_text(query), space=self._spaced_query)
         if not ids:
             raise QueryError(f"query {query.id!r} has no tokens: {query.text!r}")
+        if not self.template.target:
+            return (), (), tuple(ids)
         counted = [*self._begin, *ids, *self._end]
         scored = [self.template.score_cue] * len(self._cue) + [True] * len(counted)
         return (*self._cue, *counted), tuple(scored), tuple(ids)
 
     def _room(self, query: Query, target: int) -> int:
-        fixed = len(self._before) + len(self._after)
+        fixed = self._fixed + (0 if self.template.target else len(self._target(query)[2]))
         used = max(fixed, target) if self._separate else fixed + target
         if used >= self.max_length:
             raise QueryError(
@@ -340,41 +322,34 @@ class Prompt:
         room = self.max_length - (fixed if self._separate else used)
         return room if self.max_passage_tokens is None else min(room, self.max_passage_tokens)
 
-    def _context_pieces(self) -> tuple[list[int], bool, list[int], int | None, str]:
+    def _context_pieces(self) -> tuple[list[tuple[int, ...] | str], dict[str, bool], str]:
         """Tokenise the literals of the context.
 
-        Return (before, space before passage, after, place of the hint, blank that the target begins with). The place
-        counts from the passage's end if it is zero or more, else backwards from its start.
+        Return its pieces in order, literals as ids and places under their names; whether a space stands before a place;
+        and the blank that the target begins with.
         """
-        before: list[int] = []
-        after: list[int] = []
-        hint: int | None = None
-        seen_passage = False
-        spaced, spaced_passage = False, False
-        bos = self._tokenizer.bos_token_id
+        found: list[tuple[int, ...] | str] = []
+        before: dict[str, bool] = {}
+        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         if bos is not None and not self._separate:
-            before.append(bos)
-        hint_in_before: int | None = None
-        for piece in re.split(r"(\{passage\}|\{hint\})", self.template.context):
-            if piece == "{passage}":
-                seen_passage, spaced_passage, spaced = True, spaced, False
-            elif piece == "{hint}":
-                if seen_passage:
-                    hint = len(after)
-                else:
-                    hint_in_before = len(before)
+            found.append((bos,))
+        spaced = False
+        for piece in re.split(r"(\{passage\}|\{hint\}|\{query\})", self.template.context):
+            if re.fullmatch(r"\{\w+\}", piece):
+                if piece == "{passage}" and found[-1:] == ["{hint}"]:
+                    raise InputError(
+                        f"template {self.template.name!r}: a hint before the passage needs text between them"
+                    )
+                found.append(piece)
+                before[piece] = spaced
+                spaced = spaced and piece == "{hint}"
             elif piece:
                 ids, spaced = self._literal(piece, previous=" " if spaced else "")
-                (after if seen_passage else before).extend(ids)
-        if hint_in_before is not None:
-            hint = hint_in_before - len(before)
-            if hint == 0:
-                raise InputError(f"template {self.template.name!r}: a hint before the passage needs text between them")
-        eos = self._tokenizer.eos_token_id
-        if self._separate and eos is not None:
-            after.append(eos)
-        blank = " " if spaced and not self._separate else ""
-        return before, spaced_passage, after, hint, blank
+                found += [tuple(ids)] if ids else []
+        if eos is not None and (self._separate or self.template.end):
+            found.append((eos,))
+        closed = self._separate or self.template.end
+        return found, before, " " if spaced and not closed else ""
 
     def _literal(self, text: str, previous: str) -> tuple[list[int], bool]:
         """Tokenise a literal without the blanks at its end; say whether there were any."""

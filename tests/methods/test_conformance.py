@@ -5,6 +5,7 @@ import torch
 
 from qpeft import methods
 from qpeft.errors import OptionError, QueryError, ScoreError
+from qpeft.read_out import Head
 from qpeft.types import Candidates, Passage, Query
 
 TEXTS = ["the sky is blue", "", "éàü ✓ 水", "the sea " * 400, "the sky is blue", "who was the old king", "."]
@@ -22,7 +23,9 @@ def method(request):
 
 @pytest.fixture(params=FAMILIES)
 def lm(request, make_lm):
-    return make_lm(request.param)
+    made = make_lm(request.param)
+    made.head = Head(torch.nn.Linear(32, 1, bias=False).requires_grad_(False))
+    return made
 
 
 def build(method, lm, **options):

@@ -16,6 +16,7 @@ from qpeft.adapters._choices import Init, Table
 from qpeft.errors import OptionError
 from qpeft.hints import Hints, Pairs
 from qpeft.lm import CausalLM
+from qpeft.read_out import Head
 
 
 class Adapter(nn.Module, abc.ABC):
@@ -28,6 +29,19 @@ class Adapter(nn.Module, abc.ABC):
     reads_layer: int | None = None
     reads_template = False
     changes_lm = False
+
+    @property
+    def head(self) -> Head | None:
+        """What was trained on the state of the last token; there is none where nothing was."""
+        return None
+
+    def add_head(self, lm: CausalLM) -> None:
+        """Let a head on the last token be trained too.
+
+        Raises:
+            OptionError: this adapter has no place for one.
+        """
+        raise OptionError("--method classifier trains a head, which goes with --adapter lora")
 
     @abc.abstractmethod
     def hint_length(self, query_tokens: int) -> int:

@@ -6,6 +6,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+_SCORES = {
+    "query_likelihood": "the log-likelihood of the query",
+    "classifier": "the output of the head",
+    "yes_no": "the log-odds of the two answers",
+}
+
 
 def card(described: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
     """Return Markdown with the front matter of the model hub.
@@ -14,29 +20,32 @@ def card(described: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
         described: the contents of `adapter_config.json`.
         provenance: what made it; `dev` and `training` are shown where present.
     """
+    method = described.get("method", "query_likelihood")
+    options = 'adapter="path/to/this/folder"' + ("" if method == "query_likelihood" else f', method="{method}"')
     lines = [
         "---",
         "library_name: qpeft",
         f"base_model: {described['base_model_name_or_path']}",
         "pipeline_tag: text-ranking",
-        "tags: [reranker, query-likelihood, qpeft]",
+        f"tags: [reranker, {method.replace('_', '-')}, qpeft]",
         "---",
         "",
         f"# {described['adapter']} for {described['base_model_name_or_path']}",
         "",
-        f"A query-likelihood reranker: the language model is frozen, this adapter {_does(described)}, and",
-        "passages are ranked by the log-likelihood of the query.",
+        f"A {method.replace('_', '-')} reranker: the language model is frozen, this adapter {_does(described)}, and",
+        f"passages are ranked by {_SCORES.get(method, 'its score')}.",
         "",
         "```python",
         "from qpeft import Reranker",
         "",
-        f'reranker = Reranker.from_pretrained("{described["base_model_name_or_path"]}", adapter="path/to/this/folder")',
+        f'reranker = Reranker.from_pretrained("{described["base_model_name_or_path"]}", {options})',
         "```",
         "",
         f"* trained parameters: {described['trained_parameters']:,}",
         f"* template: {described['template']['name']} (version {described['template']['version']})",
     ]
-    lines += [f"* {name}: {json.dumps(value)}" for name, value in described["options"].items()]
+    of_all = {**described["options"], **described.get("method_options", {})}
+    lines += [f"* {name}: {json.dumps(value)}" for name, value in of_all.items()]
     for title, key in (("Training", "training"), ("Dev", "dev")):
         facts = provenance.get(key)
         if facts:
@@ -48,4 +57,5 @@ def _does(described: Mapping[str, Any]) -> str:
     if described["peft_type"] != "LORA":
         return "writes vectors into its input"
     hint = " and vectors to its input" if described["options"]["hint"] else ""
-    return "adds low-rank matrices to its layers" + hint
+    head = " and a head to its last token" if described.get("method") == "classifier" else ""
+    return "adds low-rank matrices to its layers" + head + hint

@@ -24,7 +24,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,15 @@ from safetensors.torch import load_file, save_file
 from qpeft import adapters
 from qpeft.adapters._base import Adapter
 from qpeft.adapters._card import card
+from qpeft.adapters._published import TEMPLATE as PUBLISHED_TEMPLATE
+from qpeft.adapters._published import is_published, open_published
 from qpeft.errors import AdapterError, InputError, OptionError, nearest
 from qpeft.evaluation.calibration_file import FILE as CALIBRATION
 from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, read_calibration
 from qpeft.lm import CausalLM
 from qpeft.pretrained import LanguageModel
 from qpeft.provenance import file_fingerprint
-from qpeft.template import Template
+from qpeft.template import Template, load_template
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "qpeft.json"
 FILES = (CONFIG, WEIGHTS, FACTS, CALIBRATION, "README.md", "provenance.json", "training.png")
@@ -50,7 +52,11 @@ FILES = (CONFIG, WEIGHTS, FACTS, CALIBRATION, "README.md", "provenance.json", "t
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """An opened adapter, and what goes with it; `calibration` where it has been calibrated."""
+    """An opened adapter, and what goes with it; `calibration` where it has been calibrated.
+
+    `method` is what it was trained for, and `method_options` are those options of it that belong to the adapter.
+    `names_template` is false where the folder does not tell what template it was trained with.
+    """
 
     name: str
     adapter: Adapter
@@ -58,6 +64,9 @@ class AdapterFolder:
     max_passage_tokens: int | None
     sha256: str
     calibration: Calibration | None = None
+    method: str = "query_likelihood"
+    method_options: Mapping[str, Any] = field(default_factory=dict)
+    names_template: bool = True
 
 
 def save_adapter(
@@ -69,6 +78,8 @@ def save_adapter(
     *,
     max_passage_tokens: int | None = None,
     provenance: Mapping[str, Any] | None = None,
+    method: str = "query_likelihood",
+    method_options: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an adapter folder; an existing one is replaced only once the new one is whole.
 
@@ -78,11 +89,14 @@ def save_adapter(
     config: Any = adapter.config
     described = {
         "peft_type": "LORA" if adapter.changes_lm else "QPEFT",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if adapter.head is None else "SEQ_CLS",
         "inference_mode": True,
         "base_model_name_or_path": lm.name,
         "revision": lm.revision,
         "adapter": name,
+        "method": method,
+        "method_options": dict(method_options or {}),
+        "head": adapter.head is not None,
         "options": dataclasses.asdict(config),
         "template": dataclasses.asdict(template),
         "max_passage_tokens": max_passage_tokens,
@@ -132,6 +146,13 @@ def load_adapter(folder: str | Path, lm: CausalLM) -> AdapterFolder:
     folder = adapter_path(folder)
     if not folder.exists():
         raise AdapterError(f"no adapter {str(folder)!r}{nearest(str(folder), embedded_adapters())}")
+    if not (folder / FACTS).is_file() and is_published(foreign := _read_json(folder / CONFIG)):
+        adapter, path = open_published(folder, foreign, lm)
+        adapter.eval().requires_grad_(False)
+        template = load_template(PUBLISHED_TEMPLATE)
+        return AdapterFolder(
+            "lora", adapter, template, None, file_fingerprint(path), method="classifier", names_template=False
+        )
     described = read_config(folder)
     _check_base(folder, described["base"], lm)
     adapter, template = _build(folder, described, lm)
@@ -146,11 +167,25 @@ def load_adapter(folder: str | Path, lm: CausalLM) -> AdapterFolder:
     adapter.eval().requires_grad_(False)
     sha256 = file_fingerprint(folder / WEIGHTS)
     calibration = _calibration(folder, described["adapter"], sha256, template, lm)
-    return AdapterFolder(described["adapter"], adapter, template, described["max_passage_tokens"], sha256, calibration)
+    return AdapterFolder(
+        described["adapter"],
+        adapter,
+        template,
+        described["max_passage_tokens"],
+        sha256,
+        calibration,
+        described.get("method", "query_likelihood"),
+        described.get("method_options", {}),
+    )
 
 
 def open_adapter(
-    adapter: AdapterFolder | str | Path, lm: LanguageModel, template: Template | None, option: str | None = None
+    adapter: AdapterFolder | str | Path,
+    lm: LanguageModel,
+    template: Template | None,
+    option: str | None = None,
+    *,
+    method: str | None = None,
 ) -> AdapterFolder:
     """Open an adapter, unless it is open already, and make sure that it can be used with a model and a template.
 
@@ -159,16 +194,21 @@ def open_adapter(
         lm: the language model.
         template: what was asked for, if anything.
         option: how it was asked for; by default the template's name.
+        method: what it is to be used for; None: whatever it was trained for.
 
     Raises:
-        OptionError: the model has an encoder, or the adapter was trained with another template.
+        OptionError: the model has an encoder, or the adapter was trained with another template or for another method.
         AdapterError: as `load_adapter`.
     """
     if not isinstance(lm, CausalLM):
         raise OptionError("--adapter needs a decoder-only model")
     opened = adapter if isinstance(adapter, AdapterFolder) else load_adapter(adapter, lm)
+    named = "the adapter" if isinstance(adapter, AdapterFolder) else f"adapter {str(adapter)!r}"
+    if method not in (None, opened.method):
+        raise OptionError(f"--method {method}: {named} was trained for --method {opened.method}")
+    if template is not None and not opened.names_template:
+        return dataclasses.replace(opened, template=template)
     if template is not None and template.fingerprint != opened.template.fingerprint:
-        named = "the adapter" if isinstance(adapter, AdapterFolder) else f"adapter {str(adapter)!r}"
         raise OptionError(f"--template {option or template.name}: {named} was trained with {opened.template.name!r}")
     return opened
 
@@ -182,6 +222,8 @@ def _build(folder: Path, described: Mapping[str, Any], lm: CausalLM) -> tuple[Ad
         if unknown:
             raise AdapterError(f"adapter {str(folder)!r} has the option {unknown[0]!r}{nearest(unknown[0], known)}")
         adapter: Adapter = module.build(module.Config(**described["options"]), lm)
+        if described.get("head"):
+            adapter.add_head(lm)
         return adapter, Template(**described["template"])
     except (OptionError, InputError, TypeError) as error:
         raise AdapterError(f"adapter {str(folder)!r}: {CONFIG} cannot be used: {error}") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+import re
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -20,7 +22,9 @@ from qpeft.adapters.lora import CHANGES_LM, Config
 from qpeft.errors import MissingDependencyError, OptionError
 from qpeft.hints import Hints, Pairs
 from qpeft.lm import CausalLM
+from qpeft.read_out import WEIGHT, Head
 
+HEAD = WEIGHT.partition(".")[0]
 _LABELS = itertools.count()
 """A label is not used again, whatever was withdrawn."""
 
@@ -28,20 +32,26 @@ _LABELS = itertools.count()
 class LoraAdapter(Adapter):
     """The additions, and the prompt adapter that goes with them.
 
-    Tensors are named as in a PEFT folder without its first `base_model.`: `model.PATH.lora_A.weight`, and `qpeft.…` for
-    those of the prompt adapter.
+    Tensors are named as in a PEFT folder without its first `base_model.`: `model.PATH.lora_A.weight`,
+    `model.score.weight` of a head, and `qpeft.…` for those of the prompt adapter.
+
+    Args:
+        config: options.
+        lm: the model that gets the layers.
+        settings: peft's configuration, where it is not to be made from the options.
     """
 
     changes_lm = CHANGES_LM
 
-    def __init__(self, config: Config, lm: CausalLM) -> None:
+    def __init__(self, config: Config, lm: CausalLM, settings: Any = None) -> None:
         super().__init__()
         self.config = config
         _check(config)
         self._width = lm.embeddings.weight.shape[1]
         self.qpeft = _hint(config.hint, lm)
         self.reads_template = self.qpeft is not None and self.qpeft.reads_template
-        self.peft_config, self.label, self._layers = _insert(config, resolve(config.modules, lm.model), lm)
+        self.peft_config = settings or _settings(config, lm)
+        self.label, self._layers = _insert(self.peft_config, lm)
         self._peft_configs = lm.model.peft_config
         self._frozen = (lm.model,)  # in a tuple, so that it is not taken for a part of this module
         self.model = nn.Module()
@@ -52,6 +62,23 @@ class LoraAdapter(Adapter):
         self.model.float()
         self._switch([])
         self.eval()
+
+    @property
+    def head(self) -> Head | None:
+        """What was trained on the state of the last token, `[d] → [1]`."""
+        found = self.model._modules.get(HEAD)
+        return None if found is None else Head(found)
+
+    def add_head(self, lm: CausalLM) -> None:
+        """Let a head on the last token be trained too; it starts as the model's own, or as in transformers."""
+        settings = lm.model.config.get_text_config()
+        module = nn.Linear(settings.hidden_size, 1, bias=False, device=lm.device)
+        with torch.no_grad():
+            if lm.head is None:
+                module.weight.normal_(std=getattr(settings, "initializer_range", 0.02))
+            else:
+                module.weight.copy_(next(lm.head.module.parameters()))
+        self.model.add_module(HEAD, module)
 
     def hint_length(self, query_tokens: int) -> int:
         """Return the prompt adapter's, or 0."""
@@ -116,10 +143,25 @@ class LoraAdapter(Adapter):
             layer.delete_adapter(self.label)
         del self._peft_configs[self.label]
 
+    def merge(self, lm: CausalLM) -> None:
+        """Add the matrices to the model's weights for good; neither this adapter nor any other is there afterwards."""
+        from peft.tuners.lora import LoraLayer
+
+        for layer in self._layers.values():
+            layer.merge(safe_merge=True, adapter_names=[self.label])
+        modules = dict(lm.model.named_modules())
+        for path, module in modules.items():
+            parent, _, name = path.rpartition(".")
+            if isinstance(module, LoraLayer) and not isinstance(modules[parent], LoraLayer):
+                setattr(modules[parent], name, module.get_base_layer())
+
     def peft_facts(self) -> dict[str, Any]:
         """Return what PEFT keeps in `adapter_config.json`."""
         facts = {key: sorted(v) if isinstance(v, set) else v for key, v in self.peft_config.to_dict().items()}
-        return {**facts, "inference_mode": True}
+        facts["inference_mode"] = True
+        if self.head is not None:
+            facts |= {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", HEAD]}
+        return facts
 
     @functools.cached_property
     def _placed(self) -> list[tuple[Place, Any]]:
@@ -147,6 +189,8 @@ def _check(config: Config) -> None:
         raise OptionError(f"--r is {config.r}; it must be at least 1")
     if config.alpha_per_rank <= 0:
         raise OptionError(f"--alpha-per-rank is {config.alpha_per_rank}; it must be above 0")
+    if config.alpha is not None and config.alpha <= 0:
+        raise OptionError(f"--alpha is {config.alpha}; it must be above 0")
     if not 0 <= config.dropout < 1:
         raise OptionError(f"--dropout is {config.dropout}; it must be from 0 to below 1")
 
@@ -163,17 +207,37 @@ def _hint(name: str, lm: CausalLM) -> Adapter | None:
     return hint
 
 
-def _insert(config: Config, targets: Targets, lm: CausalLM) -> tuple[Any, str, dict[str, Any]]:
-    """Put new layers into the model; return peft's configuration, the adapter's name there, and the layers by path."""
-    try:
-        from peft import LoraConfig
-        from peft.tuners.lora import LoraLayer, LoraModel
-    except ImportError as error:
-        raise MissingDependencyError("peft", "lora") from error
+def _within(text: str, targets: Targets, lm: CausalLM) -> Targets:
+    """Return the targets in the layers that an option names: the first number of a path is that of its layer."""
+    if not text.strip():
+        return targets
+    count = lm.model.config.get_text_config().num_hidden_layers
+    wanted: set[int] = set()
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
+        if not first <= last < count:
+            raise OptionError(f"--layers {text}: {part.strip()!r} is no range of the model's layers, 0-{count - 1}")
+        wanted |= set(range(first, last + 1))
+
+    def inside(paths: tuple[str, ...]) -> tuple[str, ...]:
+        numbers = ((path, re.search(r"\.(\d+)\.", path)) for path in paths)
+        return tuple(path for path, number in numbers if number and int(number[1]) in wanted)
+
+    return dataclasses.replace(targets, layers=inside(targets.layers), parameters=inside(targets.parameters))
+
+
+def _settings(config: Config, lm: CausalLM) -> Any:
+    """Return peft's configuration of the options."""
+    targets = _within(config.layers, resolve(config.modules, lm.model), lm)
     if targets.parameters and config.dropout:
         raise OptionError("--dropout must be 0 where experts are changed; or take --modules attention")
-    alpha = config.alpha_per_rank * config.r
-    settings = LoraConfig(
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise MissingDependencyError("peft", "lora") from error
+    alpha = config.alpha_per_rank * config.r if config.alpha is None else config.alpha
+    return LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=lm.name,
         revision=lm.revision,
@@ -184,6 +248,12 @@ def _insert(config: Config, targets: Targets, lm: CausalLM) -> tuple[Any, str, d
         target_parameters=list(targets.parameters) or None,
         fan_in_fan_out=targets.transposed,
     )
+
+
+def _insert(settings: Any, lm: CausalLM) -> tuple[str, dict[str, Any]]:
+    """Put new layers into the model; return the adapter's name there, and the layers by path."""
+    from peft.tuners.lora import LoraLayer, LoraModel
+
     label = f"qpeft{next(_LABELS)}"
     with warnings.catch_warnings():
         # Several adapters in one model are what is wanted.
@@ -193,7 +263,7 @@ def _insert(config: Config, targets: Targets, lm: CausalLM) -> tuple[Any, str, d
         except ValueError as error:
             raise OptionError(f"LoRA cannot be put into {lm.name!r}: {' '.join(str(error).split())}") from error
     paths = lm.model.named_modules()
-    return settings, label, {path: m for path, m in paths if isinstance(m, LoraLayer) and label in m.lora_A}
+    return label, {path: m for path, m in paths if isinstance(m, LoraLayer) and label in m.lora_A}
 
 
 def _descend(root: nn.Module, path: str) -> nn.Module:

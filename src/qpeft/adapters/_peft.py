@@ -37,7 +37,7 @@ def register() -> None:
 def _config(base: type[Any]) -> type[Any]:
     """Return the class of PEFT's configurations for this type; its fields are the entries of `adapter_config.json`."""
     kinds = {"adapter": str, "options": dict, "template": dict, "max_passage_tokens": int}
-    kinds |= {"trained_parameters": int, "base": dict}
+    kinds |= {"method": str, "method_options": dict, "head": bool, "trained_parameters": int, "base": dict}
     fields = [(name, kind | None, dataclasses.field(default=None)) for name, kind in kinds.items()]
     return dataclasses.make_dataclass("QPeftConfig", fields, bases=(base,))
 

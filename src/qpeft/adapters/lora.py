@@ -1,4 +1,4 @@
-"""LoRA, trained on query likelihood: low-rank additions to linear layers (Hu et al. 2022, arXiv 2106.09685).
+"""LoRA: low-rank additions to linear layers (Hu et al. 2022, arXiv 2106.09685).
 
     W x + (alpha / r) · B A x        A `[r, in]` random, B `[out, r]` zero at the start
 
@@ -30,10 +30,14 @@ class Config:
     """Rank of the additions."""
     alpha_per_rank: float = 2.0
     """alpha / r, their scale; constant, so that ranks can be compared at one learning rate."""
+    alpha: float | None = None
+    """alpha itself, whatever the rank; by default alpha_per_rank times r."""
     dropout: float = 0.0
     """On the input of the additions, in training."""
     modules: str = "all"
     """What is changed: all, attention, mlp, or names of linear layers with commas."""
+    layers: str = ""
+    """In which of the model's layers, from 0: ranges and numbers with commas, as in 5-15,20; by default in all."""
     hint: str = ""
     """Name of a prompt adapter that is trained too, with its default options; by default none."""
 

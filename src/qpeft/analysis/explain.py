@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qpeft.adapters._folder import AdapterFolder, open_adapter
 from qpeft.analysis.pieces import pieces, words
-from qpeft.errors import InputError
+from qpeft.errors import InputError, OptionError
 from qpeft.hints import Hints, HintWriter, Pairs
 from qpeft.pretrained import LanguageModel, RowLogProbs
 from qpeft.template import Prompt, Row, Template, load_template
@@ -117,7 +117,13 @@ def explain(
         ScoreError: the model gave a score that is no number, or two passages have one id.
     """
     opened = None if adapter is None else open_adapter(adapter, lm, template)
+    if opened and opened.method != "query_likelihood":
+        raise OptionError(
+            f"only query likelihood can be explained; the adapter was trained for --method {opened.method}"
+        )
     template = opened.template if opened else template or load_template("plain")
+    if not template.target:
+        raise OptionError(f"--template {template.name}: only query likelihood can be explained, of a template's target")
     if opened and max_passage_tokens is None:
         max_passage_tokens = opened.max_passage_tokens
     prompt = Prompt(
@@ -187,6 +193,7 @@ class _Recorder:
         self.reads_layer = adapter.reads_layer
         self.reads_template = adapter.reads_template
         self.changes_lm = adapter.changes_lm
+        self.head = adapter.head
         self.reads_by_query_token = adapter.hint_length(2) > adapter.hint_length(1)
         self.reasons: dict[tuple[int, ...], tuple[Tensor | None, Tensor | None]] = {}
 

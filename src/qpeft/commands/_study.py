@@ -55,8 +55,6 @@ class StudyConfig:
     """Of the sample."""
     measure: str = "nDCG@10"
     """What is compared."""
-    method: str = "query_likelihood"
-    """How passages are scored; the one that the adapters were trained for."""
     resume: bool = False
     """Continue an interrupted study."""
 
@@ -220,7 +218,11 @@ def _subject(folder: str, lm: Any) -> Subject:
     if not isinstance(adapter, LoraAdapter):
         raise OptionError(f"--adapter {folder}: {opened.name} has no additions to layers; studies are of LoRA")
     places = adapter.places()
-    read = {"template": opened.template.fingerprint, "max_passage_tokens": opened.max_passage_tokens}
+    read = {
+        "method": [opened.method, dict(opened.method_options)],
+        "template": opened.template.fingerprint,
+        "max_passage_tokens": opened.max_passage_tokens,
+    }
     prompt = fingerprint(read) if adapter.count_parameters() == sum(places.values()) else None
     adapter.withdraw()
     step = re.fullmatch(r"step-(\d+)", Path(folder).name)
@@ -250,13 +252,12 @@ def _rank(
     from qpeft.analysis.ablated import Ablated
     from qpeft.methods._pointwise import Pointwise
 
-    method = methods.load(config.method)
     for index, subject in enumerate(subjects):
         rest = items[max(0, done - index * len(items)) :]
         if not rest:
             continue
         opened: Any = load_adapter(subject.folder, lm)
-        scorer = method.build_scorer(method.Config(), lm, opened)
+        scorer = methods.open_scorer(lm, opened)
         for item in items:
             scorer.check(item.query)
         sets = _sets(design, subjects, index)

@@ -1,4 +1,4 @@
-"""Train an adapter: a small module that writes into the input of the frozen language model.
+"""Train an adapter: a small module that writes into the input of the frozen language model, or LoRA in its layers.
 
 Takes a collection with judgements (negatives are mined with BM25, or taken from --run) or a file of groups
 (--train-file, JSON Lines as of FlagEmbedding or Tevatron, or DPR's JSON). The best state by a dev ranking is kept.
@@ -8,16 +8,17 @@ After an interruption, --resume continues at the last checkpoint, and the result
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import random
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qpeft import adapters
+from qpeft import adapters, methods
 from qpeft.commands._peek import peek
 from qpeft.data.candidates import candidates_from_run
 from qpeft.data.collection import Collection, open_collection
@@ -26,13 +27,14 @@ from qpeft.errors import OptionError, StateError, nearest
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import file_fingerprint, fingerprint, provenance
 from qpeft.retrieval.bm25 import BM25
-from qpeft.template import Prompt, load_template
+from qpeft.template import Prompt, Template, load_template
 from qpeft.training import config as training_config
 from qpeft.training.config import TrainingConfig
 from qpeft.training.groups import MiningCounts, groups_from_collection, groups_from_jsonl
 from qpeft.types import Candidates, Group, Passage, Query, Run
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
+    from qpeft.adapters._folder import AdapterFolder
     from qpeft.hints import HintWriter
 
 PRESETS = ("stable", "authors")
@@ -47,6 +49,8 @@ class Config:
     """The adapter folder to write."""
     adapter: str = "qpeft_a"
     """What is trained; its own options are listed below."""
+    method: str = "query_likelihood"
+    """What scores: query_likelihood, classifier (with lora) or yes_no."""
     preset: str = "stable"
     """stable, or authors: the defaults of the published code."""
     collection: str | None = None
@@ -72,18 +76,20 @@ class Config:
     seed: int = 0
     """Of samples, order and initialisation."""
     template: str | None = None
-    """Name of a template or path of a YAML file, with {hint}; by default plain, or qpeft_authors under that preset."""
+    """Name of a template or path of a YAML file; by default the method's, or qpeft_authors under that preset."""
     max_passage_tokens: int | None = None
     """Cut passages to this many tokens, in training and later."""
     teacher: str | None = None
     """A run whose scores are learned by margin_mse and plackett_luce."""
     resume: bool = False
     """Continue an interrupted training."""
+    keep_every: int | None = None
+    """Keep the adapter every so many steps, and untrained, as folders OUTPUT.steps/step-000050 and so on."""
     report: bool = False
     """Write curves of loss and dev measure as a picture."""
 
     def __post_init__(self) -> None:
-        for name in ("train_queries", "dev_queries", "dev_depth", "negative_depth", "max_passage_tokens"):
+        for name in ("train_queries", "dev_queries", "dev_depth", "negative_depth", "max_passage_tokens", "keep_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -95,14 +101,27 @@ def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
     if preset not in PRESETS:
         raise OptionError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}")
     module = adapters.load(peek(arguments, "adapter", Config.adapter))
+    method = _method(peek(arguments, "method", Config.method))
+    own = (method.Trained,) if hasattr(method, "Trained") else ()
     if preset == "stable":
-        return Config, TrainingConfig, ModelConfig, module.Config
+        kind = TrainingConfig if method.SCORES == "log_likelihood" else training_config.ReadOut
+        return Config, kind, ModelConfig, module.Config, *own
     if not hasattr(module, "Authors"):
         raise OptionError(f"adapter {module.__name__.rpartition('.')[2]!r} has no preset 'authors'")
+    if method.SCORES != "log_likelihood":
+        raise OptionError("--preset authors is for --method query_likelihood")
     return Config, training_config.Authors, ModelConfig, module.Authors
 
 
-def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_config: Any) -> None:
+def _method(name: str) -> Any:
+    module: Any = methods.load(name)
+    if not hasattr(module, "SCORES"):
+        trainable = [each for each in methods.available() if hasattr(methods.load(each), "SCORES")]
+        raise OptionError(f"--method {name} has nothing to train; take one of {', '.join(trainable)}")
+    return module
+
+
+def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_config: Any, own: Any = None) -> None:
     """Train, keep the best state, write the adapter folder."""
     output = Path(config.output)
     checkpoints = output.with_name(output.name + ".checkpoints")
@@ -112,42 +131,31 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
         raise OptionError("give --collection, or --train-file")
     groups, counts = _groups(config, training, collection)
     dev = _dev_candidates(config, collection)
-    template = load_template(config.template or ("qpeft_authors" if config.preset == "authors" else "plain"))
+    method = _method(config.method)
+    template = load_template(config.template or ("qpeft_authors" if config.preset == "authors" else method.TEMPLATE))
     teacher = _teacher(config)
 
     import torch
 
     from qpeft.adapters._folder import base_identity, save_adapter
-    from qpeft.loading import load_lm
+    from qpeft.losses import check_loss
     from qpeft.training.dev import DevRanking
-    from qpeft.training.trainer import Collator, fit
+    from qpeft.training.trainer import Collator, KeepSteps, fit
 
-    if not model.passage_cache and not getattr(adapters.load(config.adapter), "CHANGES_LM", False):
-        model = dataclasses.replace(model, passage_cache=4.0)
-    torch.set_num_threads(begun.get("threads", torch.get_num_threads()))  # the size of batches follows it
-    lm: Any = load_lm(dataclasses.replace(model, dtype=begun.get("dtype", model.dtype)))
-    # As in reranking: the last bits depend on the number type, which may be chosen by measurement, and on the threads.
-    torch.set_num_threads(begun.get("threads", torch.get_num_threads()))
-    if lm.has_encoder:
-        raise OptionError("training needs a decoder-only model")
-    torch.manual_seed(config.seed)
-    total = sum(p.numel() for p in lm.model.parameters())
-    adapter = adapters.load(config.adapter).build(adapter_config, lm)
-    parameters = adapter.count_parameters()
-    _say(f"{config.adapter}: {parameters:,} trained parameters, {100 * parameters / total:.2f} % of {lm.name}")
+    check_loss(training.loss, teacher=teacher is not None, scores=method.SCORES)
+    lm = _open_lm(config, model, begun)
+    opened = _build(config, template, adapter_config, own, lm)
+    adapter = opened.adapter
     _say_counts(counts)
-    prompt = Prompt(
-        template,
-        lm.tokenizer,
-        lm.max_length,
-        max_passage_tokens=config.max_passage_tokens,
-        hint_length=adapter.hint_length,
-    )
+    scorer = method.build_scorer(method.Config(**opened.method_options), lm, opened)
+    if training.anchor and not scorer.using(None).ready:
+        raise OptionError(f"--anchor: with --method {config.method}, the model alone has no scores to hold on to")
     facts = {
         "command": "train",
         "options": {
             name: value
-            for part in (config, training, model, adapter_config)
+            for part in (config, training, model, adapter_config, own)
+            if part is not None
             for name, value in dataclasses.asdict(part).items()
             if name not in ("resume", "output", "report")
         },
@@ -161,11 +169,30 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
         "template": template.fingerprint,
     }
     qrels = collection.qrels(config.dev_split) if collection and config.dev_split and dev else {}
-    ranking = DevRanking(lm, prompt, dev, qrels, training.measure) if dev else None
-    collator = Collator(prompt, training, config.seed, teacher)
-    _check_queries(prompt, adapter, [*(group.query for group in groups), *(item.query for item in dev)])
+    ranking = DevRanking(lm, scorer.prompt, dev, qrels, training.measure, scorer=scorer) if dev else None
+    collator = Collator(scorer.prompt, training, config.seed, teacher)
+    _check_queries(scorer.prompt, adapter, [*(group.query for group in groups), *(item.query for item in dev)])
     mark = {"options": fingerprint(facts), "dtype": lm.dtype, "threads": torch.get_num_threads()}
     _claim(checkpoints, mark, begun)
+    save = functools.partial(
+        save_adapter,
+        name=opened.name,
+        adapter=adapter,
+        lm=lm,
+        template=template,
+        max_passage_tokens=config.max_passage_tokens,
+        method=opened.method,
+        method_options=opened.method_options,
+    )
+    keeping = []
+    if config.keep_every is not None:
+        steps = output.with_name(output.name + ".steps")
+        _claim(steps, mark, _mark(steps) if steps.exists() else {})
+
+        def keep(step: int) -> None:
+            save(steps / f"step-{step:06d}", provenance=provenance(**facts, training={"steps": step}))
+
+        keeping = [KeepSteps(config.keep_every, keep)]
     fitted = fit(
         lm,
         adapter,
@@ -177,6 +204,8 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
         dev=ranking,
         resume=config.resume,
         progress=sys.stderr.isatty(),
+        callbacks=keeping,
+        scorer=scorer,
     )
     made = provenance(
         **facts,
@@ -185,14 +214,12 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
             "queries": len(groups),
             "seconds": round(fitted.seconds, 1),
             "steps": fitted.steps,
-            "trained_parameters": parameters,
+            "trained_parameters": adapter.count_parameters(),
         },
         dev=ranking and {"measure": ranking.name, "queries": len(dev), "depth": config.dev_depth, **fitted.dev},
         history=fitted.history,
     )
-    save_adapter(
-        output, config.adapter, adapter, lm, template, max_passage_tokens=config.max_passage_tokens, provenance=made
-    )
+    save(output, provenance=made)
     if config.report:
         from qpeft.analysis.plots import training_curves
 
@@ -200,10 +227,54 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
     shutil.rmtree(checkpoints, ignore_errors=True)
     _say(f"{output}: trained on {len(groups):,} queries in {fitted.seconds:,.0f} s, {fitted.steps:,} steps")
     if ranking:
-        values = "  ".join(
-            f"{name.replace('_', '-')} {value:.4f}" for name, value in fitted.dev.items() if value is not None
-        )
-        _say(f"  dev {ranking.name}, {len(dev)} queries × {config.dev_depth}: {values}")
+        _say(f"  dev {ranking.name}, {len(dev)} queries × {config.dev_depth}: {_values(fitted.dev)}")
+
+
+def _values(measured: Mapping[str, float | None]) -> str:
+    named = ((name.replace("_", "-"), value) for name, value in measured.items() if value is not None)
+    return "  ".join(f"{name} {value:.4f}" for name, value in named)
+
+
+def _open_lm(config: Config, model: ModelConfig, begun: Mapping[str, Any]) -> Any:
+    """Open the model with the number type and threads that the training began with."""
+    import torch
+
+    from qpeft.loading import load_lm
+
+    if not model.passage_cache and not getattr(adapters.load(config.adapter), "CHANGES_LM", False):
+        model = dataclasses.replace(model, passage_cache=4.0)
+    torch.set_num_threads(begun.get("threads", torch.get_num_threads()))  # the size of batches follows it
+    lm: Any = load_lm(dataclasses.replace(model, dtype=begun.get("dtype", model.dtype)))
+    # As in reranking: the last bits depend on the number type, which may be chosen by measurement, and on the threads.
+    torch.set_num_threads(begun.get("threads", torch.get_num_threads()))
+    if lm.has_encoder:
+        raise OptionError("training needs a decoder-only model")
+    return lm
+
+
+def _build(config: Config, template: Template, adapter_config: Any, own: Any, lm: Any) -> AdapterFolder:
+    """Return an untrained adapter, as if it had been opened."""
+    import torch
+
+    from qpeft.adapters._folder import AdapterFolder
+
+    torch.manual_seed(config.seed)
+    total = sum(p.numel() for p in lm.model.parameters())
+    adapter = adapters.load(config.adapter).build(adapter_config, lm)
+    if getattr(methods.load(config.method), "HEAD", False):
+        adapter.add_head(lm)
+    parameters = adapter.count_parameters()
+    _say(f"{config.adapter}: {parameters:,} trained parameters, {100 * parameters / total:.2f} % of {lm.name}")
+    options = {} if own is None else dataclasses.asdict(own)
+    return AdapterFolder(
+        config.adapter,
+        adapter,
+        template,
+        config.max_passage_tokens,
+        sha256="",
+        method=config.method,
+        method_options=options,
+    )
 
 
 def _begun(output: Path, checkpoints: Path, config: Config) -> dict[str, Any]:
@@ -216,10 +287,15 @@ def _begun(output: Path, checkpoints: Path, config: Config) -> dict[str, Any]:
         raise StateError(
             f"{checkpoints} is an unfinished training: continue it with --resume, or delete it to start afresh"
         )
+    return _mark(checkpoints)
+
+
+def _mark(folder: Path) -> dict[str, Any]:
+    """Return the options, number type and threads of the training that a folder is of."""
     try:
-        found: dict[str, Any] = json.loads((checkpoints / BEGUN).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((folder / BEGUN).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StateError(f"{checkpoints} cannot be continued: {BEGUN} is not readable; delete it") from error
+        raise StateError(f"{folder} cannot be continued: {BEGUN} is not readable; delete it") from error
     return found
 
 

@@ -1,12 +1,42 @@
 """Ways to rank. One file each, with a frozen `Config` and `build(config, lm) -> Reranker`; the file name is its name.
 
 The folder is the registry. Other packages add theirs through the entry-point group `qpeft.methods`, whose entries are
-modules with the same two names.
+modules with the same two names. Methods that score rows also have `build_scorer(config, lm, opened)`: training, the
+server and the analyses need the scorer alone.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from qpeft.registry import Registry
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qpeft.adapters._folder import AdapterFolder
+    from qpeft.methods._rows import RowScorer
+    from qpeft.pretrained import LanguageModel
 
 _registry = Registry("method", __name__, __path__)
 available, load = _registry.available, _registry.load
+
+
+def open_scorer(lm: LanguageModel, adapter: AdapterFolder | str | Path, **options: Any) -> RowScorer:
+    """Return the scorer of a trained adapter, by the method that it was trained with.
+
+    Args:
+        lm: the language model.
+        adapter: its folder, the name of an embedded one, or an opened one.
+        options: fields of the method's `Config`.
+
+    Raises:
+        AdapterError: the adapter cannot be opened, or was made for another model.
+        OptionError: options that contradict each other.
+    """
+    from qpeft.adapters._folder import open_adapter
+
+    opened = open_adapter(adapter, lm, None)
+    module = load(opened.method)
+    scorer: RowScorer = module.build_scorer(module.Config(**options), lm, opened)
+    return scorer

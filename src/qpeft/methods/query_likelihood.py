@@ -16,19 +16,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from qpeft.errors import OptionError
+from qpeft.kept_tokens import KeptTokens
 from qpeft.methods._pointwise import Pointwise
-from qpeft.template import KeptTokens, Prompt, Row, Template, load_template
+from qpeft.methods._rows import Work, open_prompt, prepare, rows_of
+from qpeft.template import Prompt, Row
 from qpeft.types import Passage, Query, Reranker, ScoringCounts
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
+    from torch import Tensor
+
     from qpeft.adapters._folder import AdapterFolder
     from qpeft.hints import HintWriter
+    from qpeft.lm import CausalLM
     from qpeft.pretrained import LanguageModel, RowLogProbs
+
+
+TEMPLATE = "plain"
+SCORES: Literal["log_likelihood"] = "log_likelihood"
 
 
 @dataclass(frozen=True)
@@ -78,51 +87,24 @@ def build_scorer(
     Raises:
         OptionError: options that contradict each other.
     """
-    if config.windows and config.window_overlap >= config.windows:
-        raise OptionError(f"--window_overlap {config.window_overlap} must be below --windows {config.windows}")
     if config.document_prior and lm.has_encoder:
         raise OptionError("--document_prior needs a decoder-only model")
-    for name, least in (("max_passage_tokens", 1), ("windows", 0), ("window_overlap", 0), ("queries_per_batch", 1)):
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise OptionError(f"--{name} is {value}; it must be at least {least}")
-    template = None if config.template is None else load_template(config.template)
-    adapter = opened or config.adapter
-    if adapter is None:
-        prompt = _prompt(config, lm, template or load_template("plain"), None, kept)
-        return QueryLikelihood(config, lm, prompt)
-    from qpeft.adapters._folder import open_adapter
-
-    opened = open_adapter(adapter, lm, template, config.template)
-    if config.max_passage_tokens is None:
-        config = dataclasses.replace(config, max_passage_tokens=opened.max_passage_tokens)
-    prompt = _prompt(config, lm, opened.template, opened.adapter, kept)
-    scorer = QueryLikelihood(config, lm, prompt, opened.adapter)
-    scorer.facts["adapter"] = {"name": opened.name, "sha256": opened.sha256}
+    config, prompt, opened, facts = open_prompt("query_likelihood", config, lm, opened, kept, template=TEMPLATE)
+    if not prompt.template.target:
+        raise OptionError(f"--template {prompt.template.name}: it has no target, whose likelihood could be the score")
+    scorer = QueryLikelihood(config, lm, prompt, None if opened is None else opened.adapter)
+    scorer.facts |= facts
     return scorer
 
 
-def _prompt(
-    config: Config, lm: LanguageModel, template: Template, adapter: HintWriter | None, kept: KeptTokens | None
-) -> Prompt:
-    return Prompt(
-        template,
-        lm.tokenizer,
-        lm.max_length,
-        max_passage_tokens=config.max_passage_tokens,
-        hint_length=None if adapter is None else adapter.hint_length,
-        separate_target=lm.has_encoder,
-        kept=kept,
-    )
+def batch_scores(lm: CausalLM, rows: Sequence[Row], adapter: HintWriter | None) -> Tensor:
+    """Return the mean log-likelihood of each row in nats per scored token, `[N]`, differentiable in the adapter."""
+    import torch
 
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """The rows of some pairs; `owners` says of each row to which pair it belongs. A passage of zero tokens has none."""
-
-    rows: list[Row]
-    owners: list[int]
-    pairs: int
+    values, counts = lm.score(rows, None if adapter is None else [adapter] * len(rows))
+    lengths = torch.tensor(counts, device=values.device)
+    owners = torch.repeat_interleave(torch.arange(len(counts), device=values.device), lengths)
+    return values.new_zeros(len(counts)).index_add(0, owners, values) / lengths
 
 
 class QueryLikelihood:
@@ -159,6 +141,16 @@ class QueryLikelihood:
         self._hint_queries = hint_queries or {}
         self._depth = depth
 
+    @property
+    def kind(self) -> Hashable:
+        """Scorers of one kind and one model may have their rows read together."""
+        return "query_likelihood", self.with_passage, self._depth
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can score: always."""
+        return True
+
     def cheaper(self, *, passage_tokens: int | None = None, layers: int | None = None) -> QueryLikelihood:
         """Return a scorer that reads less of each passage, not in windows then, or with fewer of the model's layers.
 
@@ -179,8 +171,7 @@ class QueryLikelihood:
     def score(self, pairs: Sequence[tuple[Query, Passage]]) -> list[float]:
         """Return the score of each pair, −∞ for a passage of zero tokens."""
         work = self.prepare(pairs)
-        values = self.lm.log_probs(work.rows, with_passage=self.with_passage, adapters=self.adapter, depth=self._depth)
-        return self.pool(work, values)
+        return self.pool(work, self.values(work.rows, [self.adapter] * len(work.rows)))
 
     def prepare(self, pairs: Sequence[tuple[Query, Passage]], max_passage_tokens: int | None = None) -> Work:
         """Return the rows that the model must read, and count what happened to the input.
@@ -192,37 +183,33 @@ class QueryLikelihood:
         Raises:
             QueryError: a query is empty or leaves no room for a passage.
         """
-        work = Work([], [], len(pairs))
-        self.prompt.read_ahead(passage for _, passage in pairs)
-        for index, (query, passage) in enumerate(pairs):
-            for row in self._rows(query, passage, max_passage_tokens):
-                if row.passage[0] < row.passage[1]:
-                    work.rows.append(row)
-                    work.owners.append(index)
-        self.counts.pairs += work.pairs
-        self.counts.tokens += sum(len(row) for row in work.rows)
-        self.counts.truncated_passages += sum(row.truncated for row in work.rows)
-        self.counts.empty_passages += work.pairs - len(set(work.owners))
-        return work
+        return prepare(self.prompt, pairs, lambda q, p: self._rows(q, p, max_passage_tokens), self.counts)
+
+    def values(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> list[RowLogProbs]:
+        """Return the log-probabilities of each row's scored tokens."""
+        return self.lm.log_probs(rows, with_passage=self.with_passage, adapters=adapters, depth=self._depth)
+
+    def batch_scores(self, rows: Sequence[Row]) -> Tensor:
+        """Return the mean log-likelihood of rows, `[N]`, differentiable in the adapter; for decoder-only models."""
+        lm: Any = self.lm
+        return batch_scores(lm, rows, self.adapter)
+
+    def using(self, adapter: HintWriter | None) -> QueryLikelihood:
+        """Return the same scorer with another adapter, or with none."""
+        return QueryLikelihood(self._config, self.lm, self.prompt, adapter, self._hint_queries, self._depth)
+
+    def probability(self, score: float) -> float:
+        """Return the geometric mean of the query tokens' probabilities."""
+        return min(1.0, math.exp(score))
 
     def pool(self, work: Work, values: Sequence[RowLogProbs]) -> list[float]:
         """Return the score of each pair from what the model said of its rows."""
-        pooled: list[list[float]] = [[] for _ in range(work.pairs)]
-        for owner, value in zip(work.owners, values, strict=True):
-            pooled[owner].append(self._row_score(value))
-        return [self._pool(scores) for scores in pooled]
+        return work.pool([self._row_score(value) for value in values], self._config.window_pool)
 
     def _rows(self, query: Query, passage: Passage, max_passage_tokens: int | None = None) -> list[Row]:
         read = self._hint_queries.get(query.id)
-        if not self._config.windows:
-            return self.prompt.rows(query, passage, hint_query=read, max_passage_tokens=max_passage_tokens)
-        return self.prompt.rows(
-            query,
-            passage,
-            window=self._config.windows,
-            overlap=self._config.window_overlap,
-            windows=True,
-            hint_query=read,
+        return rows_of(
+            self.prompt, self._config, query, passage, hint_query=read, max_passage_tokens=max_passage_tokens
         )
 
     def _row_score(self, value: RowLogProbs) -> float:
@@ -231,10 +218,3 @@ class QueryLikelihood:
         if value.passage is not None and len(value.passage):
             score += self._config.document_prior * float(value.passage.double().mean())
         return score
-
-    def _pool(self, scores: list[float]) -> float:
-        if not scores:
-            return -math.inf
-        if not all(map(math.isfinite, scores)):
-            return math.nan  # no window may hide it, and −∞ means a passage of zero tokens
-        return max(scores) if self._config.window_pool == "max" else sum(scores) / len(scores)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from qpeft.methods.query_likelihood import QueryLikelihood, Work
+from qpeft.methods._rows import RowScorer, Work
 from qpeft.server.metrics import Metrics
 from qpeft.types import Passage, Query
 
@@ -50,7 +50,7 @@ class Scored:
 class Job:
     """The pairs of one request and one model; `taken` have left the queue."""
 
-    scorer: QueryLikelihood
+    scorer: RowScorer
     pairs: Sequence[Pair]
     max_passage_tokens: int | None
     future: asyncio.Future[Scored]
@@ -103,9 +103,7 @@ class Batcher:
             job.future.cancel()
         await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
 
-    async def score(
-        self, scorer: QueryLikelihood, pairs: Sequence[Pair], max_passage_tokens: int | None = None
-    ) -> Scored:
+    async def score(self, scorer: RowScorer, pairs: Sequence[Pair], max_passage_tokens: int | None = None) -> Scored:
         """Return the raw scores of pairs, in order. A cancelled call leaves the queue.
 
         Raises:
@@ -220,7 +218,10 @@ class Batcher:
 
 
 def score_chunks(chunks: Sequence[Chunk]) -> list[Scored | Exception]:
-    """Score chunks of several jobs in one call of the model; if that fails, one by one, so that only one's own fail."""
+    """Score chunks of several jobs in one call of the model for each kind of scorer.
+
+    If that fails, one by one, so that only one's own fail.
+    """
     outcomes: list[Scored | Exception | None] = []
     works: list[tuple[int, Work]] = []
     for place, chunk in enumerate(chunks):
@@ -231,18 +232,18 @@ def score_chunks(chunks: Sequence[Chunk]) -> list[Scored | Exception]:
         else:
             outcomes.append(None)
             works.append((place, work))
-    for place, outcome in _model(chunks, works):
-        outcomes[place] = outcome
+    kinds = {place: chunks[place].job.scorer.kind for place, _ in works}
+    for kind in dict.fromkeys(kinds.values()):
+        for place, outcome in _model(chunks, [work for work in works if kinds[work[0]] == kind]):
+            outcomes[place] = outcome
     return [outcome for outcome in outcomes if outcome is not None]
 
 
 def _model(chunks: Sequence[Chunk], works: Sequence[tuple[int, Work]]) -> list[tuple[int, Scored | Exception]]:
-    if not works:
-        return []
     rows = [row for _, work in works for row in work.rows]
     adapters = [chunks[place].job.scorer.adapter for place, work in works for _ in work.rows]
     try:
-        values = iter(chunks[works[0][0]].job.scorer.lm.log_probs(rows, adapters=adapters))
+        values = iter(chunks[works[0][0]].job.scorer.values(rows, adapters))
         done: list[tuple[int, Scored | Exception]] = []
         for place, work in works:
             scores = chunks[place].job.scorer.pool(work, [next(values) for _ in work.rows])

@@ -13,16 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from qpeft import methods
 from qpeft.adapters._folder import AdapterFolder, adapter_path, embedded_adapters, open_adapter
 from qpeft.errors import AdapterError, InputError, OptionError, QpeftError, nearest
 from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, read_calibration
-from qpeft.methods.query_likelihood import Config, QueryLikelihood, build_scorer
+from qpeft.kept_tokens import KeptTokens
+from qpeft.methods._rows import RowScorer
 from qpeft.model_config import EMBEDDED
 from qpeft.pretrained import LanguageModel
 from qpeft.server.logs import log
 from qpeft.server.settings import Settings
-from qpeft.template import KeptTokens
 from qpeft.types import Passage, Query
 
 KEPT_CHARACTERS = 8_000_000
@@ -37,14 +39,15 @@ class UnknownModelError(InputError):
 class ServedModel:
     """A name that requests may ask for.
 
-    `calibration` turns the raw scores of a query's documents into probabilities; without one, the geometric mean of the
-    query tokens' probabilities stands for it.
+    `calibration` turns the raw scores of a query's documents into probabilities; without one, what the method says
+    stands for it: of query likelihood, the geometric mean of the query tokens' probabilities. `method` is its name.
     """
 
     name: str
-    scorer: QueryLikelihood
+    scorer: RowScorer
     adapter: AdapterFolder | None = None
     calibration: Calibration | None = None
+    method: str = "query_likelihood"
     created: int = field(default_factory=lambda: int(time.time()))
     users: int = 0
     _unused: asyncio.Event = field(default_factory=asyncio.Event)
@@ -79,13 +82,14 @@ class Models:
         self.base = Path(lm.name).name if Path(lm.name).is_dir() else lm.name
         self._settings = settings
         self._folder = None if settings.adapters is None else Path(settings.adapters)
-        config = Config(template=settings.template, max_passage_tokens=settings.max_passage_tokens)
         self._kept = KeptTokens(KEPT_CHARACTERS)
-        scorer = build_scorer(config, lm, kept=self._kept)
+        method = methods.load("query_likelihood" if lm.has_words else "classifier")
+        config = method.Config(template=settings.template, max_passage_tokens=settings.max_passage_tokens)
+        scorer = method.build_scorer(config, lm, kept=self._kept)
         calibration = read_calibration(settings.calibration) if settings.calibration else None
         if calibration is not None:
-            calibration.check(self._origin(scorer, config), f"--calibration {settings.calibration}")
-        self._served = {self.base: ServedModel(self.base, scorer, calibration=calibration)}
+            calibration.check(self._origin(scorer, method, config), f"--calibration {settings.calibration}")
+        self._served = {self.base: ServedModel(self.base, scorer, None, calibration, _name(method))}
 
     @property
     def served(self) -> dict[str, ServedModel]:
@@ -126,22 +130,23 @@ class Models:
             opened = open_adapter(available[name], self.lm, None)
         except OptionError as error:
             raise AdapterError(str(error)) from error
-        config = Config(max_passage_tokens=self._settings.max_passage_tokens)
+        method = methods.load(opened.method)
+        config = method.Config(max_passage_tokens=self._settings.max_passage_tokens)
         try:
-            scorer = build_scorer(config, self.lm, opened, kept=self._kept)
+            scorer = method.build_scorer(config, self.lm, opened, kept=self._kept)
             if opened.calibration is not None:
-                _check(name, opened.calibration, self._origin(scorer, config))
-            made = ServedModel(f"{self.base}:{name}", scorer, opened, opened.calibration)
+                _check(name, opened.calibration, self._origin(scorer, method, config))
+            made = ServedModel(f"{self.base}:{name}", scorer, opened, opened.calibration, opened.method)
             warm_up(made)
         except BaseException:
             opened.adapter.withdraw()
             raise
         return made
 
-    def _origin(self, scorer: QueryLikelihood, config: Config) -> ScoreOrigin:
+    def _origin(self, scorer: RowScorer, method: Any, config: Any) -> ScoreOrigin:
         """Return what a scorer's scores are scores of."""
         model = {"name": self.lm.name, "revision": self.lm.revision, "sha256": self.lm.sha256}
-        return ScoreOrigin.of(model, scorer.facts, "query_likelihood", dataclasses.asdict(config))
+        return ScoreOrigin.of(model, scorer.facts, _name(method), dataclasses.asdict(config))
 
     def serve(self, model: ServedModel) -> ServedModel | None:
         """Let a model be asked for, from now on; return what had its name before."""
@@ -170,6 +175,10 @@ class Models:
                 self.serve(self.open(name))
             except QpeftError as error:
                 log("adapter not served", logging.WARNING, adapter=name, reason=str(error))
+
+
+def _name(method: Any) -> str:
+    return str(method.__name__.rpartition(".")[2])
 
 
 def _check(name: str, calibration: Calibration, origin: ScoreOrigin) -> None:

@@ -103,7 +103,7 @@ async def _answer(batcher: Batcher, model: ServedModel, ask: Ask, search: Search
 
 
 def _probabilities(model: ServedModel, scored: Scored, hits: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return (position, probability): the calibrated one, else the geometric mean of the query tokens'.
+    """Return (position, probability): the calibrated one, else what the method says.
 
     `hits` are all of a query's, since a calibration may compare them. What cannot be read has 0.
     """
@@ -112,7 +112,7 @@ def _probabilities(model: ServedModel, scored: Scored, hits: Sequence[tuple[int,
     if model.calibration is not None:
         likely = [float(value) for value in model.calibration(values)]
     else:
-        likely = [min(1.0, math.exp(value)) for value in values]
+        likely = [model.scorer.probability(value) for value in values]
     found = dict(zip((index for index, _ in readable), likely, strict=True))
     return [(index, found.get(index, 0.0)) for index, _ in hits]
 
@@ -125,6 +125,8 @@ async def _reasons(
     passages = [Passage(str(index), search.documents[index].text, search.documents[index].title) for index in readable]
     if not passages:
         return {}
+    if model.method != "query_likelihood":
+        raise InputError(f"explain: scores of {model.name} are of the method {model.method}, which gives no reasons")
     prompt = model.scorer.prompt
     bounds = [bound for bound in (ask.max_passage_tokens, prompt.max_passage_tokens) if bound is not None]
     found = await batcher.run(

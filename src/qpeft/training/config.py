@@ -12,7 +12,9 @@ from qpeft.errors import OptionError
 class TrainingConfig:
     """Training."""
 
-    loss: Literal["both", "point", "pair", "softmax", "ranknet", "plackett_luce", "margin_mse"] = "both"
+    loss: Literal["both", "point", "pair", "softmax", "cross_entropy", "ranknet", "plackett_luce", "margin_mse"] = (
+        "both"
+    )
     """both: likelihood of positives plus hinge (Q-PEFT); or a part of it, or another ranking loss."""
     margin: float = 0.5
     """Of the hinge, in nats per query token."""
@@ -40,6 +42,8 @@ class TrainingConfig:
     """Queries in a step."""
     gradient_accumulation: int = 1
     """Batches in a step."""
+    gradient_checkpointing: bool = False
+    """Compute layers again in the backward pass instead of keeping what they computed: less memory (lora)."""
     evaluations: int = 4
     """How often the dev ranking is measured."""
     patience: int = 0
@@ -62,6 +66,17 @@ class TrainingConfig:
             raise OptionError(f"--learning-rate is {self.learning_rate}; it must be above 0")
         if self.warmup > 1:
             raise OptionError(f"--warmup is {self.warmup}; it is a share of the steps, at most 1")
+
+
+@dataclass(frozen=True)
+class ReadOut(TrainingConfig):
+    """Training of methods that read the last token."""
+
+    loss: Literal["both", "point", "pair", "softmax", "cross_entropy", "ranknet", "plackett_luce", "margin_mse"] = (
+        "softmax"
+    )
+    """softmax: the positive against the negatives of its group; cross_entropy: each pair by itself; or another."""
+    loss_scale: float = 1.0
 
 
 @dataclass(frozen=True)

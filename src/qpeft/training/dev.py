@@ -9,6 +9,7 @@ from qpeft.evaluation.measures import evaluate, parse_measures
 from qpeft.hints import HintWriter
 from qpeft.lm import CausalLM
 from qpeft.methods._pointwise import Pointwise
+from qpeft.methods._rows import RowScorer
 from qpeft.methods.query_likelihood import Config, QueryLikelihood
 from qpeft.template import Prompt
 from qpeft.types import Candidates, Query, Run
@@ -24,9 +25,11 @@ class DevRanking:
         qrels: their judgements.
         measure: what decides.
         hint_queries: what adapters read instead of a query, by query id (a control).
+        scorer: of the method; by default query likelihood with this prompt.
 
     Attributes:
         name: the measure's canonical name, under which it is reported.
+        zero_shot: whether the model can rank without an adapter.
 
     Raises:
         OptionError: an unknown measure, or several.
@@ -40,19 +43,20 @@ class DevRanking:
         qrels: Mapping[str, Mapping[str, int]],
         measure: str,
         hint_queries: Mapping[str, Query] | None = None,
+        scorer: RowScorer | None = None,
     ) -> None:
-        self._lm, self._prompt, self._candidates = lm, prompt, candidates
+        self._scorer: RowScorer = scorer or QueryLikelihood(Config(), lm, prompt, None, hint_queries)
+        self.zero_shot = self._scorer.using(None).ready
+        self._candidates = candidates
         self._qrels = {item.query.id: qrels[item.query.id] for item in candidates}
         parsed = parse_measures(measure)
         if len(parsed) > 1:
             raise OptionError(f"--measure {measure!r}: one measure decides, not {len(parsed)}")
         self.name = str(parsed[0])
-        self._hint_queries = hint_queries
 
     def rank(self, adapter: HintWriter | None) -> Run:
         """Return the candidates in the order of the model with an adapter, or of the model alone."""
-        scorer = QueryLikelihood(Config(), self._lm, self._prompt, adapter, self._hint_queries)
-        return Run(Pointwise(scorer).rerank(self._candidates), "dev")
+        return Run(Pointwise(self._scorer.using(adapter)).rerank(self._candidates), "dev")
 
     def measure(self, adapter: HintWriter | None) -> dict[str, float]:
         """Return the measure, averaged over the dev queries."""

@@ -15,7 +15,8 @@ import json
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,10 @@ from qpeft import losses
 from qpeft.adapters._base import Adapter
 from qpeft.errors import OptionError, ScoreError
 from qpeft.lm import CausalLM
+from qpeft.methods import query_likelihood
+from qpeft.methods._rows import RowScorer
 from qpeft.template import Prompt, Row
+from qpeft.training.checkpointing import checkpointed
 from qpeft.training.config import TrainingConfig
 from qpeft.training.dev import DevRanking
 from qpeft.training.groups import draw, in_batch_negatives
@@ -125,16 +129,24 @@ class Collator:
 
 
 class Learner(nn.Module):
-    """The adapter as the Trainer sees it: a module that returns a loss. The frozen model is no part of it."""
+    """The adapter as the Trainer sees it: a module that returns a loss. The frozen model is no part of it.
 
-    def __init__(self, adapter: Adapter, lm: CausalLM, config: TrainingConfig) -> None:
+    Args:
+        adapter: what is trained.
+        lm: the frozen model.
+        config: losses.
+        scorer: of the method; by default mean query likelihood.
+    """
+
+    def __init__(self, adapter: Adapter, lm: CausalLM, config: TrainingConfig, scorer: RowScorer | None = None) -> None:
         super().__init__()
         self.adapter = adapter
         self._lm = (lm,)
+        self._scorer = (scorer,)
         self._config = config
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the loss and the scores `[B, G]`, mean log-likelihood in nats per query token."""
+        """Return the loss and the scores `[B, G]`, of query likelihood in nats per query token."""
         scores = self._scores(batch, self.adapter)
         mask = batch.mask.to(scores.device)
         teacher = None if batch.teacher is None else batch.teacher.to(scores.device)
@@ -150,11 +162,12 @@ class Learner(nn.Module):
         return {"loss": loss, "scores": scores.detach()}
 
     def _scores(self, batch: Batch, adapter: Adapter | None) -> Tensor:
-        values, counts = self._lm[0].score(batch.rows, None if adapter is None else [adapter] * len(batch.rows))
-        lengths = torch.tensor(counts, device=values.device)
-        owners = torch.repeat_interleave(torch.arange(len(counts), device=values.device), lengths)
-        means = values.new_zeros(len(counts)).index_add(0, owners, values) / lengths
-        return means.new_zeros(batch.mask.shape).masked_scatter(batch.mask.to(means.device), means)
+        scorer = self._scorer[0]
+        if scorer is None:
+            scores = query_likelihood.batch_scores(self._lm[0], batch.rows, adapter)
+        else:
+            scores = scorer.using(adapter).batch_scores(batch.rows)
+        return scores.new_zeros(batch.mask.shape).masked_scatter(batch.mask.to(scores.device), scores)
 
 
 class AdapterTrainer(Trainer):
@@ -203,6 +216,28 @@ class AdapterTrainer(Trainer):
         learner.adapter.load_state_dict(load_file(folder / WEIGHTS, device=str(self.args.device)))
 
 
+class KeepSteps(TrainerCallback):
+    """Keeps the adapter as it is every so many steps, and before the first.
+
+    Args:
+        every: steps.
+        save: writes it; called with the number of steps done.
+    """
+
+    def __init__(self, every: int, save: Callable[[int], None]) -> None:
+        self._every, self._save = every, save
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep what is untrained."""
+        if state.global_step == 0:
+            self._save(0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep what was trained so far."""
+        if state.global_step % self._every == 0:
+            self._save(state.global_step)
+
+
 @dataclass(frozen=True)
 class Fitted:
     """What training came to."""
@@ -230,6 +265,7 @@ def fit(
     baselines: bool = True,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
+    scorer: RowScorer | None = None,
 ) -> Fitted:
     """Train an adapter in place; afterwards it is the best by dev, or, without dev, the last.
 
@@ -246,6 +282,7 @@ def fit(
         baselines: measure the model alone and the untrained adapter on dev as well.
         progress: show a progress bar.
         callbacks: more of the Trainer's callbacks.
+        scorer: of the method; by default query likelihood.
 
     Raises:
         OptionError: options out of range, or nothing to train.
@@ -254,7 +291,7 @@ def fit(
     found: dict[str, float | None] = {"zero_shot": None, "untrained": None, "trained": None}
 
     def measure(who: Adapter | None) -> float | None:
-        if dev is None or not baselines:
+        if dev is None or not baselines or (who is None and not dev.zero_shot):
             return None
         (value,) = dev.measure(who).values()
         return value
@@ -268,10 +305,11 @@ def fit(
     if config.epochs:
         made = _trainer(
             lm, adapter, groups, collator, config,
-            checkpoints=checkpoints, seed=seed, dev=dev, callbacks=callbacks, progress=progress,
+            checkpoints=checkpoints, seed=seed, dev=dev, callbacks=callbacks, progress=progress, scorer=scorer,
         )  # fmt: skip
         adapter.train()
-        made.train(resume_from_checkpoint=newest)
+        with checkpointed(lm, adapter) if config.gradient_checkpointing else nullcontext():
+            made.train(resume_from_checkpoint=newest)
         steps = int(made.state.global_step)
         history = [
             {key: value for key, value in entry.items() if isinstance(value, (int, float))}
@@ -295,6 +333,7 @@ def _trainer(
     dev: DevRanking | None,
     callbacks: Sequence[TrainerCallback],
     progress: bool,
+    scorer: RowScorer | None,
 ) -> AdapterTrainer:
     """Return a Trainer with the arguments of `fit`."""
     if not groups:
@@ -337,7 +376,7 @@ def _trainer(
     )
     return AdapterTrainer(
         dev,
-        model=Learner(adapter, lm, config),
+        model=Learner(adapter, lm, config, scorer),
         args=arguments,
         train_dataset=data,
         eval_dataset=data if dev else None,

@@ -1,0 +1,145 @@
+"""A scorer whose scores are read at the last token of each row; what is read is the method's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from qpeft.errors import OptionError
+from qpeft.methods._rows import Work, prepare, rows_of
+from qpeft.template import Prompt, Row
+from qpeft.types import Passage, Query, ScoringCounts
+
+if TYPE_CHECKING:  # so that options can be listed without importing torch
+    from torch import Tensor
+
+    from qpeft.hints import HintWriter
+    from qpeft.pretrained import LanguageModel
+    from qpeft.read_out import ReadOut
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of a method that reads the last token."""
+
+    template: str | None = None
+    """Name of a template or path of a YAML file, with {query} in its context; by default the adapter's."""
+    adapter: str | None = None
+    """Folder of a trained adapter."""
+    max_passage_tokens: int | None = None
+    """Cut passages to this many tokens; by default as the adapter was trained, or what the model's context demands."""
+    windows: int = 0
+    """Read passages in windows of this many tokens instead of cutting them; 0: do not."""
+    window_overlap: int = 32
+    """Tokens that consecutive windows share."""
+    window_pool: Literal["max", "mean"] = "max"
+    """How the scores of a passage's windows become one."""
+    queries_per_batch: int = 1
+    """Queries whose candidates are batched together; more fills a large GPU better."""
+
+
+def check_template(prompt: Prompt) -> None:
+    """Raise OptionError for a template with a target: its last token is a query's."""
+    if prompt.template.target:
+        raise OptionError(
+            f"--template {prompt.template.name}: the query is its target; one with {{query}} in its context is needed, "
+            "such as rankllama or yes_no"
+        )
+
+
+class Reading(Protocol):
+    """What a method reads, and how it becomes a score."""
+
+    def read_out(self, adapter: HintWriter | None) -> ReadOut:
+        """Return what is read with an adapter, or with the model alone."""
+        ...
+
+    def scores(self, values: Tensor) -> Tensor:
+        """Return the scores `[B]` of what was read, `[B, k]`."""
+        ...
+
+
+class ReadOutScorer:
+    """Scores (query, passage) pairs by what stands at the last token.
+
+    Args:
+        config: options; those that the prompt and the adapter embody are not read.
+        lm: the language model.
+        prompt: template and tokenizer.
+        reading: what is read.
+        adapter: what changes the model or writes hints, if anything.
+    """
+
+    def __init__(
+        self, config: Config, lm: LanguageModel, prompt: Prompt, reading: Reading, adapter: HintWriter | None = None
+    ) -> None:
+        self.counts = ScoringCounts()
+        self.facts: dict[str, Any] = {}
+        self.lm, self.prompt, self.adapter = lm, prompt, adapter
+        self._config, self._reading = config, reading
+
+    @property
+    def kind(self) -> Hashable:
+        """Scorers of one kind and one model may have their rows read together."""
+        return self._reading.read_out(self.adapter)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can score: whether there is what is to be read."""
+        try:
+            self._reading.read_out(self.adapter)
+        except OptionError:
+            return False
+        return True
+
+    def check(self, query: Query) -> None:
+        """Raise QueryError for a query that is empty or leaves no room for a passage."""
+        rows_of(self.prompt, self._config, query, Passage("", ""))
+
+    def score(self, pairs: Sequence[tuple[Query, Passage]]) -> list[float]:
+        """Return the score of each pair, −∞ for a passage of zero tokens."""
+        work = self.prepare(pairs)
+        return self.pool(work, self.values(work.rows, [self.adapter] * len(work.rows)))
+
+    def prepare(self, pairs: Sequence[tuple[Query, Passage]], max_passage_tokens: int | None = None) -> Work:
+        """Return the rows that the model must read, and count what happened to the input.
+
+        Args:
+            pairs: queries and passages.
+            max_passage_tokens: a bound on these passages, beside that of the options.
+
+        Raises:
+            QueryError: a query is empty or leaves no room for a passage.
+        """
+        config = self._config
+        return prepare(
+            self.prompt,
+            pairs,
+            lambda query, passage: rows_of(self.prompt, config, query, passage, max_passage_tokens=max_passage_tokens),
+            self.counts,
+        )
+
+    def values(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> list[Tensor]:
+        """Return what is read of each row, `[k]`."""
+        return self.lm.read(rows, self._reading.read_out(self.adapter), adapters=adapters)
+
+    def pool(self, work: Work, values: Sequence[Tensor]) -> list[float]:
+        """Return the score of each pair from what was read of its rows."""
+        scores = [float(self._reading.scores(value[None].double())) for value in values]
+        return work.pool(scores, self._config.window_pool)
+
+    def batch_scores(self, rows: Sequence[Row]) -> Tensor:
+        """Return the scores of rows in one forward pass, `[N]`, differentiable; for decoder-only models."""
+        lm: Any = self.lm
+        adapters = None if self.adapter is None else [self.adapter] * len(rows)
+        return self._reading.scores(lm.read_batch(rows, self._reading.read_out(self.adapter), adapters))
+
+    def using(self, adapter: HintWriter | None) -> ReadOutScorer:
+        """Return the same scorer with another adapter, or with none."""
+        return ReadOutScorer(self._config, self.lm, self.prompt, self._reading, adapter)
+
+    def probability(self, score: float) -> float:
+        """Return the logistic function of the score."""
+        return 1.0 / (1.0 + math.exp(-score)) if score >= 0 else math.exp(score) / (1.0 + math.exp(score))

@@ -1,0 +1,219 @@
+"""From pairs to rows, which any method's model reads in one batch with those of others."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from qpeft.errors import OptionError
+from qpeft.kept_tokens import KeptTokens
+from qpeft.template import Prompt, Row, load_template
+from qpeft.types import Passage, Query, Scorer, ScoringCounts
+
+if TYPE_CHECKING:  # so that options can be listed without importing torch
+    from torch import Tensor
+
+    from qpeft.adapters._folder import AdapterFolder
+    from qpeft.hints import HintWriter
+    from qpeft.pretrained import LanguageModel
+
+C = TypeVar("C", bound="Options")
+
+
+class Options(Protocol):
+    """Options that all methods with rows have; those of a method's frozen `Config`."""
+
+    @property
+    def template(self) -> str | None: ...
+    @property
+    def adapter(self) -> str | None: ...
+    @property
+    def max_passage_tokens(self) -> int | None: ...
+    @property
+    def windows(self) -> int: ...
+    @property
+    def window_overlap(self) -> int: ...
+    @property
+    def window_pool(self) -> str: ...
+    @property
+    def queries_per_batch(self) -> int: ...
+
+
+class RowScorer(Scorer, Protocol):
+    """A scorer whose scores come of rows: what training and the server need of a method."""
+
+    lm: LanguageModel
+    prompt: Prompt
+    adapter: HintWriter | None
+
+    @property
+    def kind(self) -> Hashable:
+        """Scorers of one kind and one model may have their rows read together."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can score; a classifier cannot without a head."""
+        ...
+
+    def prepare(self, pairs: Sequence[tuple[Query, Passage]], max_passage_tokens: int | None = None) -> Work:
+        """Return the rows that the model must read, and count what happened to the input."""
+        ...
+
+    def values(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> list[Any]:
+        """Return what the model says of each row, whichever scorer of this kind it belongs to."""
+        ...
+
+    def pool(self, work: Work, values: Sequence[Any]) -> list[float]:
+        """Return the score of each pair from what the model said of its rows."""
+        ...
+
+    def batch_scores(self, rows: Sequence[Row]) -> Tensor:
+        """Return the scores of rows in one forward pass, `[N]` float32, differentiable in adapter and head."""
+        ...
+
+    def using(self, adapter: HintWriter | None) -> RowScorer:
+        """Return the same scorer with another adapter, or with none, and counts of its own."""
+        ...
+
+    def probability(self, score: float) -> float:
+        """Return what stands for the probability of relevance where no calibration does."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The rows of some pairs; `owners` says of each row to which pair it belongs. A passage of zero tokens has none."""
+
+    rows: list[Row]
+    owners: list[int]
+    pairs: int
+
+    def pool(self, scores: Sequence[float], how: str) -> list[float]:
+        """Return the score of each pair from those of its rows (windows): `max` or `mean`; −∞ where there is none."""
+        pooled: list[list[float]] = [[] for _ in range(self.pairs)]
+        for owner, score in zip(self.owners, scores, strict=True):
+            pooled[owner].append(score)
+        return [_pool(some, how) for some in pooled]
+
+
+def _pool(scores: list[float], how: str) -> float:
+    if not scores:
+        return -math.inf
+    if not all(map(math.isfinite, scores)):
+        return math.nan  # no window may hide it, and −∞ means a passage of zero tokens
+    return max(scores) if how == "max" else sum(scores) / len(scores)
+
+
+def prepare(
+    prompt: Prompt,
+    pairs: Sequence[tuple[Query, Passage]],
+    rows: Callable[[Query, Passage], list[Row]],
+    counts: ScoringCounts,
+) -> Work:
+    """Return the rows of pairs, and count what happened to the input.
+
+    Raises:
+        QueryError: a query is empty or leaves no room for a passage.
+    """
+    work = Work([], [], len(pairs))
+    prompt.read_ahead(passage for _, passage in pairs)
+    for index, (query, passage) in enumerate(pairs):
+        for row in rows(query, passage):
+            if row.passage[0] < row.passage[1]:
+                work.rows.append(row)
+                work.owners.append(index)
+    counts.pairs += work.pairs
+    counts.tokens += sum(len(row) for row in work.rows)
+    counts.truncated_passages += sum(row.truncated for row in work.rows)
+    counts.empty_passages += work.pairs - len(set(work.owners))
+    return work
+
+
+def rows_of(
+    prompt: Prompt,
+    config: Options,
+    query: Query,
+    passage: Passage,
+    *,
+    hint_query: Query | None = None,
+    max_passage_tokens: int | None = None,
+) -> list[Row]:
+    """Return a pair as one row, or as one row per window."""
+    if not config.windows:
+        return prompt.rows(query, passage, hint_query=hint_query, max_passage_tokens=max_passage_tokens)
+    return prompt.rows(
+        query,
+        passage,
+        window=config.windows,
+        overlap=config.window_overlap,
+        windows=True,
+        hint_query=hint_query,
+    )
+
+
+def open_prompt(
+    method: str,
+    config: C,
+    lm: LanguageModel,
+    opened: AdapterFolder | None,
+    kept: KeptTokens | None,
+    *,
+    template: str,
+) -> tuple[C, Prompt, AdapterFolder | None, dict[str, Any]]:
+    """Open what a method's options name.
+
+    Args:
+        method: its name.
+        config: its options.
+        lm: the language model.
+        opened: an adapter that is open already, in place of `config.adapter`.
+        kept: see `Prompt`.
+        template: the one that is taken without an adapter and without an option.
+
+    Returns:
+        The options with what the adapter was trained with, the prompt, the adapter, and what provenance says of them.
+
+    Raises:
+        OptionError: options out of range or that contradict each other.
+        AdapterError: the adapter cannot be used with the model.
+    """
+    _check(config)
+    wanted = None if config.template is None else load_template(config.template)
+    adapter: AdapterFolder | str | None = opened or config.adapter
+    if adapter is not None:
+        from qpeft.adapters._folder import open_adapter
+
+        opened = open_adapter(adapter, lm, wanted, config.template, method=method)
+        wanted = opened.template
+        if config.max_passage_tokens is None:
+            replaced: Any = dataclasses.replace(config, max_passage_tokens=opened.max_passage_tokens)  # type: ignore[type-var]
+            config = replaced
+    chosen = wanted or load_template(template)
+    prompt = Prompt(
+        chosen,
+        lm.tokenizer,
+        lm.max_length,
+        max_passage_tokens=config.max_passage_tokens,
+        hint_length=None if opened is None else opened.adapter.hint_length,
+        separate_target=lm.has_encoder,
+        kept=kept,
+    )
+    facts: dict[str, Any] = {
+        "template": {"name": chosen.name, "version": chosen.version, "fingerprint": chosen.fingerprint}
+    }
+    if opened is not None:
+        facts["adapter"] = {"name": opened.name, "sha256": opened.sha256}
+    return config, prompt, opened, facts
+
+
+def _check(config: Options) -> None:
+    if config.windows and config.window_overlap >= config.windows:
+        raise OptionError(f"--window_overlap {config.window_overlap} must be below --windows {config.windows}")
+    for name, least in (("max_passage_tokens", 1), ("windows", 0), ("window_overlap", 0), ("queries_per_batch", 1)):
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise OptionError(f"--{name} is {value}; it must be at least {least}")

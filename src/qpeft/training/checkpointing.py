@@ -1,0 +1,38 @@
+"""Memory for time: the frozen model's layers keep nothing for the backward pass and are computed again there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qpeft.adapters._base import Adapter
+from qpeft.errors import OptionError
+from qpeft.lm import CausalLM
+
+
+@contextmanager
+def checkpointed(lm: CausalLM, adapter: Adapter) -> Iterator[None]:
+    """Let the model recompute its layers within this context.
+
+    The adapter has been switched off again when the backward pass begins, so each recomputation switches it on.
+
+    Raises:
+        OptionError: the adapter reads passages that are encoded already, or the architecture cannot do it.
+    """
+    if not adapter.changes_lm:
+        raise OptionError("--gradient-checkpointing is for --adapter lora; others train over encoded passages")
+    layers = [module for module in lm.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers or not lm.model.supports_gradient_checkpointing:
+        raise OptionError(f"--gradient-checkpointing: {lm.name} has no layers that can be computed again")
+    options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), adapter.applied())}
+    lm.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    for layer in layers:
+        layer.training = True  # of itself alone: what is within stays without dropout
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        lm.model.activation_checkpointing_disable()
