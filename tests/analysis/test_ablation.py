@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from qpeft import methods
 from qpeft.adapters import lora
 from qpeft.adapters._folder import AdapterFolder
 from qpeft.adapters._lora_targets import Place
@@ -14,7 +15,6 @@ from qpeft.analysis.ablation import ALL, NONE, of_components, of_layers, of_proj
 from qpeft.depth import find_layers
 from qpeft.errors import ModelError, OptionError
 from qpeft.methods._pointwise import Pointwise
-from qpeft.methods.query_likelihood import Config, build_scorer
 from qpeft.replay import Replay
 from qpeft.template import load_template
 from qpeft.types import Candidates
@@ -39,16 +39,28 @@ def by_kind(ablations):
     return found
 
 
-def opened(make_lm, monkeypatch, family, layers=3, **options):
+READ = {
+    "query_likelihood": ("plain", {}),
+    "classifier": ("rankllama", {}),
+    "yes_no": ("yes_no", {"yes": "new", "no": "old"}),
+}
+"""Method → its template, and options that make sense with the words of the tiny tokenizer."""
+
+
+def opened(make_lm, monkeypatch, family, layers=3, method="query_likelihood", **options):
     """Return a deeper model of a family, an adapter whose every parameter matters, and a reranker with it."""
     monkeypatch.setitem(FAMILIES, family, FAMILIES[family] | {DEEP[family]: layers})
     lm = make_lm(family, batch_tokens=80)  # several batches for each query
     torch.manual_seed(1)
     adapter = lora.build(lora.Config(**({"r": 2} | options)), lm)
+    if method == "classifier":
+        adapter.add_head(lm)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1)
-    scorer = build_scorer(Config(), lm, AdapterFolder("lora", adapter, load_template("plain"), None, "0"))
+    template, own = READ[method]
+    folder = AdapterFolder("lora", adapter, load_template(template), None, "0", method=method, method_options=own)
+    scorer = methods.open_scorer(lm, folder)
     return lm, adapter, Pointwise(scorer)
 
 
@@ -167,6 +179,33 @@ def test_shared_work_changes_no_score(family, make_lm, monkeypatch):
     assert len(different) == len(set(sets)), "every set matters"
     assert list(reranker.rerank(ITEMS)) == before
     assert not any("forward" in vars(layer) for layer in find_layers(lm.model).modules)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bert"])
+@pytest.mark.parametrize("method", ["classifier", "yes_no"])
+def test_whatever_is_read_out(method, family, make_lm, monkeypatch):
+    lm, adapter, reranker = opened(make_lm, monkeypatch, family, method=method)
+    sets = [each.active for each in [*references(adapter.places()), *of_layers(list(adapter.places()), 2)]]
+    shared = Ablated(lm, adapter, reranker, sets)
+    expected = Ablated(lm, adapter, reranker, sets, share=False).rank(ITEMS)
+    shared.rank(ITEMS[:1])
+    assert shared.shares
+    assert shared.rank(ITEMS) == expected
+    assert len({str(rankings) for rankings in expected.values()}) == len(set(sets))
+    if method == "yes_no":  # with a head there is no score of the model alone
+        with adapter.only(()):
+            silenced = list(reranker.rerank(ITEMS))
+        assert silenced == list(Pointwise(reranker._scorer.using(None)).rerank(ITEMS)) == expected[frozenset()]
+
+
+def test_a_head_goes_on_acting(make_lm, monkeypatch):
+    _, adapter, reranker = opened(make_lm, monkeypatch, "llama", method="classifier")
+    with adapter.only(()):
+        found = [{hit.passage_id: hit.score for hit in ranking.hits} for ranking in reranker.rerank(ITEMS)]
+        with torch.no_grad():
+            adapter.head.module.weight.mul_(-2)
+        negated = [{hit.passage_id: -2 * hit.score for hit in ranking.hits} for ranking in reranker.rerank(ITEMS)]
+    assert [pytest.approx(each) for each in found] == [{k: v / 4 for k, v in each.items()} for each in negated]
 
 
 def test_with_a_hint_beside_the_additions(make_lm, monkeypatch):

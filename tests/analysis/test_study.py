@@ -64,7 +64,7 @@ def study(design, subjects, **changes):
         "depth": 20,
         "queries": tuple(f"q{i}" for i in range(QUERIES)),
         "subjects": tuple(
-            {"folder": s.folder, "sha256": s.sha256, "rank": s.rank, "seed": s.seed, "step": s.step,
+            {"folder": s.folder, "sha256": s.sha256, "rank": s.rank, "method": s.method, "seed": s.seed, "step": s.step,
              "component": s.component, "parameters": s.parameters} for s in subjects
         ),
         "findings": found,

@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import time
 
@@ -40,6 +41,8 @@ def adapters(saved_model, tmp_path_factory):
                     parameter.copy_(torch.randn_like(parameter) * 0.1)
         facts = {"options": {"seed": seed}}
         save_adapter(root / name, "lora", adapter, lm, load_template("plain"), provenance=facts)
+    own = {"yes": "new", "no": "old"}
+    save_adapter(root / "yes-no", "lora", adapter, lm, load_template("yes_no"), method="yes_no", method_options=own)
     return root
 
 
@@ -161,6 +164,40 @@ def test_components_ranks_and_checkpoints(arguments, tmp_path):
     assert found.find("step 10").per_query != found.find("step 20").per_query
 
 
+def test_states_that_training_kept(toy, toy_run, saved_model, tmp_path):
+    """From `train --keep-every` to the study, with a score head."""
+    where = ["--collection", str(toy), "--model", str(saved_model), "--dtype", "float32"]
+    output = tmp_path / "head"
+    training = ["--method", "classifier", "--train-file", str(groups(toy, tmp_path)), "--epochs", "2", "--r", "1"]
+    training += ["--batch-queries", "2", "--learning-rate", "0.05", "--dev-queries", "6", "--seed", "5"]
+    training += ["--keep-every", "2", "--output", str(output)]
+    assert main(["train", "--adapter", "lora", *where, *training]) == 0
+    study = ["--adapter", f"{output}.steps", "--run", str(toy_run), "--measure", "RR@5"]
+    assert main(["analyze", "checkpoints", *where, *study, "--output", str(tmp_path / "s")]) == 0
+    found = result(tmp_path / "s")
+    assert [each.x for each in found.of("step")] == [0, 2, 4, 6]
+    assert {(subject["seed"], subject["method"]) for subject in found.subjects} == {(5, "classifier")}
+    gains = {each.x: each.gain for each in found.of("step")}
+    assert gains[0] == 0, "the head of each state acts without additions too"
+
+
+def groups(toy, folder):
+    """Write groups to train on, one for each query of the toy collection."""
+    collection = open_collection(str(toy))
+    texts, qrels = collection.passages, collection.qrels("dev")
+    lines = [
+        {
+            "query": query.text,
+            "pos": [texts[passage].text for passage in qrels[query.id]],
+            "neg": [texts["octopus-1"].text, texts["king-2"].text],
+        }
+        for query in collection.queries("dev").values()
+    ]
+    path = folder / "groups.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
 def kill_midway(process, partial):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -219,6 +256,17 @@ def test_nothing_is_computed_twice(arguments, tmp_path, monkeypatch):
     assert found.find("all additions").means[1] != found.find("no additions").means[1]
 
 
+def test_another_adapter_under_the_same_name_is_noticed(arguments, adapters, tmp_path, monkeypatch, capsys):
+    shutil.copytree(adapters / "all-1", tmp_path / "mine")
+    again = arguments("projections", more=["--adapter", str(tmp_path / "mine")])
+    with monkeypatch.context() as patch:
+        patch.setattr("qpeft.analysis.study_report.write_study", interrupted)
+        assert main(again) == 130
+    shutil.copy(adapters / "all-2" / "adapter_model.safetensors", tmp_path / "mine")
+    assert main([*again, "--resume"]) == 2
+    assert "made with other options, data, adapters or model" in capsys.readouterr().err
+
+
 def interrupted(*_):
     raise KeyboardInterrupt
 
@@ -253,6 +301,7 @@ def test_a_finished_study_is_replaced_and_nothing_else(arguments, tmp_path, caps
         ("components", ["mlp"], [], ["trained with both components", "ranks: none"]),
         ("ranks", ["all-1", "all-2"], [], ["all adapters have rank 2"]),
         ("checkpoints", ["all-1"], [], ["all-1: no folders of steps"]),
+        ("ranks", ["rank-1", "yes-no"], [], ["adapters of several methods: query_likelihood, yes_no"]),
     ],
 )
 def test_bad_input(arguments, tmp_path, capsys, study, names, more, words):

@@ -42,6 +42,7 @@ class Subject:
         step: of a checkpoint.
         prompt: fingerprint of how input is written, if the adapter has nothing but additions: then two that agree in it
             are the same without additions. None otherwise.
+        method: that it was trained for.
     """
 
     folder: str
@@ -51,6 +52,7 @@ class Subject:
     places: Mapping[Place, int]
     step: int | None = None
     prompt: str | None = None
+    method: str = "query_likelihood"
 
     @property
     def parameters(self) -> int:

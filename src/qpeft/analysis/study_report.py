@@ -72,8 +72,11 @@ def page(study: Study, drawn: Sequence[Drawn]) -> str:
 
 def what(study: Study) -> str:
     """Return what was measured, in a sentence."""
-    seeds = "1 adapter" if len(study.subjects) == 1 else f"{len(study.subjects)} adapters"
-    return f"{study.measure} on {study.collection}: {len(study.queries):,} queries × {study.depth} candidates, {seeds}."
+    count = len(study.subjects)
+    return (
+        f"{study.measure} on {study.collection}: {len(study.queries):,} queries × {study.depth} candidates, "
+        f"{count} adapter{'s' * (count > 1)} of {study.subjects[0]['method']}."
+    )
 
 
 def sentences(study: Study) -> Iterator[str]:

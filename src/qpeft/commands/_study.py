@@ -153,6 +153,8 @@ def run_study(
     lm: Any = load_lm(dataclasses.replace(model, dtype=unfinished.settings.get("dtype", model.dtype)))
     torch.set_num_threads(unfinished.settings.get("threads", torch.get_num_threads()))
     subjects = [_subject(folder, lm) for folder in folders]
+    if len({each.method for each in subjects}) > 1:
+        raise OptionError(f"adapters of several methods: {', '.join(sorted({each.method for each in subjects}))}")
     design = design_of(subjects)
     facts: dict[str, Any] = {
         "command": f"analyze {design.study}",
@@ -164,7 +166,7 @@ def run_study(
         },
         "collection": {"name": collection.name, "split": config.split, "fingerprint": collection.fingerprint()},
         "first_stage": {"tag": first.tag, "sha256": file_fingerprint(Path(config.run))},
-        "adapters": [{"folder": each.folder, "sha256": each.sha256} for each in subjects],
+        "adapters": [{"folder": each.folder, "sha256": each.sha256, "method": each.method} for each in subjects],
         "model": describe_lm(lm, model),
     }
     settings = {"dtype": lm.dtype, "threads": torch.get_num_threads()}
@@ -172,7 +174,7 @@ def run_study(
     items = list(candidates_from_run(first, queries, collection.passages, config.depth))
     work: dict[str, Any] = {"layers_run": 0, "layers_without_sharing": 0, "why_not": ""}
     with closing(unfinished), progress_bar(design.study, len(subjects) * len(items), len(lines)) as bar:
-        for line in _rank(config, lm, subjects, design, items, len(lines)):
+        for line in _rank(lm, subjects, design, items, len(lines)):
             lines.append(line)
             unfinished.add(line)
             bar.advance(pairs=sum(len(scores) for scores in line["scores"]))
@@ -229,7 +231,16 @@ def _subject(folder: str, lm: Any) -> Subject:
     made = Path(folder) / "provenance.json"
     told = read_json(made) if made.is_file() else {}
     seed = told.get("options", {}).get("seed") if isinstance(told, dict) else None
-    return Subject(folder, opened.sha256, adapter.config.r, seed, places, int(step[1]) if step else None, prompt)
+    return Subject(
+        folder,
+        opened.sha256,
+        adapter.config.r,
+        seed,
+        places,
+        step=int(step[1]) if step else None,
+        prompt=prompt,
+        method=opened.method,
+    )
 
 
 def _sets(design: Design, subjects: Sequence[Subject], index: int) -> list[Any]:
@@ -240,7 +251,6 @@ def _sets(design: Design, subjects: Sequence[Subject], index: int) -> list[Any]:
 
 
 def _rank(
-    config: StudyConfig,
     lm: Any,
     subjects: Sequence[Subject],
     design: Design,
@@ -318,6 +328,7 @@ def _described(subject: Subject) -> dict[str, Any]:
         "folder": subject.folder,
         "sha256": subject.sha256,
         "rank": subject.rank,
+        "method": subject.method,
         "seed": subject.seed,
         "step": subject.step,
         "component": subject.component,
