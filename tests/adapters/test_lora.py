@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import AutoModelForSequenceClassification, MambaConfig, MambaForCausalLM
 
 from qpeft.adapters import lora
 from qpeft.adapters._folder import load_adapter, read_config, save_adapter
@@ -14,10 +14,11 @@ from qpeft.cli import main
 from qpeft.errors import AdapterError, MissingDependencyError, OptionError
 from qpeft.lm import CausalLM
 from qpeft.loading import load_reranker
+from qpeft.methods import open_scorer
 from qpeft.template import Prompt, Template, load_template
 from reference import naive_hinted_log_probs, naive_hints, naive_log_probs
 from tiny_adapters import PASSAGES, QUERIES, build, rows_for, with_store
-from tiny_models import FAMILIES, build_family, wordpiece_tokenizer
+from tiny_models import FAMILIES, SPECIAL, build_family, wordpiece_tokenizer
 
 ATTENTION = {
     "bert": {"query", "key", "value", "dense"},
@@ -399,3 +400,74 @@ def test_train_and_rerank(saved_model, tmp_path, capsys):
     plain = load_reranker(str(saved_model), dtype="float32")
     pairs = [(query.text, passage.text) for query in QUERIES for passage in PASSAGES]
     assert all(one != other for one, other in zip(reranker.predict(pairs), plain.predict(pairs), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [("0", {0}), ("1", {1}), ("0-1", {0, 1}), (" 1 , 0", {0, 1}), ("", {0, 1}), ("1-1", {1})]
+)
+def test_some_layers_of_the_model(family, make_lm, text, layers):
+    lm = make_lm(family)
+    found = layer_names(lora.build(lora.Config(layers=text), lm))
+    assert {int(next(part for part in name.split(".") if part.isdigit())) for name in found} == layers
+    whole = layer_names(lora.build(lora.Config(), make_lm(family)))
+    assert len(found) == len(whole) * len(layers) // 2
+
+
+def test_a_range_of_a_deep_model(make_lm, monkeypatch, tmp_path):
+    monkeypatch.setitem(FAMILIES, "llama", FAMILIES["llama"] | {"num_hidden_layers": 12})
+    lm = make_lm("llama")
+    adapter = trained(lm, layers="1-3,11", modules="mlp")
+    assert {name.split(".")[2] for name in layer_names(adapter)} == {"1", "2", "3", "11"}
+    save_adapter(tmp_path / "a", "lora", adapter, lm, load_template("plain"))
+    opened = open_with_peft("llama", tmp_path / "a")
+    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert set(peft.get_peft_model_state_dict(opened, save_embedding_layers=False)) == set(stored)
+
+
+def test_alpha_of_ones_own(make_lm):
+    lm = make_lm("llama")
+    for r in (1, 4):
+        adapter = lora.build(lora.Config(r=r, alpha=64.0), lm)
+        assert adapter.peft_facts()["lora_alpha"] == 64
+        assert {layer.scaling[adapter.label] for layer in adapter._layers.values()} == {64 / r}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "gpt2", "gpt_neox"])
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_peft_opens_a_classifier(family, make_lm, tmp_path):
+    lm = make_lm(family)
+    adapter = lora.build(lora.Config(r=2), lm)
+    adapter.add_head(lm)
+    assert adapter.count_parameters() == sum(tensor.numel() for tensor in adapter.state_dict().values())
+    assert abs(float(adapter.head.module.weight.detach().std()) - 0.02) < 0.01, (
+        "it starts as transformers would start it"
+    )
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    save_adapter(tmp_path / "a", "lora", adapter, lm, load_template("rankllama"), method="classifier")
+    scorer = open_scorer(make_lm(family), tmp_path / "a")
+    pairs = [(query, passage) for query in QUERIES for passage in PASSAGES]
+    config = type(lm.model.config)(**{**FAMILIES[family], **SPECIAL, "num_labels": 1})
+    base = AutoModelForSequenceClassification.from_config(config)
+    base.base_model.load_state_dict(make_lm(family).model.base_model.state_dict())
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "a").eval()
+    assert type(model) is peft.PeftModelForSequenceClassification
+    with torch.no_grad():
+        found = [float(model(input_ids=torch.tensor([row.context])).logits) for row in scorer.prepare(pairs).rows]
+    assert scorer.score(pairs) == pytest.approx(found, abs=1e-4)
+    assert torch.equal(model.base_model.model.score.modules_to_save["default"].weight, adapter.head.module.weight)
+
+
+def test_peft_opens_an_adapter_that_answers(make_lm, tmp_path):
+    lm = make_lm("llama")
+    adapter = trained(lm)
+    save_adapter(tmp_path / "a", "lora", adapter, lm, load_template("yes_no"), method="yes_no")
+    scorer = open_scorer(lm, tmp_path / "a")
+    pairs = [(query, passage) for query in QUERIES for passage in PASSAGES]
+    model = open_with_peft("llama", tmp_path / "a")
+    yes, no = lm.tokenizer.convert_tokens_to_ids(["yes", "no"])
+    with torch.no_grad():
+        logits = [model(input_ids=torch.tensor([row.context])).logits[0, -1] for row in scorer.prepare(pairs).rows]
+    assert scorer.score(pairs) == pytest.approx([float(each[yes] - each[no]) for each in logits], abs=1e-4)

@@ -290,3 +290,15 @@ def test_the_page_of_real_explanations(lm, saved, name):
     assert ("what each query token reads" in text) == (name == "qpeft_a")
     assert ("word of the hint" in text) == (name == "qpeft_r")
     assert text.count("most read") == (4 if name == "qpeft_a" else 0)
+
+
+def test_only_query_likelihood_is_explained(make_lm, tmp_path):
+    lm = make_lm("llama")
+    adapter = build("soft_prompt", lm)
+    save_adapter(tmp_path / "a", "soft_prompt", adapter, lm, load_template("yes_no"), method="yes_no")
+    with pytest.raises(
+        OptionError, match="only query likelihood can be explained; the adapter was trained for --method yes_no"
+    ):
+        explain(lm, tmp_path / "a", None, QUERY, PASSAGES)
+    with pytest.raises(OptionError, match="--template rankllama: only query likelihood can be explained"):
+        explain(lm, None, load_template("rankllama"), QUERY, PASSAGES)

@@ -19,7 +19,7 @@ from qpeft.server import page
 from qpeft.server.batcher import OverloadedError
 from qpeft.server.guard import OPEN, Guard
 from qpeft.server.models import UnknownModelError
-from qpeft.server.ranking import TruncatedError
+from qpeft.server.ranking import NoReasonsError, TruncatedError
 from qpeft.server.refusals import Refusal, of_fault, of_validation, response
 from qpeft.server.routes import router
 from qpeft.server.service import Service
@@ -87,6 +87,8 @@ def _refusal(error: Exception, request_id: str) -> Refusal:
             return Refusal(422, str(error), "query")
         case TruncatedError():
             return Refusal(413, str(error), "truncate")
+        case NoReasonsError():
+            return Refusal(422, str(error), "explain")
         case AdapterError():
             return Refusal(409, str(error), "name")
     return of_fault(error, request_id)

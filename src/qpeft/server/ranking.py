@@ -22,6 +22,10 @@ class TruncatedError(InputError):
     """A document does not fit, and the client wants none cut."""
 
 
+class NoReasonsError(InputError):
+    """Reasons are asked for, of a method that gives none."""
+
+
 @dataclass(frozen=True)
 class Search:
     """One query with its candidates; `top_n` None: all of them come back. `name` stands in messages."""
@@ -36,8 +40,9 @@ class Search:
 class Ask:
     """What one request wants of one model.
 
-    `raw`: nats per query token instead of a probability. `max_passage_tokens`: documents are cut there. `may_cut`
-    False: a document that does not fit is an error. `explain`: reasons too.
+    `raw`: the method's own score (of query likelihood, nats per query token) instead of a probability.
+    `max_passage_tokens`: documents are cut there. `may_cut` False: a document that does not fit is an error. `explain`:
+    reasons too.
     """
 
     searches: Sequence[Search]
@@ -71,9 +76,12 @@ async def rank(batcher: Batcher, model: ServedModel, ask: Ask) -> list[Answer]:
     Raises:
         QueryError: a query is empty or leaves no room for a document.
         TruncatedError: a document does not fit and may not be cut.
+        NoReasonsError: only query likelihood has reasons.
         ScoreError: the model gave a score that is no number.
         OverloadedError: the queue is full.
     """
+    if ask.explain and model.method != "query_likelihood":
+        raise NoReasonsError(f"explain: {model.name} scores by the method {model.method}, which gives no reasons")
     pairs = [
         (query, document)
         for search in ask.searches
@@ -125,8 +133,6 @@ async def _reasons(
     passages = [Passage(str(index), search.documents[index].text, search.documents[index].title) for index in readable]
     if not passages:
         return {}
-    if model.method != "query_likelihood":
-        raise InputError(f"explain: scores of {model.name} are of the method {model.method}, which gives no reasons")
     prompt = model.scorer.prompt
     bounds = [bound for bound in (ask.max_passage_tokens, prompt.max_passage_tokens) if bound is not None]
     found = await batcher.run(

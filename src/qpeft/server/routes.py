@@ -168,6 +168,7 @@ def _card(model: ServedModel, base: str) -> dict[str, Any]:
     """Return what OpenAI's list says of a model, and vLLM's of an adapter."""
     card: dict[str, Any] = {"id": model.name, "object": "model", "created": model.created, "owned_by": "qpeft"}
     card |= {"root": base, "parent": None if model.adapter is None else base}
+    card["method"] = model.method
     if model.adapter is not None:
         card["adapter"] = {"kind": model.adapter.name, "sha256": model.adapter.sha256}
     if model.calibration is not None:

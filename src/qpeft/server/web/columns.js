@@ -82,10 +82,10 @@ export class Columns {
     return card;
   }
 
-  /** Add scores in nats to a column that is filled. */
+  /** Add raw scores to a column that is filled. */
   addRaw(place, ranking) {
     for (const hit of ranking.hits) {
-      this.cards[place].get(hit.index).querySelector(".raw").textContent = `${number(hit.raw, 2)} nats`;
+      this.cards[place].get(hit.index).querySelector(".raw").textContent = number(hit.raw, 2) + (ranking.system.method === "classifier" ? "" : " nats");
     }
   }
 

@@ -3,7 +3,7 @@
 import { ask } from "./api.js";
 
 export const MAX_EXPLAINED = 64;
-export const BM25 = { id: "bm25", name: "BM25", kind: "words in common", calibration: null };
+export const BM25 = { id: "bm25", name: "BM25", kind: "words in common", method: "bm25", calibration: null };
 
 /** Return the systems that the server has: BM25, the model alone, its adapters. */
 export async function systems() {
@@ -12,6 +12,7 @@ export async function systems() {
     id: model.id,
     name: model.parent ? model.id.slice(model.parent.length + 1) : model.id,
     kind: model.parent ? `adapter (${model.adapter.kind})` : "zero-shot",
+    method: model.method,
     calibration: model.calibration ?? null,
   }))];
 }
@@ -35,10 +36,10 @@ export async function rank(system, query, documents, signal) {
   return { system, hits, seconds };
 }
 
-/** Add the scores in nats to a ranking, and the explanations where these are not too many. */
+/** Add the raw scores to a ranking, and the explanations where the method gives them and they are not too many. */
 export async function explain(ranking, query, documents, signal) {
   const texts = documents.map(({ title, text }) => ({ title, text }));
-  const few = documents.length <= MAX_EXPLAINED;
+  const few = documents.length <= MAX_EXPLAINED && ranking.system.method === "query_likelihood";
   const body = {
     model: ranking.system.id, query, documents: texts, return_documents: false, raw_scores: true, explain: few,
   };

@@ -19,14 +19,19 @@ export function reasons(index, rankings) {
         el("span", { class: "place" }, `rank ${hit.rank}`), " ",
         ranking === first ? null : movement(from.rank, hit.rank, first.system.name), " ",
         el("span", { class: "score" }, score(ranking.system, hit)), " ",
-        hit.raw === null ? null : el("span", { class: "note" }, `${number(hit.raw, 3)} nats per query token`)),
+        hit.raw === null ? null : el("span", { class: "note" }, `${number(hit.raw, 3)} ${unit(ranking)}`)),
       hit.explanation ? explained(hit.explanation, ranking) : el("p", { class: "note" }, unexplained(ranking, hit)));
   });
+}
+
+function unit(ranking) {
+  return { query_likelihood: "nats per query token", yes_no: "nats, log-odds" }[ranking.system.method] ?? "";
 }
 
 function unexplained(ranking, hit) {
   if (ranking.system.id === "bm25") return "A sum over the words that query and passage share; rare ones weigh more.";
   if (ranking.hits.length > MAX_EXPLAINED) return `Up to ${MAX_EXPLAINED} passages are explained, not ${ranking.hits.length}.`;
+  if (ranking.system.method !== "query_likelihood") return "A score of this method has no reasons that could be shown.";
   return hit.raw === null ? "The explanation is on its way." : "The model reads no token of it.";
 }
 
