@@ -186,8 +186,8 @@ def rates() -> str:
                     values.append(MISSING)
                     continue
                 dev = json.loads(path.read_text(encoding="utf-8"))["dev"]
-                alone = f"{dev['zero_shot']:.4f}"
-                values.append(f"{dev['trained']:.4f}")
+                alone = number(dev["zero_shot"], 4)
+                values.append(number(dev["trained"], 4))
             lines.append([method, collection, alone, *values])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
