@@ -76,7 +76,7 @@ def study(data: Path, output: Path, asked: Asked) -> None:
         qpeft(
             "analyze", asked.study, *(part for each in folders for part in ("--adapter", str(each))),
             "--collection", str(data / first.collection), "--run", str(first_stage(data, output, first.collection)),
-            *of_method(first.method), *flags(options), "--output", str(folder), "--resume",
+            *flags(options), "--output", str(folder), "--resume",
         )  # fmt: skip
     RESULTS.mkdir(parents=True, exist_ok=True)
     found = json.loads((folder / "study.json").read_text(encoding="utf-8"))

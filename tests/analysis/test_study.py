@@ -259,6 +259,18 @@ def test_words_name_the_extremes():
     assert re.search(r"Mlp of both .*: 0\.\d+, \d+ % \[\d+ … \d+\] of the measure with both, and \d+ %", text)
 
 
+def test_how_many_layers_suffice():
+    design, subjects = designs()["layers"]
+    values = measured(design, subjects)[0]
+    upper = {key: worth(key[0], {place for place in key[1] if place.layer > 0}) for key in values}
+    text = "\n".join(sentences(study(design, subjects, findings=findings(design, subjects, upper))))
+    assert "Alone, the highest 2 layers are within chance of all: 0." in text
+    assert "lowest" not in text
+    top = {key: worth(key[0], {place for place in key[1] if place.layer == 2}) for key in values}
+    text = "\n".join(sentences(study(design, subjects, findings=findings(design, subjects, top))))
+    assert "Alone, the highest layer is within chance of all: 0." in text
+
+
 def test_where_nothing_was_shared_the_reason_is_told():
     work = {"layers_run": 0, "layers_without_sharing": 0, "why_not": "shared states change scores"}
     made = study(*designs()["ranks"], work=work)

@@ -111,12 +111,16 @@ def _of_layers(study: Study) -> Iterator[str]:
         yield from _worst(study.of(kind), words)
     for kind, words in (("one layer alone", "One layer alone"), ("a window alone", "A window of layers alone")):
         yield from _best(study.of(kind), words)
+    full = study.find(study.full)
+    if full is None or not _clear(full.gain_interval):
+        return
     for kind, words in (("from the bottom", "lowest"), ("from the top", "highest")):
         enough = [each for each in study.of(kind) if each.drop_interval and each.drop_interval[0] <= 0]
         if enough:
             least = min(enough, key=lambda each: each.x)
+            layers = f"{words} layer is" if least.x == 1 else f"{words} {least.x:g} layers are"
             yield (
-                f"The {words} {least.x:g} suffice to be within chance of all: {number(least.mean, 3)}, "
+                f"Alone, the {layers} within chance of all: {number(least.mean, 3)}, "
                 f"a drop of {_signed(least.drop, least.drop_interval)}."
             )
 
