@@ -23,6 +23,7 @@ from qpeft.depth import Layers, find_layers
 from qpeft.errors import ModelError, OptionError
 from qpeft.flops import context_flops, decoder_flops
 from qpeft.hints import HintWriter, Pairs, Slots
+from qpeft.last_layer import KERNELS, only_at
 from qpeft.layout import Layout, PaddingSide, lay_out
 from qpeft.pretrained import PretrainedLM, RowLogProbs, pad_ids, token_log_probs
 from qpeft.template import Row
@@ -114,13 +115,14 @@ class CausalLM(PretrainedLM):
             padding_side="right" if past is not None else self.padding_side,
         )
         inputs = self._inputs(layout, slots)
-        with nullcontext() if changing is None else changing.applied():
-            logits = self.model(
-                **inputs,
-                **self._past(layout, past, starts),
-                logits_to_keep=layout.predicting.to(self.device),
-            ).logits
-        self._count(layout, starts)
+        predicting = layout.predicting.to(self.device)
+        sparing = past is None and not with_passage and self.spares_last_layer
+        with (
+            nullcontext() if changing is None else changing.applied(),
+            only_at(self._layers, predicting) if self._layers and sparing else nullcontext(),
+        ):
+            logits = self.model(**inputs, **self._past(layout, past, starts), logits_to_keep=predicting).logits
+        self._count(layout, starts, sparing)
         values = token_log_probs(logits.reshape(-1, logits.shape[-1]), layout.labels.to(self.device))
         return values, layout.counts
 
@@ -163,11 +165,19 @@ class CausalLM(PretrainedLM):
         self.computed.add(len(ids), 0, flops)
         return Encoded(torch.stack([torch.stack([kept.keys[0], kept.values[0]]) for kept in cache.layers]), states)
 
-    def _count(self, layout: Layout, starts: Sequence[int]) -> None:
+    @property
+    def spares_last_layer(self) -> bool:
+        """Whether whole rows go through the last layer only where a token is predicted."""
+        whole = self._layers is not None and len(self._layers.modules) == self._depth
+        return whole and self.attention_kernel in KERNELS
+
+    def _count(self, layout: Layout, starts: Sequence[int], sparing: bool) -> None:
         lengths = layout.mask.sum(1).tolist()
         flops = None
         if self.shape is not None:
-            flops = decoder_flops(self.shape, list(zip(lengths, starts, strict=True)), len(layout.labels), self._depth)
+            rows = list(zip(lengths, starts, strict=True))
+            ends = layout.counts if sparing else None
+            flops = decoder_flops(self.shape, rows, len(layout.labels), self._depth, ends)
         self.computed.add(sum(lengths), layout.mask.numel() - sum(lengths), flops)
 
     def check_depth(self, depth: int, adapters: Sequence[HintWriter | None] = ()) -> None:
