@@ -18,6 +18,9 @@ LAYERS, WIDTH = SMALL["num_hidden_layers"], 32
 WINDOWS = {family: (None, None) for family in FAMILIES} | {"mistral": (12, 12), "gemma2": (12, None)}
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # torch counts within the calling thread
+
+
 def counted(model, run):
     """Return torch's count for what `run` does: matrix products, and attention's batched ones."""
     model.set_attn_implementation("eager")

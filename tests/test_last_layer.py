@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from qpeft.last_layer import KERNELS, only_at
+from qpeft.last_layer import KERNELS, LastLayer
 from qpeft.losses import loss
 from reference import naive_log_probs
 from test_lm import assert_close, rows_for
@@ -64,7 +64,7 @@ def test_all_is_computed_where_all_is_scored(make_lm):
 def test_the_model_is_whole_afterwards(make_lm):
     lm = make_lm("llama")
     layers, called = lm._layers, getattr(lm._layers.parent, lm._layers.name)
-    with pytest.raises(ZeroDivisionError), only_at(layers, torch.ones(1, 3).bool()):
+    with pytest.raises(ZeroDivisionError), LastLayer(layers).only_at(torch.ones(1, 3).bool()):
         1 / (getattr(layers.parent, layers.name) is called)
     assert getattr(layers.parent, layers.name) is called
 

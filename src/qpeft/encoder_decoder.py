@@ -41,7 +41,7 @@ class EncoderDecoderLM(PretrainedLM):
         lengths = [(len(row.context), len(row.target)) for row in rows]
         tokens = sum(map(sum, lengths))
         flops = None if self.shape is None else encoder_decoder_flops(self.shape, lengths)
-        self.computed.add(tokens, contexts.numel() + targets.numel() - tokens, flops)
+        self._count(tokens, contexts.numel() + targets.numel() - tokens, flops)
         scored, _ = pad_ids([[int(s) for s in row.scored] for row in rows])
         scored = scored.bool()
         values = token_log_probs(logits[scored.to(self.device)], targets[scored].to(self.device)).cpu()

@@ -52,6 +52,9 @@ class HintWriter(Protocol):
     changes_lm: bool
     """Whether it changes the model's layers (LoRA), so that nothing encoded without it may be used."""
 
+    side_by_side: bool
+    """Whether several threads may score with it at once."""
+
     def applied(self) -> AbstractContextManager[None]:
         """Return a context in which the model is changed; nothing happens for an adapter that only writes hints."""
         ...

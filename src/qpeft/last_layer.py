@@ -13,8 +13,10 @@ Shapes: `B` rows, `S` positions, `K` positions of a row that count at most, `d` 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,30 +34,47 @@ CACHES = ("past_key_values", "layer_past")
 _KNOWN = {"hidden_states", "attention_mask", "position_ids", "position_embeddings"}
 
 
-@contextmanager
-def only_at(layers: Layers, wanted: Tensor) -> Iterator[None]:
-    """Let a model compute its last layer, within this context, at the positions `wanted` `[B, S]`; elsewhere it is 0.
+class LastLayer:
+    """A model's last layer, as it is, or within a context only where it is told to go on.
 
-    For forward passes over whole rows, without a cache. Layers that are given more than is understood here are computed
-    as ever.
+    Each thread has positions of its own. For forward passes over whole rows, without a cache.
     """
-    with layers.ending_in(_Only(layers.modules[-1], wanted)):
-        yield
+
+    def __init__(self, layers: Layers) -> None:
+        self._layers = layers
+        self._stand_in = _StandIn(layers.modules[-1])
+        self._lock = threading.Lock()
+        self._users = 0
+        self._replaced = ExitStack()
+
+    @contextmanager
+    def only_at(self, wanted: Tensor) -> Iterator[None]:
+        """Let the last layer go on, within this context, at the positions `wanted` `[B, S]`; elsewhere it gives 0.
+
+        A layer that is given more than is understood here, or keeps nothing in a cache, is computed as ever.
+        """
+        self._stand_in.positions.wanted = wanted
+        with self._lock:
+            if not self._users:
+                self._replaced.enter_context(self._layers.ending_in(self._stand_in))
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    self._replaced.close()
 
 
-class _Only:
+class _StandIn:
     """Stands in the place of a layer; no module, so that nothing of the model is registered twice."""
 
-    def __init__(self, layer: nn.Module, wanted: Tensor) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
-        self._wanted = wanted
+        self.positions = threading.local()
         self._signature = inspect.signature(layer.forward)
         self._cache = next((name for name in CACHES if name in self._signature.parameters), CACHES[0])
-        counts = wanted.sum(1)
-        width = int(counts.max())
-        order = torch.argsort(wanted.int(), dim=1, descending=True, stable=True)[:, :width]
-        self._real = torch.arange(width, device=wanted.device) < counts[:, None]
-        self._places = torch.where(self._real, order, order[:, :1])  # what fills up a row is computed and dropped
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
@@ -69,38 +88,56 @@ class _Only:
         states = given.pop("hidden_states")
         memory = {self._cache: _Memory()}
         try:
-            return self._layer(states, **given | memory)  # a layer that keeps nothing in a cache has done its work
+            return self._layer(states, **given | memory)
         except Filled:
-            pass
-        some = {name: self._choose(name, value) for name, value in given.items()}
-        some["attention_mask"] = self._mask(given.get("attention_mask"), states)
-        out = self._layer(self._at(states), **some | memory)
-        whole = torch.zeros_like(states)
-        found = out[0] if isinstance(out, tuple) else out
-        whole = whole.masked_scatter(self._wanted[..., None], found[self._real])
-        return (whole, *out[1:]) if isinstance(out, tuple) else whole
+            places = _Places.of(self.positions.wanted)
+        some = {name: places.choose(name, value) for name, value in given.items()}
+        some["attention_mask"] = places.mask(given.get("attention_mask"), states.shape[1])
+        out = self._layer(places.of_states(states), **some | memory)
+        return (places.put(out[0]), *out[1:]) if isinstance(out, tuple) else places.put(out)
 
     def _understood(self, given: dict[str, Any]) -> bool:
         tensors = {name for name, value in given.items() if isinstance(value, (Tensor, tuple, list, Cache))}
         checkpointed = getattr(self._layer, "gradient_checkpointing", False)
         return tensors <= _KNOWN and not checkpointed
 
-    def _choose(self, name: str, value: Any) -> Any:
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """The positions that count, `wanted` `[B, S]`: places `order` `[B, K]`, of which those count that are `real`."""
+
+    wanted: Tensor
+    order: Tensor
+    real: Tensor
+
+    @classmethod
+    def of(cls, wanted: Tensor) -> _Places:
+        counts = wanted.sum(1, keepdim=True)
+        order = torch.argsort(wanted.int(), dim=1, descending=True, stable=True)[:, : int(counts.max())]
+        real = torch.arange(order.shape[1], device=wanted.device) < counts
+        return cls(wanted, torch.where(real, order, order[:, :1]), real)  # what fills up a row is computed and dropped
+
+    def choose(self, name: str, value: Any) -> Any:
+        """Return what belongs to the positions of an argument of a layer."""
         if name == "position_embeddings":
-            return tuple(map(self._at, value))
-        return self._at(value) if name == "position_ids" else value
+            return tuple(map(self.of_states, value))
+        return self.of_states(value) if name == "position_ids" else value
 
-    def _at(self, values: Tensor) -> Tensor:
+    def of_states(self, values: Tensor) -> Tensor:
         """Return `[B, K, …]` of values `[B or 1, S, …]`."""
-        rows = torch.arange(len(self._places), device=values.device)[:, None]
-        return values.expand(len(self._places), *values.shape[1:])[rows, self._places]
+        rows = torch.arange(len(self.order), device=values.device)[:, None]
+        return values.expand(len(self.order), *values.shape[1:])[rows, self.order]
 
-    def _mask(self, mask: Tensor | None, states: Tensor) -> Tensor:
-        """Return the mask of the positions that count, `[B, 1, K, S]`; without one, all see what stands before them."""
+    def mask(self, mask: Tensor | None, positions: int) -> Tensor:
+        """Return the rows of a mask, `[B, 1, K, S]`; without a mask, each sees itself and what stands before it."""
         if mask is not None:
-            return self._at(mask.transpose(1, 2)).transpose(1, 2)
-        before = torch.arange(states.shape[1], device=states.device) <= self._places[..., None]
-        return before[:, None]
+            return self.of_states(mask.transpose(1, 2)).transpose(1, 2)
+        return (torch.arange(positions, device=self.order.device) <= self.order[..., None])[:, None]
+
+    def put(self, states: Tensor) -> Tensor:
+        """Return states `[B, K, d]` at their positions, `[B, S, d]`."""
+        whole = states.new_zeros(*self.wanted.shape, states.shape[-1])
+        return whole.masked_scatter(self.wanted[..., None], states[self.real])
 
 
 class _Memory(Cache):

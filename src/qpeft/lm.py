@@ -9,7 +9,8 @@ runs at the scored positions only, which keeps the memory small and soft-capped 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from qpeft.depth import Layers, find_layers
 from qpeft.errors import ModelError, OptionError
 from qpeft.flops import context_flops, decoder_flops
 from qpeft.hints import HintWriter, Pairs, Slots
-from qpeft.last_layer import KERNELS, only_at
+from qpeft.last_layer import KERNELS, LastLayer
 from qpeft.layout import Layout, PaddingSide, lay_out
 from qpeft.pretrained import PretrainedLM, RowLogProbs, pad_ids, token_log_probs
 from qpeft.template import Row
@@ -65,9 +66,12 @@ class CausalLM(PretrainedLM):
         self.store = store
         self._depth = model.config.get_text_config().num_hidden_layers
         self._layers: Layers | None = None
+        self._last: LastLayer | None = None
         with suppress(ModelError):
             self._layers = find_layers(model)
-        self._buffer: Tensor | None = None
+            self._last = LastLayer(self._layers)
+        self._of_thread = threading.local()
+        self._applied: HintWriter | None = None
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
         if store is not None and (model._is_stateful or not set(kinds) <= {"full_attention", "sliding_attention"}):
             raise ModelError(f"{name}: the passage cache is for models whose layers are all attention")
@@ -118,11 +122,11 @@ class CausalLM(PretrainedLM):
         predicting = layout.predicting.to(self.device)
         sparing = past is None and not with_passage and self.spares_last_layer
         with (
-            nullcontext() if changing is None else changing.applied(),
-            only_at(self._layers, predicting) if self._layers and sparing else nullcontext(),
+            nullcontext() if changing is self._applied or changing is None else changing.applied(),
+            self._last.only_at(predicting) if self._last and sparing else nullcontext(),
         ):
             logits = self.model(**inputs, **self._past(layout, past, starts), logits_to_keep=predicting).logits
-        self._count(layout, starts, sparing)
+        self._count_rows(layout, starts, sparing)
         values = token_log_probs(logits.reshape(-1, logits.shape[-1]), layout.labels.to(self.device))
         return values, layout.counts
 
@@ -162,7 +166,7 @@ class CausalLM(PretrainedLM):
             flops = context_flops(self.shape, len(ids), self._depth)
         elif self.shape is not None:
             flops = decoder_flops(self.shape, [(len(ids), 0)], 1, self._depth)
-        self.computed.add(len(ids), 0, flops)
+        self._count(len(ids), 0, flops)
         return Encoded(torch.stack([torch.stack([kept.keys[0], kept.values[0]]) for kept in cache.layers]), states)
 
     @property
@@ -171,14 +175,14 @@ class CausalLM(PretrainedLM):
         whole = self._layers is not None and len(self._layers.modules) == self._depth
         return whole and self.attention_kernel in KERNELS
 
-    def _count(self, layout: Layout, starts: Sequence[int], sparing: bool) -> None:
+    def _count_rows(self, layout: Layout, starts: Sequence[int], sparing: bool) -> None:
         lengths = layout.mask.sum(1).tolist()
         flops = None
         if self.shape is not None:
             rows = list(zip(lengths, starts, strict=True))
             ends = layout.counts if sparing else None
             flops = decoder_flops(self.shape, rows, len(layout.labels), self._depth, ends)
-        self.computed.add(sum(lengths), layout.mask.numel() - sum(lengths), flops)
+        self._count(sum(lengths), layout.mask.numel() - sum(lengths), flops)
 
     def check_depth(self, depth: int, adapters: Sequence[HintWriter | None] = ()) -> None:
         """Raise the error that scoring with the first `depth` layers would end in; see `PretrainedLM.check_depth`."""
@@ -203,11 +207,26 @@ class CausalLM(PretrainedLM):
             finally:
                 self._depth = whole
 
+    def _log_probs(
+        self, rows: Sequence[Row], with_passage: bool, each: Sequence[HintWriter | None]
+    ) -> list[RowLogProbs]:
+        """Change the model once for all batches of an adapter that changes it, since they may run side by side."""
+        out: dict[int, RowLogProbs] = {}
+        for own in _grouped(id(adapter) if adapter is not None and adapter.changes_lm else None for adapter in each):
+            self._applied = each[own[0]] if _changing([each[i] for i in own]) else None
+            try:
+                with nullcontext() if self._applied is None else self._applied.applied():
+                    values = super()._log_probs([rows[i] for i in own], with_passage, [each[i] for i in own])
+            finally:
+                self._applied = None
+            out |= zip(own, values, strict=True)
+        return [out[i] for i in range(len(rows))]
+
     def _forward(
         self, rows: Sequence[Row], with_passage: bool, adapters: Sequence[HintWriter | None]
     ) -> list[RowLogProbs]:
         out: dict[int, RowLogProbs] = {}
-        for own in _by_model(adapters):
+        for own in _grouped(None if adapter is None else adapter.reads_layer for adapter in adapters):
             values, counts = self.score([rows[i] for i in own], [adapters[i] for i in own], with_passage=with_passage)
             for i, value in zip(own, torch.split(values.cpu(), counts), strict=True):
                 border = len(value) - sum(rows[i].scored)
@@ -304,9 +323,10 @@ class CausalLM(PretrainedLM):
         if torch.is_grad_enabled():
             return like.new_zeros(shape)
         count = math.prod(shape)
-        if self._buffer is None or self._buffer.numel() < count or self._buffer.dtype != like.dtype:
-            self._buffer = like.new_zeros(count)
-        return self._buffer[:count].view(shape)
+        buffer: Tensor | None = getattr(self._of_thread, "buffer", None)
+        if buffer is None or buffer.numel() < count or buffer.dtype != like.dtype:
+            buffer = self._of_thread.buffer = like.new_zeros(count)
+        return buffer[:count].view(shape)
 
 
 def _start(row: Row, hint: int) -> int:
@@ -315,15 +335,11 @@ def _start(row: Row, hint: int) -> int:
     return before if hint or before < len(row.context) else before - 1
 
 
-def _by_model(adapters: Sequence[HintWriter | None]) -> list[list[int]]:
-    """Return the rows that can share a forward pass.
-
-    Those of each adapter that changes the model; of the others, those whose adapters read one layer's states, or none.
-    """
-    groups: dict[tuple[int | None, int | None], list[int]] = {}
-    for row, adapter in enumerate(adapters):
-        changing = id(adapter) if adapter is not None and adapter.changes_lm else None
-        groups.setdefault((changing, None if adapter is None else adapter.reads_layer), []).append(row)
+def _grouped(keys: Iterable[Hashable]) -> list[list[int]]:
+    """Return the places of equal keys, in order."""
+    groups: dict[Hashable, list[int]] = {}
+    for place, key in enumerate(keys):
+        groups.setdefault(key, []).append(place)
     return list(groups.values())
 
 

@@ -28,6 +28,7 @@ class Adapter(nn.Module, abc.ABC):
     reads_layer: int | None = None
     reads_template = False
     changes_lm = False
+    side_by_side = True
 
     @abc.abstractmethod
     def hint_length(self, query_tokens: int) -> int:

@@ -40,7 +40,9 @@ class LoraAdapter(Adapter):
         self._width = lm.embeddings.weight.shape[1]
         self.qpeft = _hint(config.hint, lm)
         self.reads_template = self.qpeft is not None and self.qpeft.reads_template
-        self.peft_config, self.label, self._layers = _insert(config, resolve(config.modules, lm.model), lm)
+        targets = resolve(config.modules, lm.model)
+        self.side_by_side = not targets.parameters  # in every forward pass, peft takes apart what holds experts
+        self.peft_config, self.label, self._layers = _insert(config, targets, lm)
         self._peft_configs = lm.model.peft_config
         self.model = nn.Module()
         for path, layer in self._layers.items():
