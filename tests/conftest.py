@@ -29,6 +29,15 @@ def family(request):
     return request.param
 
 
+@pytest.fixture
+def one_thread():
+    """Let torch compute in the calling thread alone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def make_lm():
     """Return a function that wraps a fresh tiny model of a family, float32 unless told otherwise."""

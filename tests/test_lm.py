@@ -116,6 +116,7 @@ class ForgetfulModel(torch.nn.Module):
         return self.model(**inputs)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_batches_shrink_when_memory_runs_out(make_lm):
     plain = make_lm("llama")
     rows = rows_for(plain)
@@ -168,6 +169,7 @@ def test_scoring_leaves_the_model_untouched(make_lm):
     assert not any(parameter.requires_grad for parameter in lm.model.parameters())
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_head_writes_no_more_than_is_allowed(make_lm, monkeypatch):
     lm = make_lm("llama")
     rows = rows_for(lm)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from qpeft.hints import HintWriter
 from qpeft.template import Row
 
 PaddingSide = Literal["left", "right"]
@@ -36,6 +37,21 @@ class Layout:
     predicting: Tensor
     labels: Tensor
     counts: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A batch as the model takes it.
+
+    `starts`: tokens of each row that are encoded already; `changing`: the adapter that changes the model; `sparing`:
+    whether the last layer is computed only where something is read.
+    """
+
+    layout: Layout
+    starts: Sequence[int]
+    inputs: dict[str, Any]
+    changing: HintWriter | None
+    sparing: bool
 
 
 def lay_out(
@@ -78,3 +94,9 @@ def lay_out(
         labels += [token for token, wanted in zip(tokens, scored, strict=bool(row.target)) if wanted]
         counts.append(sum(scored))
     return Layout(ids, mask, slots, predicting, torch.tensor(labels), counts)
+
+
+def cached(row: Row, hint: int) -> int:
+    """Return how many context tokens stand in the cache: all before the hint, but something must predict the query."""
+    before = len(row.context[: row.hint])
+    return before if hint or before < len(row.context) else before - 1
