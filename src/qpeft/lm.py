@@ -29,6 +29,9 @@ from qpeft.layout import Layout, PaddingSide, lay_out
 from qpeft.pretrained import PretrainedLM, RowLogProbs, pad_ids, token_log_probs
 from qpeft.template import Row
 
+MULTIPLE = 8
+"""Whole rows are padded to such a width, since on CPUs a kernel is compiled for every shape that is new."""
+
 
 class CausalLM(PretrainedLM):
     """Any decoder-only model of the transformers library, alone or with trained hints in its input.
@@ -106,7 +109,7 @@ class CausalLM(PretrainedLM):
             raise OptionError("an adapter that reads states of the passage needs its hint after the passage")
         encoded = None
         if layer is not None or (self.store is not None and not whole):
-            encoded = [self.encode(row.context[: row.hint], layer) for row in rows]
+            encoded = self.encode_all([row.context[: row.hint] for row in rows], layer)
         slots = self._write_hints(rows, adapters, encoded)
         hints = [0] * len(rows) if slots is None else slots.lengths
         past = None if whole else encoded
@@ -117,6 +120,7 @@ class CausalLM(PretrainedLM):
             hints=hints,
             with_passage=with_passage,
             padding_side="right" if past is not None else self.padding_side,
+            multiple=MULTIPLE if past is None else 1,
         )
         inputs = self._inputs(layout, slots)
         predicting = layout.predicting.to(self.device)
@@ -129,6 +133,15 @@ class CausalLM(PretrainedLM):
         self._count_rows(layout, starts, sparing)
         values = token_log_probs(logits.reshape(-1, logits.shape[-1]), layout.labels.to(self.device))
         return values, layout.counts
+
+    def encode_all(self, contexts: Sequence[tuple[int, ...]], layer: int | None = None) -> list[Encoded]:
+        """Return `encode` of each context.
+
+        On a CPU always by the same number of threads, whoever asks, since the last bits depend on it.
+        """
+        if self.device.type != "cpu" or self._beside.is_inside or self._beside.width() == 1:
+            return [self.encode(ids, layer) for ids in contexts]
+        return self._beside.run(lambda ids: self.encode(ids, layer), contexts)
 
     def encode(self, ids: tuple[int, ...], layer: int | None = None) -> Encoded:
         """Return keys and values of a context, from the store if there is one.
