@@ -30,6 +30,12 @@ def family(request):
 
 
 @pytest.fixture
+def no_rounding(monkeypatch):
+    """Let the rectangles of batches be as wide as their longest row."""
+    monkeypatch.setattr("qpeft.lm.MULTIPLE", 1)
+
+
+@pytest.fixture
 def one_thread():
     """Let torch compute in the calling thread alone."""
     threads = torch.get_num_threads()

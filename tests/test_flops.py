@@ -18,7 +18,7 @@ LAYERS, WIDTH = SMALL["num_hidden_layers"], 32
 WINDOWS = {family: (None, None) for family in FAMILIES} | {"mistral": (12, 12), "gemma2": (12, None)}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # torch counts within the calling thread
+pytestmark = pytest.mark.usefixtures("one_thread", "no_rounding")  # torch counts within the calling thread
 
 
 def counted(model, run):

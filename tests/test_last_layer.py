@@ -29,6 +29,9 @@ def positions_through_last_layer(lm, run):
     return seen
 
 
+pytestmark = pytest.mark.usefixtures("no_rounding")
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_scores_are_those_of_the_whole_layer(family, make_lm, kernel, side):

@@ -23,7 +23,7 @@ def three_threads():
     torch.set_num_threads(threads)
 
 
-pytestmark = pytest.mark.usefixtures("three_threads")
+pytestmark = pytest.mark.usefixtures("three_threads", "no_rounding")
 
 
 def threads_that_score(lm):
@@ -146,3 +146,14 @@ def test_what_does_not_fit_beside_others_is_tried_alone(make_lm):
     model.most = 0
     with pytest.raises(ModelError, match="do not fit in the memory"):
         lm.log_probs(rows)
+
+
+def test_a_context_is_the_same_to_the_bit_whoever_asks(make_lm):
+    lm, other = (with_store(make_lm("qwen3", dtype=torch.bfloat16), batch_tokens=1) for _ in range(2))
+    rows = rows_for(lm)
+    lm.log_probs(rows)
+    with torch.no_grad():
+        other.score(rows)  # as training does, in its own thread
+    for row in rows:
+        key = lm.key(row.context)
+        assert torch.equal(lm.store._kept[key].numbers, other.store._kept[key].numbers)

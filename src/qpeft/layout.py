@@ -61,6 +61,7 @@ def lay_out(
     hints: Sequence[int],
     with_passage: bool = False,
     padding_side: PaddingSide = "right",
+    multiple: int = 1,
 ) -> Layout:
     """Return the rectangle of a batch.
 
@@ -70,9 +71,10 @@ def lay_out(
         hints: vectors of each row.
         with_passage: the passage's tokens are scored too, before the target's.
         padding_side: where short rows are padded.
+        multiple: the rectangle's width is a multiple of it.
     """
     lengths = [len(row) + hint - start - bool(row.target) for row, hint, start in zip(rows, hints, starts, strict=True)]
-    shape = len(rows), max(lengths)
+    shape = len(rows), -(-max(lengths) // multiple) * multiple
     ids = torch.zeros(shape, dtype=torch.long)
     mask, slots, predicting = torch.zeros(3, *shape, dtype=torch.bool)
     labels: list[int] = []

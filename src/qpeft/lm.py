@@ -2,10 +2,9 @@
 
 Shapes: `B` rows, `T` positions, `N` scored positions of a batch, `K` scored positions of a row, `V` vocabulary.
 
-Of rows without scored tokens, what stands at the last one is read (`read_out.py`).
-
 Positions are explicit and padding is masked, so that a row's values do not depend on its company. The model's own head
-runs at the scored positions only, which keeps the memory small and soft-capped or scaled heads right.
+runs at the scored positions only, which keeps the memory small and soft-capped or scaled heads right. Of rows without
+scored tokens, what stands at the last one is read (`read_out.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +27,12 @@ from qpeft.flops import context_flops, decoder_flops
 from qpeft.hints import HintWriter, Pairs, Slots, changing, common_layer, grouped
 from qpeft.last_layer import KERNELS, LastLayer
 from qpeft.layout import Batch, Layout, PaddingSide, cached, lay_out
-from qpeft.pretrained import PretrainedLM, RowLogProbs, pad_ids, token_log_probs
-from qpeft.read_out import Answers, Head, ReadOut
+from qpeft.pretrained import PretrainedLM, RowLogProbs, T, pad_ids, token_log_probs
+from qpeft.read_out import Head, ReadOut
 from qpeft.template import Row
 
-T = TypeVar("T")
+MULTIPLE = 8
+"""Whole rows are padded to such a width, since on CPUs a kernel is compiled for every shape that is new."""
 
 
 class CausalLM(PretrainedLM):
@@ -134,16 +134,12 @@ class CausalLM(PretrainedLM):
         batch = self._batch(rows, adapters, False)
         last = batch.layout.predicting.to(self.device)
         with self._set_up(batch, last):
-            if isinstance(read_out, Answers):
-                logits = self.model(**batch.inputs, logits_to_keep=last).logits
-                values = read_out(logits.reshape(-1, logits.shape[-1]))
-            else:
-                values = read_out(self.model.base_model(**batch.inputs).last_hidden_state[last])
-        if isinstance(read_out, Answers):
+            if isinstance(read_out, Head):
+                self._count_rows(batch, 0, 2 * len(rows) * read_out.weights)
+                return read_out(self.model.base_model(**batch.inputs).last_hidden_state[last])
             self._count_rows(batch, len(rows))
-        else:
-            self._count_rows(batch, 0, 2 * len(rows) * read_out.weights)
-        return values
+            logits = self.model(**batch.inputs, logits_to_keep=last).logits
+            return read_out(logits.reshape(-1, logits.shape[-1]))
 
     def _batch(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None] | None, with_passage: bool) -> Batch:
         """Let adapters write, and lay the rows out; see `score`."""
@@ -156,7 +152,7 @@ class CausalLM(PretrainedLM):
             raise OptionError("an adapter that reads states of the passage needs its hint after the passage")
         encoded = None
         if layer is not None or (self.store is not None and not whole):
-            encoded = [self.encode(row.context[: row.hint], layer) for row in rows]
+            encoded = self.encode_all([row.context[: row.hint] for row in rows], layer)
         slots = self._write_hints(rows, adapters, encoded)
         hints = [0] * len(rows) if slots is None else slots.lengths
         past = None if whole else encoded
@@ -167,6 +163,7 @@ class CausalLM(PretrainedLM):
             hints=hints,
             with_passage=with_passage,
             padding_side="right" if past is not None else self.padding_side,
+            multiple=MULTIPLE if past is None else 1,
         )
         sparing = past is None and not with_passage and self.spares_last_layer
         inputs = {**self._inputs(layout, slots), **self._past(layout, past, starts)}
@@ -181,6 +178,15 @@ class CausalLM(PretrainedLM):
             self._last.only_at(wanted) if self._last and batch.sparing else nullcontext(),
         ):
             yield
+
+    def encode_all(self, contexts: Sequence[tuple[int, ...]], layer: int | None = None) -> list[Encoded]:
+        """Return `encode` of each context.
+
+        On a CPU always by the same number of threads, whoever asks, since the last bits depend on it.
+        """
+        if self.device.type != "cpu" or self._beside.is_inside or self._beside.width() == 1:
+            return [self.encode(ids, layer) for ids in contexts]
+        return self._beside.run(lambda ids: self.encode(ids, layer), contexts)
 
     def encode(self, ids: tuple[int, ...], layer: int | None = None) -> Encoded:
         """Return keys and values of a context, from the store if there is one.

@@ -30,11 +30,17 @@ class SideBySide:
     def __init__(self) -> None:
         self._threads = 0
         self._pool: ThreadPoolExecutor | None = None
+        self._own = threading.local()
 
     @staticmethod
     def width() -> int:
         """Return how many batches run at once."""
         return min(torch.get_num_threads(), MOST)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the calling thread is one of these."""
+        return getattr(self._own, "inside", False)
 
     def run(self, work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
         """Return the results in order; an error of one item is raised once those that have begun are done."""
@@ -56,6 +62,7 @@ class SideBySide:
         together = threading.Barrier(width)
 
         def begin() -> None:
+            self._own.inside = True
             torch.get_num_threads()  # else the first operation would set this thread's number to that of all
             torch.set_num_threads(threads // width)  # of this thread; but threads made later would start with it
             together.wait()
