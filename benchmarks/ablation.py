@@ -6,8 +6,8 @@ Run by `scoring.py --ablation`; `scoring.py --profile FILE` writes where the tim
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,6 +46,20 @@ class InOrder(CausalLM):
                 batch = []
             batch.append(row)
         return found + super().log_probs(batch, **options)
+
+
+class WholeLastLayer(CausalLM):
+    """Computes the last layer at all positions."""
+
+    spares_last_layer = False
+
+
+class OneAtATime(CausalLM):
+    """Computes one batch after the other, with all threads."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._beside.width = lambda: 1  # type: ignore[method-assign]
 
 
 class FullLogits:
@@ -97,12 +111,20 @@ class Bench:
         return same
 
     def add(
-        self, name: str, lm: CausalLM, *, together: int = 1, attention: str = cpu_attention.NAME, patch: Any = None
+        self,
+        name: str,
+        lm: CausalLM,
+        *,
+        together: int = 1,
+        attention: str = cpu_attention.NAME,
+        patches: Mapping[str, Any] | None = None,
     ) -> None:
-        """Add a case that scores everything afresh, `together` queries in a call."""
+        """Add a case that scores everything afresh, `together` queries in a call, with other things put for some."""
 
         def run() -> None:
-            with mock.patch("qpeft.lm.token_log_probs", patch) if patch else mock.MagicMock():
+            with ExitStack() as changed:
+                for target, value in (patches or {}).items():
+                    changed.enter_context(mock.patch(target, value))
                 for _ in build(Config(template="plain", queries_per_batch=together), lm).rerank(self.items):
                     pass
 
@@ -160,12 +182,19 @@ def measure(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
     bench.add("float32", load_lm(ModelConfig(bench.folder, dtype="float32", **bench.settings)))
     for name in ("sdpa", "eager"):
         bench.add(f"attention {name}", bench.again(), attention=name)
+    attention = {"qpeft.cpu_attention.BLOCK": 10**6, "qpeft.cpu_attention.MULTIPLE": 1}
+    bench.add("attention over whole rows", bench.again(), patches=attention)
+    bench.add("last layer at all positions", bench.again(WholeLastLayer))
+    bench.add("one batch at a time, with all threads", bench.again(OneAtATime))
+    bench.add("widths as they come", bench.again(), patches={"qpeft.lm.MULTIPLE": 1})
     bench.add("padded left, with a mask", bench.again(padding_side="left"))
     bench.add("batches in the order given", bench.again(InOrder))
     whole = bench.again()
     whole.model = FullLogits(whole.model)
     bench.add("logits at all positions", whole)
-    bench.add("float32 copy of all logits, logsumexp", bench.again(), patch=log_softmax_whole)
+    bench.add(
+        "float32 copy of all logits, logsumexp", bench.again(), patches={"qpeft.lm.token_log_probs": log_softmax_whole}
+    )
     for together in (8, 32):
         bench.add(f"{together} queries together", bench.again(), together=together)
     for tokens in (8_192, 32_768):

@@ -74,7 +74,11 @@ class Remembered:
         rows = scorer.prepare(pairs).rows
         if len(rows) != len(pairs):
             raise SystemExit("a passage without tokens: FLOPs cannot be told apart by pair")
-        work = [decoder_flops(lm.shape, [(len(row) - 1, 0)], sum(row.scored), depth) for row in rows]
+        work = [
+            decoder_flops(lm.shape, [(len(row) - 1, 0)], scored, depth, [scored] if depth is None else None)
+            for row in rows
+            for scored in [sum(row.scored)]
+        ]
         self.flops = dict(zip(keys, work, strict=True))
         if path is not None and path.exists():
             self.scores = json.loads(path.read_text())

@@ -29,6 +29,21 @@ def family(request):
     return request.param
 
 
+@pytest.fixture
+def no_rounding(monkeypatch):
+    """Let the rectangles of batches be as wide as their longest row."""
+    monkeypatch.setattr("qpeft.lm.MULTIPLE", 1)
+
+
+@pytest.fixture
+def one_thread():
+    """Let torch compute in the calling thread alone."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def make_lm():
     """Return a function that wraps a fresh tiny model of a family, float32 unless told otherwise."""

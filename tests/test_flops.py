@@ -18,6 +18,9 @@ LAYERS, WIDTH = SMALL["num_hidden_layers"], 32
 WINDOWS = {family: (None, None) for family in FAMILIES} | {"mistral": (12, 12), "gemma2": (12, None)}
 
 
+pytestmark = pytest.mark.usefixtures("one_thread", "no_rounding")  # torch counts within the calling thread
+
+
 def counted(model, run):
     """Return torch's count for what `run` does: matrix products, and attention's batched ones."""
     model.set_attn_implementation("eager")
@@ -78,14 +81,17 @@ def test_scoring_counts_what_it_computes(family, make_lm, kept):
         contexts = [(count, 0) for count in map(len, {row.context for row in rows})]
         # the last token of a context is computed with the query, to predict its first
         computed = [(len(row.target), len(row.context) - 1) for row in rows]
-    # contexts are encoded up to the last layer's keys and values, so without its attention
-    assert square == whole_square(contexts, LAYERS - 1) + whole_square(computed)
-    assert lm.computed.flops == products + attention(contexts, windows[:-1]) + attention(computed, windows)
+    last = computed if kept else [(sum(row.scored), len(row) - 1 - sum(row.scored)) for row in rows]
+    # contexts are encoded up to the last layer's keys and values, so without its attention; whole rows go on from there
+    # where a token is predicted
+    assert square == whole_square(contexts, LAYERS - 1) + whole_square(computed, LAYERS - 1) + whole_square(last, 1)
+    below = attention(contexts, windows[:-1]) + attention(computed, windows[:-1]) + attention(last, windows[-1:])
+    assert lm.computed.flops == products + below
     assert lm.computed.tokens == sum(count for count, _ in [*contexts, *computed])
     assert lm.computed.padding == 0
     before = lm.computed.flops
     products, _ = counted(lm.model, lambda: lm.log_probs(rows))
-    expected = products + attention(computed, windows)
+    expected = products + attention(computed, windows[:-1]) + attention(last, windows[-1:])
     assert lm.computed.flops - before == expected, "contexts that are kept are not computed again"
 
 

@@ -3,7 +3,7 @@ import torch
 
 from qpeft import pretrained
 from qpeft.errors import ModelError
-from qpeft.lm import CausalLM, token_log_probs
+from qpeft.lm import MULTIPLE, CausalLM, token_log_probs
 from qpeft.template import Prompt, Template, load_template
 from qpeft.types import Passage, Query
 from reference import naive_log_probs
@@ -116,6 +116,7 @@ class ForgetfulModel(torch.nn.Module):
         return self.model(**inputs)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_batches_shrink_when_memory_runs_out(make_lm):
     plain = make_lm("llama")
     rows = rows_for(plain)
@@ -168,6 +169,7 @@ def test_scoring_leaves_the_model_untouched(make_lm):
     assert not any(parameter.requires_grad for parameter in lm.model.parameters())
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_head_writes_no_more_than_is_allowed(make_lm, monkeypatch):
     lm = make_lm("llama")
     rows = rows_for(lm)
@@ -180,3 +182,14 @@ def test_the_head_writes_no_more_than_is_allowed(make_lm, monkeypatch):
     for value, reference in zip(lm.log_probs(rows), references, strict=True):
         torch.testing.assert_close(value.target, reference, atol=1e-5, rtol=0)
     assert max(written[1:]) <= written[0] // 3
+
+
+def test_widths_are_multiples_so_that_few_kernels_are_compiled(make_lm):
+    lm = make_lm("llama", batch_tokens=1)
+    widths = set()
+    embeddings = lm.model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda _, given, out: widths.add(given[0].shape[1]))
+    rows = rows_for(lm)
+    lm.log_probs(rows)
+    assert len({len(row) for row in rows}) > len(widths)
+    assert all(width % MULTIPLE == 0 for width in widths)

@@ -46,10 +46,16 @@ COMMANDS = {
     "demo": "the whole way on the embedded collection",
 }
 
+KEPT_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
+"""Torch's libraries compile a kernel for every shape that they meet on a CPU, some .4 MB each, and keep 1,024 by
+default in each of two places: memory grows by hundreds of MB before it levels off. Read when torch is imported."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for name, count in KEPT_KERNELS.items():
+        os.environ.setdefault(name, count)
     try:
         return _dispatch(arguments)
     except QpeftError as error:

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -106,21 +108,42 @@ class ContextStore:
         self.bytes_kept = 0
         self.hits = 0
         self.misses = 0
+        self._lock = threading.Lock()
+        self._begun: dict[Key, Future[Packed]] = {}
 
     def get(self, key: Key, encode: Callable[[], Encoded]) -> Encoded:
-        """Return the encoded context, from memory, from disk, or by encoding it; always as it is kept."""
-        kept = self._kept.get(key)
-        if kept is not None:
-            self.hits += 1
-            self._kept.move_to_end(key)
-            return kept.unpack()
-        found = self._read(key)
-        if found is None:
-            self.misses += 1
-            found = Packed.of(encode(), self.storage)
-        else:
-            self.hits += 1
-        self._keep(key, found)
+        """Return the encoded context, from memory, from disk, or by encoding it; always as it is kept.
+
+        Threads may call it; what one of them encodes, the others wait for.
+        """
+        with self._lock:
+            kept = self._kept.get(key)
+            if kept is not None:
+                self.hits += 1
+                self._kept.move_to_end(key)
+                return kept.unpack()
+            begun = self._begun.get(key)
+            if begun is None:
+                self._begun[key] = own = Future[Packed]()
+            else:
+                self.hits += 1
+        if begun is not None:
+            return begun.result().unpack()
+        try:
+            found, hit = self._read(key), True
+            if found is None:
+                found, hit = Packed.of(encode(), self.storage), False
+        except BaseException as error:
+            own.set_exception(error)
+            with self._lock:
+                del self._begun[key]
+            raise
+        own.set_result(found)
+        with self._lock:
+            self.hits += hit
+            self.misses += not hit
+            self._keep(key, found)
+            del self._begun[key]
         return found.unpack()
 
     def clear(self) -> None:

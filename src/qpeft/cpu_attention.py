@@ -1,4 +1,4 @@
-"""Attention for CPUs, a few rows at a time, so that their scores stay in a core's cache memory.
+"""Attention for CPUs, a few rows and positions at a time, so that their scores stay in a core's cache memory.
 
 The fused kernel of PyTorch is slow there for the head sizes and lengths of reranking (docs/performance.md). This one is
 plain: scores, softmax, weighted sum; registered with transformers under the name `NAME`.
@@ -12,12 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 NAME = "qpeft_cpu"
-SCORES = 2**19
-"""Scores that are held at a time: one MiB of bf16."""
+SCORES = 2**20
+"""Scores that are held at a time: two MiB of bf16."""
+BLOCK = 96
+"""Positions of a row that look back at a time."""
+MULTIPLE = 32
+"""Scores of a position are made a multiple of these: softmax is slow at what is left over."""
 
 
 def attention(
@@ -49,31 +54,51 @@ def attention(
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{NAME} attention knows no {name}")
     batch, heads, width, size = query.shape
+    length = key.shape[2]
+    # One mask for all rows is that of rows without padding: what stands behind a block of positions is not looked at.
+    causal = attention_mask is not None and len(attention_mask) == 1 and width == length and bool(module.is_causal)
+    block = min(width, BLOCK)
+    rows = max(1, SCORES // (heads * block * length))
     scaling = size**-0.5 if scaling is None else scaling
-    rows = max(1, SCORES // (heads * width * key.shape[2]))
     parts = []
     for i in range(0, batch, rows):
         some = slice(i, i + rows)
         mask = attention_mask if attention_mask is None or len(attention_mask) == 1 else attention_mask[some]
-        parts.append(_attend(query[some], key[some], value[some], mask, scaling, softcap))
-    return torch.cat(parts).transpose(1, 2).contiguous(), None
+        parts.append(_attend(query[some], key[some], value[some], mask, scaling, softcap, causal))
+    return torch.cat(parts), None
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    causal: bool,
 ) -> Tensor:
-    """Return `[B, H, T, h]`."""
+    """Return `[B, T, H, h]`."""
     batch, heads, width, size = query.shape
-    shared = batch * key.shape[1]
-    keys, values = key.reshape(shared, -1, size), value.reshape(shared, -1, value.shape[-1])
-    scores = torch.bmm((query * scaling).reshape(shared, -1, size), keys.transpose(1, 2))
-    scores = scores.view(batch, heads, width, -1)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    shared, length = batch * key.shape[1], key.shape[2]
+    more = -length % MULTIPLE if mask is not None else 0
     if mask is not None:
-        scores = scores + mask
-    weights = torch.softmax(scores, -1)
-    return torch.bmm(weights.view(shared, -1, keys.shape[1]), values).view(batch, heads, width, -1)
+        mask = pad(mask, (0, more), value=torch.finfo(mask.dtype).min)
+    keys = pad(key, (0, 0, 0, more)).reshape(shared, -1, size).transpose(1, 2)
+    values = pad(value, (0, 0, 0, more)).reshape(shared, length + more, -1)
+    parts = []
+    for first in range(0, width, BLOCK):
+        some = query[:, :, first : first + BLOCK]
+        end = length + more
+        if causal:
+            end = min(end, -(-(first + some.shape[2]) // MULTIPLE) * MULTIPLE)
+        scores = torch.bmm(some.reshape(shared, -1, size) * scaling, keys[..., :end]).view(batch, heads, -1, end)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if mask is not None:
+            scores += mask[..., first : first + BLOCK, :end]
+        weights = torch.softmax(scores, -1).view(shared, -1, end)
+        parts.append(torch.bmm(weights, values[:, :end]).view(batch, heads, -1, values.shape[-1]).transpose(1, 2))
+    return torch.cat(parts, 1)
 
 
 def mask_for(batch_size: int, **kwargs: Any) -> Tensor | None:

@@ -5,7 +5,7 @@ What a model says after fewer layers is a rough guess at what it says after all 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,18 @@ class Layers:
         Nothing of the model is moved or changed: its list of layers is replaced by one that stops earlier, and put back
         however the context ends. One context at a time, and not from two threads at once.
         """
-        setattr(self.parent, self.name, _FirstLayers(self.modules, depth))
+        with self._run(list(self.modules)[:depth]):
+            yield
+
+    @contextmanager
+    def ending_in(self, last: Any) -> Iterator[None]:
+        """Let the model call `last` in the place of its last layer, within this context; see `first`."""
+        with self._run([*list(self.modules)[:-1], last]):
+            yield
+
+    @contextmanager
+    def _run(self, called: Sequence[Any]) -> Iterator[None]:
+        setattr(self.parent, self.name, _Called(self.modules, called))
         try:
             yield
         finally:
@@ -58,23 +69,23 @@ def find_layers(model: Any) -> Layers:
     return next(iter(found.values()))
 
 
-class _FirstLayers(nn.ModuleList):
-    """Ends after the first layers, though all are registered.
+class _Called(nn.ModuleList):
+    """Gives what is to be called as its modules, though all layers are registered.
 
     transformers installs hooks when states are first asked for; it must find all layers then, or the states of those
     that it did not find would be missing ever after.
     """
 
-    def __init__(self, layers: nn.ModuleList, depth: int) -> None:
+    def __init__(self, layers: nn.ModuleList, called: Sequence[Any]) -> None:
         super().__init__()
         self._modules.update(layers._modules)
-        self._depth = depth
+        self._called = called
 
     def __len__(self) -> int:
-        return self._depth
+        return len(self._called)
 
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self[:])
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._called)
 
     def __getitem__(self, index: Any) -> Any:
-        return [module for module in self._modules.values() if module is not None][: self._depth][index]
+        return self._called[index]

@@ -60,5 +60,5 @@ class EncoderDecoderLM(PretrainedLM):
         lengths = [(len(row.context), len(target)) for row, target in zip(rows, after, strict=True)]
         tokens = sum(map(sum, lengths))
         flops = None if self.shape is None else encoder_decoder_flops(self.shape, lengths)
-        self.computed.add(tokens, contexts.numel() + targets.numel() - tokens, flops)
+        self._count(tokens, contexts.numel() + targets.numel() - tokens, flops)
         return logits

@@ -78,7 +78,13 @@ class Computed:
         self.flops = None if self.flops is None or flops is None else self.flops + flops
 
 
-def decoder_flops(shape: ModelShape, rows: Sequence[tuple[int, int]], predicted: int, depth: int | None = None) -> int:
+def decoder_flops(
+    shape: ModelShape,
+    rows: Sequence[tuple[int, int]],
+    predicted: int,
+    depth: int | None = None,
+    ends: Sequence[int] | None = None,
+) -> int:
     """Return the FLOPs of a decoder.
 
     Args:
@@ -86,8 +92,15 @@ def decoder_flops(shape: ModelShape, rows: Sequence[tuple[int, int]], predicted:
         rows: see above.
         predicted: tokens that the head predicts, of all rows together.
         depth: only the first so many layers are run.
+        ends: with how many tokens at the end of each row the last layer goes on behind its keys and values.
     """
-    return 2 * (_decoder(shape.layers[:depth], rows) + predicted * shape.head)
+    layers: Sequence[LayerShape] = shape.layers[:depth]
+    work = predicted * shape.head
+    if ends is not None:
+        *layers, last = layers
+        places = [(end, before + computed - end) for (computed, before), end in zip(rows, ends, strict=True)]
+        work += sum(computed for computed, _ in rows) * last.into_attention + _decoder([last], places)
+    return 2 * (_decoder(layers, rows) + work)
 
 
 def context_flops(shape: ModelShape, tokens: int, depth: int | None = None) -> int:

@@ -5,12 +5,15 @@ Shapes: `B` rows, `n` query tokens, `m` passage tokens, `L` hint vectors, `d` hi
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+from qpeft.errors import OptionError
 
 if TYPE_CHECKING:
     from qpeft.read_out import Head
@@ -55,6 +58,9 @@ class HintWriter(Protocol):
     changes_lm: bool
     """Whether it changes the model's layers (LoRA), so that nothing encoded without it may be used."""
 
+    side_by_side: bool
+    """Whether several threads may score with it at once."""
+
     @property
     def head(self) -> Head | None:
         """What was trained on the state of the last token, if anything."""
@@ -94,3 +100,27 @@ class Slots:
                 pieces[place] = piece
         lengths = [0 if piece is None else len(piece) for piece in pieces]
         return cls(torch.cat([piece for piece in pieces if piece is not None]), lengths)
+
+
+def grouped(keys: Iterable[Hashable]) -> list[list[int]]:
+    """Return the places of equal keys, in order."""
+    groups: dict[Hashable, list[int]] = {}
+    for place, key in enumerate(keys):
+        groups.setdefault(key, []).append(place)
+    return list(groups.values())
+
+
+def changing(adapters: Sequence[HintWriter | None]) -> HintWriter | None:
+    """Return the adapter that changes the model for a batch, if any."""
+    found = next((adapter for adapter in adapters if adapter is not None and adapter.changes_lm), None)
+    if found is not None and any(adapter is not found for adapter in adapters):
+        raise OptionError("an adapter that changes the model's layers (LoRA) cannot share a batch with others or none")
+    return found
+
+
+def common_layer(adapters: Sequence[HintWriter]) -> int | None:
+    """Return the layer whose states adapters read, if any does."""
+    layers = {adapter.reads_layer for adapter in adapters} - {None}
+    if len(layers) > 1:
+        raise OptionError(f"adapters of one batch read states of different layers: {sorted(map(str, layers))}")
+    return layers.pop() if layers else None

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from qpeft.hints import HintWriter
 from qpeft.template import Row
 
 PaddingSide = Literal["left", "right"]
@@ -38,6 +39,21 @@ class Layout:
     counts: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A batch as the model takes it.
+
+    `starts`: tokens of each row that are encoded already; `changing`: the adapter that changes the model; `sparing`:
+    whether the last layer is computed only where something is read.
+    """
+
+    layout: Layout
+    starts: Sequence[int]
+    inputs: dict[str, Any]
+    changing: HintWriter | None
+    sparing: bool
+
+
 def lay_out(
     rows: Sequence[Row],
     *,
@@ -45,6 +61,7 @@ def lay_out(
     hints: Sequence[int],
     with_passage: bool = False,
     padding_side: PaddingSide = "right",
+    multiple: int = 1,
 ) -> Layout:
     """Return the rectangle of a batch.
 
@@ -54,9 +71,10 @@ def lay_out(
         hints: vectors of each row.
         with_passage: the passage's tokens are scored too, before the target's.
         padding_side: where short rows are padded.
+        multiple: the rectangle's width is a multiple of it.
     """
     lengths = [len(row) + hint - start - bool(row.target) for row, hint, start in zip(rows, hints, starts, strict=True)]
-    shape = len(rows), max(lengths)
+    shape = len(rows), -(-max(lengths) // multiple) * multiple
     ids = torch.zeros(shape, dtype=torch.long)
     mask, slots, predicting = torch.zeros(3, *shape, dtype=torch.bool)
     labels: list[int] = []
@@ -78,3 +96,9 @@ def lay_out(
         labels += [token for token, wanted in zip(tokens, scored, strict=bool(row.target)) if wanted]
         counts.append(sum(scored))
     return Layout(ids, mask, slots, predicting, torch.tensor(labels), counts)
+
+
+def cached(row: Row, hint: int) -> int:
+    """Return how many context tokens stand in the cache: all before the hint, but something must predict the query."""
+    before = len(row.context[: row.hint])
+    return before if hint or before < len(row.context) else before - 1

@@ -2,18 +2,17 @@
 
 Shapes: `B` rows, `T` positions, `N` scored positions of a batch, `K` scored positions of a row, `V` vocabulary.
 
-Of rows without scored tokens, what stands at the last one is read (`read_out.py`).
-
 Positions are explicit and padding is masked, so that a row's values do not depend on its company. The model's own head
-runs at the scored positions only, which keeps the memory small and soft-capped or scaled heads right.
+runs at the scored positions only, which keeps the memory small and soft-capped or scaled heads right. Of rows without
+scored tokens, what stands at the last one is read (`read_out.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,15 @@ from qpeft.context_store import ContextStore, Encoded, Filled, FilledLayer, Key,
 from qpeft.depth import Layers, find_layers
 from qpeft.errors import ModelError, OptionError
 from qpeft.flops import context_flops, decoder_flops
-from qpeft.hints import HintWriter, Pairs, Slots
-from qpeft.layout import Layout, PaddingSide, lay_out
-from qpeft.pretrained import PretrainedLM, RowLogProbs, pad_ids, token_log_probs
-from qpeft.read_out import Answers, Head, ReadOut
+from qpeft.hints import HintWriter, Pairs, Slots, changing, common_layer, grouped
+from qpeft.last_layer import KERNELS, LastLayer
+from qpeft.layout import Batch, Layout, PaddingSide, cached, lay_out
+from qpeft.pretrained import PretrainedLM, RowLogProbs, T, pad_ids, token_log_probs
+from qpeft.read_out import Head, ReadOut
 from qpeft.template import Row
+
+MULTIPLE = 8
+"""Whole rows are padded to such a width, since on CPUs a kernel is compiled for every shape that is new."""
 
 
 class CausalLM(PretrainedLM):
@@ -73,9 +76,12 @@ class CausalLM(PretrainedLM):
         self.store = store
         self._depth = model.config.get_text_config().num_hidden_layers
         self._layers: Layers | None = None
+        self._last: LastLayer | None = None
         with suppress(ModelError):
             self._layers = find_layers(model)
-        self._buffer: Tensor | None = None
+            self._last = LastLayer(self._layers)
+        self._of_thread = threading.local()
+        self._applied: HintWriter | None = None
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
         if store is not None and (model._is_stateful or not set(kinds) <= {"full_attention", "sliding_attention"}):
             raise ModelError(f"{name}: the passage cache is for models whose layers are all attention")
@@ -104,9 +110,9 @@ class CausalLM(PretrainedLM):
         """
         batch = self._batch(rows, adapters, with_passage)
         predicting = batch.layout.predicting.to(self.device)
-        with batch.changed():
+        with self._set_up(batch, predicting):
             logits = self.model(**batch.inputs, logits_to_keep=predicting).logits
-        self._count(batch, len(batch.layout.labels))
+        self._count_rows(batch, len(batch.layout.labels))
         values = token_log_probs(logits.reshape(-1, logits.shape[-1]), batch.layout.labels.to(self.device))
         return values, batch.layout.counts
 
@@ -127,43 +133,60 @@ class CausalLM(PretrainedLM):
         """
         batch = self._batch(rows, adapters, False)
         last = batch.layout.predicting.to(self.device)
-        with batch.changed():
-            if isinstance(read_out, Answers):
-                logits = self.model(**batch.inputs, logits_to_keep=last).logits
-                values = read_out(logits.reshape(-1, logits.shape[-1]))
-            else:
-                values = read_out(self.model.base_model(**batch.inputs).last_hidden_state[last])
-        if isinstance(read_out, Answers):
-            self._count(batch, len(rows))
-        else:
-            self._count(batch, 0, 2 * len(rows) * read_out.weights)
-        return values
+        with self._set_up(batch, last):
+            if isinstance(read_out, Head):
+                self._count_rows(batch, 0, 2 * len(rows) * read_out.weights)
+                return read_out(self.model.base_model(**batch.inputs).last_hidden_state[last])
+            self._count_rows(batch, len(rows))
+            logits = self.model(**batch.inputs, logits_to_keep=last).logits
+            return read_out(logits.reshape(-1, logits.shape[-1]))
 
-    def _batch(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None] | None, with_passage: bool) -> _Batch:
+    def _batch(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None] | None, with_passage: bool) -> Batch:
         """Let adapters write, and lay the rows out; see `score`."""
-        changing = _changing(adapters or ())
-        layer = _common_layer([adapter for adapter in adapters or () if adapter is not None])
+        changes = changing(adapters or ())
+        layer = common_layer([adapter for adapter in adapters or () if adapter is not None])
         after = all(row.hint is None or row.hint >= row.passage[1] for row in rows)
-        whole = with_passage or not after or changing is not None
+        whole = with_passage or not after or changes is not None
         whole |= any(len(row.context) < 2 or not row.target for row in rows)
-        if layer is not None and not (after and changing is None):
+        if layer is not None and not (after and changes is None):
             raise OptionError("an adapter that reads states of the passage needs its hint after the passage")
         encoded = None
         if layer is not None or (self.store is not None and not whole):
-            encoded = [self.encode(row.context[: row.hint], layer) for row in rows]
+            encoded = self.encode_all([row.context[: row.hint] for row in rows], layer)
         slots = self._write_hints(rows, adapters, encoded)
         hints = [0] * len(rows) if slots is None else slots.lengths
         past = None if whole else encoded
-        starts = [0] * len(rows) if past is None else list(map(_start, rows, hints))
+        starts = [0] * len(rows) if past is None else list(map(cached, rows, hints))
         layout = lay_out(
             rows,
             starts=starts,
             hints=hints,
             with_passage=with_passage,
             padding_side="right" if past is not None else self.padding_side,
+            multiple=MULTIPLE if past is None else 1,
         )
+        sparing = past is None and not with_passage and self.spares_last_layer
         inputs = {**self._inputs(layout, slots), **self._past(layout, past, starts)}
-        return _Batch(layout, starts, inputs, changing)
+        return Batch(layout, starts, inputs, changes, sparing)
+
+    @contextmanager
+    def _set_up(self, batch: Batch, wanted: Tensor) -> Iterator[None]:
+        """Change the model where an adapter does so, and spare its last layer what is not `wanted` `[B, S]`."""
+        adapter = batch.changing
+        with (
+            nullcontext() if adapter is self._applied or adapter is None else adapter.applied(),
+            self._last.only_at(wanted) if self._last and batch.sparing else nullcontext(),
+        ):
+            yield
+
+    def encode_all(self, contexts: Sequence[tuple[int, ...]], layer: int | None = None) -> list[Encoded]:
+        """Return `encode` of each context.
+
+        On a CPU always by the same number of threads, whoever asks, since the last bits depend on it.
+        """
+        if self.device.type != "cpu" or self._beside.is_inside or self._beside.width() == 1:
+            return [self.encode(ids, layer) for ids in contexts]
+        return self._beside.run(lambda ids: self.encode(ids, layer), contexts)
 
     def encode(self, ids: tuple[int, ...], layer: int | None = None) -> Encoded:
         """Return keys and values of a context, from the store if there is one.
@@ -201,17 +224,24 @@ class CausalLM(PretrainedLM):
             flops = context_flops(self.shape, len(ids), self._depth)
         elif self.shape is not None:
             flops = decoder_flops(self.shape, [(len(ids), 0)], 1, self._depth)
-        self.computed.add(len(ids), 0, flops)
+        self._count(len(ids), 0, flops)
         return Encoded(torch.stack([torch.stack([kept.keys[0], kept.values[0]]) for kept in cache.layers]), states)
 
-    def _count(self, batch: _Batch, predicted: int, more: int = 0) -> None:
+    @property
+    def spares_last_layer(self) -> bool:
+        """Whether whole rows go through the last layer only where a token is predicted."""
+        whole = self._layers is not None and len(self._layers.modules) == self._depth
+        return whole and self.attention_kernel in KERNELS
+
+    def _count_rows(self, batch: Batch, predicted: int, more: int = 0) -> None:
         """Add a forward pass to what was computed: tokens that the head predicts, and more FLOPs behind the layers."""
         lengths = batch.layout.mask.sum(1).tolist()
         flops = None
         if self.shape is not None:
             rows = list(zip(lengths, batch.starts, strict=True))
-            flops = decoder_flops(self.shape, rows, predicted, self._depth) + more
-        self.computed.add(sum(lengths), batch.layout.mask.numel() - sum(lengths), flops)
+            ends = batch.layout.counts if batch.sparing else None
+            flops = decoder_flops(self.shape, rows, predicted, self._depth, ends) + more
+        self._count(sum(lengths), batch.layout.mask.numel() - sum(lengths), flops)
 
     def check_depth(self, depth: int, adapters: Sequence[HintWriter | None] = ()) -> None:
         """Raise the error that scoring with the first `depth` layers would end in; see `PretrainedLM.check_depth`."""
@@ -236,11 +266,31 @@ class CausalLM(PretrainedLM):
             finally:
                 self._depth = whole
 
+    def _in_batches(
+        self,
+        rows: Sequence[Row],
+        each: Sequence[HintWriter | None],
+        scored: Sequence[int],
+        forward: Callable[[list[Row], list[HintWriter | None]], list[T]],
+    ) -> list[T]:
+        """Change the model once for all batches of an adapter that changes it, since they may run side by side."""
+        out: dict[int, T] = {}
+        for own in grouped(id(adapter) if adapter is not None and adapter.changes_lm else None for adapter in each):
+            self._applied = changing([each[i] for i in own])
+            try:
+                with nullcontext() if self._applied is None else self._applied.applied():
+                    some = [rows[i] for i in own], [each[i] for i in own], [scored[i] for i in own]
+                    values = super()._in_batches(*some, forward)
+            finally:
+                self._applied = None
+            out |= zip(own, values, strict=True)
+        return [out[i] for i in range(len(rows))]
+
     def _forward(
         self, rows: Sequence[Row], with_passage: bool, adapters: Sequence[HintWriter | None]
     ) -> list[RowLogProbs]:
         out: dict[int, RowLogProbs] = {}
-        for own in _by_model(adapters):
+        for own in grouped(None if adapter is None else adapter.reads_layer for adapter in adapters):
             values, counts = self.score([rows[i] for i in own], [adapters[i] for i in own], with_passage=with_passage)
             for i, value in zip(own, torch.split(values.cpu(), counts), strict=True):
                 border = len(value) - sum(rows[i].scored)
@@ -249,7 +299,7 @@ class CausalLM(PretrainedLM):
 
     def _read(self, rows: Sequence[Row], read_out: ReadOut, adapters: Sequence[HintWriter | None]) -> list[Tensor]:
         out: dict[int, Tensor] = {}
-        for own in _by_model(adapters):
+        for own in grouped(None if adapter is None else adapter.reads_layer for adapter in adapters):
             values = self.read_batch([rows[i] for i in own], read_out, [adapters[i] for i in own])
             out |= dict(zip(own, values.cpu(), strict=True))
         return [out[i] for i in range(len(rows))]
@@ -344,53 +394,7 @@ class CausalLM(PretrainedLM):
         if torch.is_grad_enabled():
             return like.new_zeros(shape)
         count = math.prod(shape)
-        if self._buffer is None or self._buffer.numel() < count or self._buffer.dtype != like.dtype:
-            self._buffer = like.new_zeros(count)
-        return self._buffer[:count].view(shape)
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """A batch as the model takes it; `starts`: tokens of each row that are encoded already."""
-
-    layout: Layout
-    starts: Sequence[int]
-    inputs: dict[str, Any]
-    changing: HintWriter | None
-
-    def changed(self) -> AbstractContextManager[None]:
-        """Return a context in which the model is changed, where an adapter does so."""
-        return nullcontext() if self.changing is None else self.changing.applied()
-
-
-def _start(row: Row, hint: int) -> int:
-    """Return how many context tokens stand in the cache: all before the hint, but something must predict the query."""
-    before = len(row.context[: row.hint])
-    return before if hint or before < len(row.context) else before - 1
-
-
-def _by_model(adapters: Sequence[HintWriter | None]) -> list[list[int]]:
-    """Return the rows that can share a forward pass.
-
-    Those of each adapter that changes the model; of the others, those whose adapters read one layer's states, or none.
-    """
-    groups: dict[tuple[int | None, int | None], list[int]] = {}
-    for row, adapter in enumerate(adapters):
-        changing = id(adapter) if adapter is not None and adapter.changes_lm else None
-        groups.setdefault((changing, None if adapter is None else adapter.reads_layer), []).append(row)
-    return list(groups.values())
-
-
-def _changing(adapters: Sequence[HintWriter | None]) -> HintWriter | None:
-    """Return the adapter that changes the model for a batch, if any."""
-    found = next((adapter for adapter in adapters if adapter is not None and adapter.changes_lm), None)
-    if found is not None and any(adapter is not found for adapter in adapters):
-        raise OptionError("an adapter that changes the model's layers (LoRA) cannot share a batch with others or none")
-    return found
-
-
-def _common_layer(adapters: Sequence[HintWriter]) -> int | None:
-    layers = {adapter.reads_layer for adapter in adapters} - {None}
-    if len(layers) > 1:
-        raise OptionError(f"adapters of one batch read states of different layers: {sorted(map(str, layers))}")
-    return layers.pop() if layers else None
+        buffer: Tensor | None = getattr(self._of_thread, "buffer", None)
+        if buffer is None or buffer.numel() < count or buffer.dtype != like.dtype:
+            buffer = self._of_thread.buffer = like.new_zeros(count)
+        return buffer[:count].view(shape)

@@ -8,8 +8,9 @@ Shapes: `B` rows, `T` positions, `N` scored positions of a batch, `K` scored pos
 from __future__ import annotations
 
 import functools
+import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from qpeft.flops import Computed, shape_of
 from qpeft.hints import HintWriter
 from qpeft.provenance import weights_fingerprint
 from qpeft.read_out import Answers, Head, ReadOut
+from qpeft.side_by_side import SideBySide
 from qpeft.template import Row
 
 T = TypeVar("T")
@@ -135,7 +137,9 @@ class PretrainedLM:
         self.batch_tokens = batch_tokens
         self.shape = shape_of(self.model)
         self.computed = Computed()
-        self._turn = threading.Lock()  # forwards share memory, stored contexts and the switches of LoRA's layers
+        self._turn = threading.Lock()  # one call at a time; its batches may run side by side
+        self._counting = threading.Lock()
+        self._beside = SideBySide()
 
     @property
     def batch_tokens(self) -> int:
@@ -244,6 +248,10 @@ class PretrainedLM:
     def _first_layers(self, depth: int) -> AbstractContextManager[None]:
         raise NotImplementedError
 
+    def _count(self, tokens: int, padding: int, flops: int | None) -> None:
+        with self._counting:
+            self.computed.add(tokens, padding, flops)
+
     def _in_batches(
         self,
         rows: Sequence[Row],
@@ -252,27 +260,37 @@ class PretrainedLM:
         forward: Callable[[list[Row], list[HintWriter | None]], list[T]],
     ) -> list[T]:
         """Return what `forward` returns of each row, in order; `scored`: positions of each at which the head runs."""
-        sizes = [len(row) + (a.hint_length(len(row.query)) if a else 0) for row, a in zip(rows, each, strict=True)]
-        positions = LOGITS // self.model.config.get_text_config().vocab_size
         results: list[T | None] = [None] * len(rows)
-        # Longest first, so that what does not fit shows right away.
-        waiting = sorted(range(len(rows)), key=lambda i: (sizes[i], -i))
-        while waiting:
-            count = min(len(waiting), max(1, self._budget // max(1, sizes[waiting[-1]])))
-            while count > 1 and sum(scored[i] for i in waiting[-count:]) > positions:
-                count //= 2
-            chosen = waiting[-count:][::-1]
+
+        @torch.no_grad()
+        def run(chosen: list[int]) -> list[int]:
+            """Return the rows that did not fit in memory: all or none."""
             try:
                 values = forward([rows[i] for i in chosen], [each[i] for i in chosen])
-            except torch.OutOfMemoryError as error:
-                if count == 1:
-                    raise ModelError(f"{sizes[chosen[0]]} tokens do not fit in the memory of {self.device}") from error
-                torch.cuda.empty_cache()
-                self._budget = count * sizes[chosen[0]] // 2
-                continue
-            del waiting[-count:]
+            except torch.OutOfMemoryError:
+                return chosen
             for i, value in zip(chosen, values, strict=True):
                 results[i] = value
+            return []
+
+        sizes = [len(row) + (a.hint_length(len(row.query)) if a else 0) for row, a in zip(rows, each, strict=True)]
+        waiting = _Waiting(sizes, scored, LOGITS // self.model.config.get_text_config().vocab_size)
+        able = self.device.type == "cpu" and all(adapter is None or adapter.side_by_side for adapter in each)
+        beside = min(len(rows), self._beside.width()) if able else 1
+        if beside > 1:
+            # As many batches for each thread, of as many tokens: then none waits long for the others.
+            batches = beside * math.ceil(sum(sizes) / self._budget)
+            together = [*waiting.batches(math.ceil(sum(sizes) / batches), beside)]
+            for failed in self._beside.run(run, together):
+                waiting.put_back(failed)
+        while waiting:
+            chosen = waiting.take(self._budget)
+            if run(chosen):
+                if len(chosen) == 1:
+                    raise ModelError(f"{sizes[chosen[0]]} tokens do not fit in the memory of {self.device}")
+                torch.cuda.empty_cache()
+                self._budget = len(chosen) * sizes[chosen[0]] // 2
+                waiting.put_back(chosen)
         self._budget = min(self.batch_tokens, self._budget * 2)
         return [result for result in results if result is not None]
 
@@ -283,6 +301,42 @@ class PretrainedLM:
 
     def _read(self, rows: Sequence[Row], read_out: ReadOut, adapters: Sequence[HintWriter | None]) -> list[Tensor]:
         raise NotImplementedError
+
+
+class _Waiting:
+    """Rows that have not been scored, longest first, so that what does not fit in memory shows right away.
+
+    Args:
+        sizes: tokens of each row.
+        scored: scored tokens of each row.
+        positions: scored tokens that a forward pass may have, unless a single row has more.
+    """
+
+    def __init__(self, sizes: Sequence[int], scored: Sequence[int], positions: int) -> None:
+        self._sizes, self._scored, self._positions = sizes, scored, positions
+        self._rows = list(range(len(sizes)))
+        self.put_back([])
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    def take(self, tokens: int, share: int = 1) -> list[int]:
+        """Return the next batch, of so many padded tokens at most; it may use so large a part of memory: 1 / share."""
+        count = min(len(self._rows), max(1, tokens // max(1, self._sizes[self._rows[-1]])))
+        while count > 1 and sum(self._scored[i] for i in self._rows[-count:]) > self._positions // share:
+            count //= 2
+        chosen = self._rows[-count:][::-1]
+        del self._rows[-count:]
+        return chosen
+
+    def batches(self, tokens: int, share: int) -> Iterator[list[int]]:
+        """Yield batches until nothing is left; see `take`."""
+        while self:
+            yield self.take(tokens, share)
+
+    def put_back(self, rows: Sequence[int]) -> None:
+        """Let rows wait again."""
+        self._rows = sorted([*self._rows, *rows], key=lambda i: (self._sizes[i], -i))
 
 
 def pad_ids(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

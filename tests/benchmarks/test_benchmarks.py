@@ -89,10 +89,15 @@ class TestRounds:
         assert scaling.exponent(points) == pytest.approx(0.5)
 
 
+KINDS = (ablation.CausalLM, ablation.InOrder, ablation.WholeLastLayer, ablation.OneAtATime)
+
+
 class TestCeiling:
     @pytest.mark.parametrize("name", ["bert", "llama", "qwen3"])
-    def test_products_are_those_that_the_model_does(self, make_lm, name):
-        lm = make_lm(name)
+    @pytest.mark.usefixtures("no_rounding")
+    def test_products_are_those_of_a_model_that_computes_all(self, make_lm, name):
+        plain = make_lm(name)
+        lm = ablation.WholeLastLayer(plain.model, plain.tokenizer, name=name, max_length=128, batch_tokens=4096)
         lm.model.set_attn_implementation("eager")
         (row,) = random_rows(1)
         products, attention = needed(lm, [row])
@@ -138,13 +143,14 @@ class TestSameScores:
         rows = random_rows(7)
         expected = gpu.means(lm, rows)
         bench = argparse.Namespace(lm=lm)
-        changed = {kind: ablation.Bench.again(bench, kind) for kind in (ablation.CausalLM, ablation.InOrder)}
+        changed = {kind: ablation.Bench.again(bench, kind) for kind in KINDS}
         for other in changed.values():
             assert gpu.means(other, rows) == pytest.approx(expected, abs=1e-4)
         whole = changed[ablation.CausalLM]
         whole.model = ablation.FullLogits(whole.model)
         assert gpu.means(whole, rows) == pytest.approx(expected, abs=1e-4)
 
+    @pytest.mark.usefixtures("no_rounding", "one_thread")
     def test_batches_in_the_order_given_fit_and_are_not_sorted(self, make_lm):
         lm = make_lm("llama", batch_tokens=200)
         other = ablation.InOrder(lm.model, lm.tokenizer, name="in order", max_length=128, batch_tokens=200)

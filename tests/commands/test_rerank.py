@@ -156,6 +156,7 @@ def test_cuts_are_shown(rerank_arguments, tmp_path, capsys):
     assert "passages were cut" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_rounding")
 def test_what_it_cost_is_printed_and_kept(rerank_arguments, tmp_path, capsys):
     costs = {}
     for name, more in (("plain", ()), ("cached", ("--passage-cache", "0.01")), ("one", ("--batch-tokens", "1"))):

@@ -11,6 +11,7 @@ from qpeft.adapters import lora
 from qpeft.adapters._folder import save_adapter
 from qpeft.lm import CausalLM
 from qpeft.read_out import Head
+from qpeft.server.batcher import Chunk, Job, score_chunks
 from qpeft.server.settings import Settings
 from qpeft.template import load_template
 from qpeft.types import Passage, Query
@@ -72,6 +73,20 @@ def test_each_scores_as_offline_also_all_at_once(client, offline):
     for name, own in zip(names, found, strict=True):
         assert own == pytest.approx(offline[name], abs=1e-4)
     assert len({round(own[0], 3) for own in found}) == len(offline)
+
+
+def test_scorers_of_one_kind_share_a_call_of_the_model(make_lm, folder, offline, monkeypatch):
+    lm = make_lm("llama")
+    names = sorted(offline)
+    jobs = [Job(methods.open_scorer(lm, folder / name), PAIRS, None, None, 0.0) for name in names]
+    calls = []
+    for name in ("log_probs", "read"):
+        own = getattr(lm, name)
+        monkeypatch.setattr(lm, name, lambda rows, *a, own=own, **o: calls.append(len(rows)) or own(rows, *a, **o))
+    outcomes = score_chunks([Chunk(job, PAIRS) for job in jobs])
+    for name, outcome in zip(names, outcomes, strict=True):
+        assert outcome.scores == pytest.approx(offline[name], abs=1e-4)
+    assert sorted(calls) == [len(PAIRS), len(PAIRS), 3 * len(PAIRS)], "likelihoods, one head, three that answer"
 
 
 def test_probabilities(client, offline):

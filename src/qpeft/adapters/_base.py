@@ -29,6 +29,7 @@ class Adapter(nn.Module, abc.ABC):
     reads_layer: int | None = None
     reads_template = False
     changes_lm = False
+    side_by_side = True
 
     @property
     def head(self) -> Head | None:

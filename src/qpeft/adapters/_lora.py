@@ -51,6 +51,8 @@ class LoraAdapter(Adapter):
         self.qpeft = _hint(config.hint, lm)
         self.reads_template = self.qpeft is not None and self.qpeft.reads_template
         self.peft_config = settings or _settings(config, lm)
+        # In every forward pass, peft takes apart what holds experts.
+        self.side_by_side = not getattr(self.peft_config, "target_parameters", None)
         self.label, self._layers = _insert(self.peft_config, lm)
         self._peft_configs = lm.model.peft_config
         self._frozen = (lm.model,)  # in a tuple, so that it is not taken for a part of this module

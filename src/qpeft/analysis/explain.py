@@ -194,6 +194,7 @@ class _Recorder:
         self.reads_template = adapter.reads_template
         self.changes_lm = adapter.changes_lm
         self.head = adapter.head
+        self.side_by_side = adapter.side_by_side
         self.reads_by_query_token = adapter.hint_length(2) > adapter.hint_length(1)
         self.reasons: dict[tuple[int, ...], tuple[Tensor | None, Tensor | None]] = {}
 

@@ -57,13 +57,11 @@ def run(config: Config, model: ModelConfig) -> None:
     with progress_bar("index-cache", len(passages), unit="passages") as bar:
         for some in _batches(passages.values(), AT_A_TIME):
             prompt.read_ahead(some)
-            for passage in some:
-                row = prompt.rows(A_QUERY, passage)[0]
-                context = row.context[: row.hint]
-                cut += row.truncated
-                if not lm.store.on_disk(lm.key(context)):
-                    lm.encode(context)
-                bar.advance()
+            rows = [prompt.rows(A_QUERY, passage)[0] for passage in some]
+            cut += sum(row.truncated for row in rows)
+            contexts = [row.context[: row.hint] for row in rows]
+            lm.encode_all([context for context in contexts if not lm.store.on_disk(lm.key(context))])
+            bar.advance(len(some))
     size = sum(path.stat().st_size for path in lm.store.folder.rglob("*.safetensors"))
     print(f"{len(passages):,} passages, {lm.store.misses:,} encoded now, {size / 2**30:.2f} GiB in {lm.store.folder}")
     if cut:
