@@ -7,7 +7,8 @@ runs as always, which is why this works for whatever is read out at the end.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import threading
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +22,8 @@ from qpeft.errors import ModelError
 class Replay:
     """What layers gave in earlier runs, call by call.
 
-    A run may call the model several times (batches); the runs of one replay make the same calls with the same inputs.
-    That they do is checked at what enters the first layer, to the bit.
+    A run may call the model several times (batches), in any order and from several threads. What belongs together is
+    told by what enters the first layer, to the bit: the runs of one replay have the same inputs.
 
     Args:
         layers: the model's.
@@ -34,8 +35,9 @@ class Replay:
 
     def __init__(self, layers: Layers) -> None:
         self._modules = list(layers.modules)
-        self._kept: dict[int, list[Any]] = {}
+        self._kept: dict[int, dict[int, Any]] = {}
         self._entered: list[Tensor] = []
+        self._lock = threading.Lock()
         self.computed = 0
         self.spared = 0
 
@@ -57,12 +59,12 @@ class Replay:
         if not shared:
             self._entered = []
         self._kept = {depth: states for depth, states in self._kept.items() if depth <= shared}
-        self._kept |= {depth: [] for depth in keep if depth > shared}
-        calls = _Calls(self, shared)
+        self._kept |= {depth: {} for depth in keep if depth > shared}
+        run = _Run(self, shared)
         before = [vars(module).get("forward") for module in self._modules]
         try:
             for index, module in enumerate(self._modules):
-                module.forward = calls.layer(index, module.forward)
+                module.forward = run.layer(index, module.forward)
             yield
         finally:
             for module, forward in zip(self._modules, before, strict=True):
@@ -70,46 +72,61 @@ class Replay:
                     del module.forward
                 else:  # a library that dispatches a model over devices has put its own there
                     module.forward = forward
-        if shared and calls.number != len(self._entered):
-            raise ModelError(f"the model was called {calls.number} times, and {len(self._entered)} times before")
+        if run.calls != len(self._entered):
+            raise ModelError(f"the model was called {run.calls} times, and {len(self._entered)} times before")
 
-    def check(self, number: int, shared: int, entered: Tensor) -> None:
-        """Note what enters the first layer in the n-th call (from 0), or compare it with the first run's."""
-        if not shared:
-            self._entered.append(entered)
-        elif number >= len(self._entered) or not torch.equal(entered, self._entered[number]):
-            raise ModelError("the model is called with other inputs than in the run whose states were kept")
+    def call(self, shared: int, entered: Tensor) -> int:
+        """Return the number of the call with these states before the first layer; a first run's calls are new."""
+        with self._lock:
+            if not shared:
+                self._entered.append(entered)
+                return len(self._entered) - 1
+            for number, known in enumerate(self._entered):
+                if known.shape == entered.shape and torch.equal(known, entered):
+                    return number
+        raise ModelError("the model is called with other inputs than in the run whose states were kept")
+
+    def count(self, computed: int, spared: int) -> None:
+        """Count layers."""
+        with self._lock:
+            self.computed += computed
+            self.spared += spared
+
+    def keep(self, depth: int, call: int, states: Any) -> None:
+        """Keep what a layer gave, where that is asked for."""
+        if depth in self._kept:
+            self._kept[depth][call] = states
+
+    def kept(self, depth: int, call: int) -> Any:
+        """Return what was kept."""
+        return self._kept[depth][call]
 
 
-class _Calls:
-    """One run: wraps the layers, and counts the calls of the model."""
+class _Run:
+    """One run: what its layers do instead. Each thread is within a call of its own."""
 
     def __init__(self, replay: Replay, shared: int) -> None:
         self._replay, self._shared = replay, shared
-        self.number = 0
+        self._own = threading.local()
+        self._lock = threading.Lock()
+        self.calls = 0
 
     def layer(self, index: int, forward: Any) -> Any:
-        replay, shared = self._replay, self._shared
+        replay, shared, own = self._replay, self._shared, self._own
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if index == 0:
                 if kwargs.get("past_key_values") is not None:
                     raise ModelError("states are not shared over stored contexts")
-                replay.check(self.number, shared, _states(args, kwargs))
-                self.number += 1
+                own.call = replay.call(shared, args[0] if args else kwargs["hidden_states"])
+                with self._lock:
+                    self.calls += 1
             if index < shared:
-                replay.spared += 1
-                return replay._kept[shared][self.number - 1]
-            replay.computed += 1
+                replay.count(0, 1)
+                return replay.kept(shared, own.call)
             out = forward(*args, **kwargs)
-            if index + 1 in replay._kept:
-                replay._kept[index + 1].append(out)
+            replay.count(1, 0)
+            replay.keep(index + 1, own.call, out)
             return out
 
         return run
-
-
-def _states(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-    """Return the hidden states among a layer's arguments, `[B, T, d]`."""
-    states: Tensor = args[0] if args else kwargs["hidden_states"]
-    return states

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -263,7 +264,7 @@ def test_a_replay_notices_other_inputs(make_lm):
             model(**ids(5, 6))
             model(**ids(5, 6))
 
-    with pytest.raises(ModelError, match="other inputs"):
+    with pytest.raises(ModelError, match="was called 2 times, and 1 times before"):
         twice()
     with pytest.raises(ModelError, match="was called 0 times, and 1 times before"), replay.run(1):
         pass
@@ -272,6 +273,40 @@ def test_a_replay_notices_other_inputs(make_lm):
     with pytest.raises(ModelError, match="stored contexts"), replay.run():
         model(input_ids=torch.tensor([[5, 6]]), use_cache=True)
     assert torch.equal(model(**ids(5, 6)).logits, first)
+
+
+def test_calls_in_any_order_and_from_several_threads(make_lm):
+    """Each finds the states of its own input."""
+    model = make_lm("llama").model
+    replay = Replay(find_layers(model))
+    inputs = [ids(word, word + 1, *[9] * (word % 3)) for word in range(5, 25)]
+
+    @torch.no_grad()
+    def logits(one):
+        return model(**one).logits
+
+    expected = [logits(one) for one in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for shared, keep in ((0, [1]), (1, [2]), (2, []), (1, [])):
+            order = random.Random(shared).sample(range(len(inputs)), len(inputs))
+            with replay.run(shared, keep):
+                found = list(pool.map(logits, [inputs[i] for i in order]))
+            assert all(torch.equal(found[place], expected[i]) for place, i in enumerate(order))
+    assert (replay.computed, replay.spared) == (4 * 20, 4 * 20)
+
+
+def test_batches_side_by_side(make_lm, monkeypatch):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        lm, adapter, reranker = opened(make_lm, monkeypatch, "llama")
+        sets = [each.active for each in every_study(list(adapter.places()))]
+        shared = Ablated(lm, adapter, reranker, sets)
+        shared.rank(ITEMS[:1])
+        assert (shared.shares, shared.why_not) == (True, "")
+        assert shared.rank(ITEMS) == Ablated(lm, adapter, reranker, sets, share=False).rank(ITEMS)
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()
