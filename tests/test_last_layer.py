@@ -29,7 +29,7 @@ def positions_through_last_layer(lm, run):
     return seen
 
 
-pytestmark = pytest.mark.usefixtures("no_rounding")
+pytestmark = pytest.mark.usefixtures("no_rounding", "one_thread")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

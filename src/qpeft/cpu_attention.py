@@ -57,6 +57,10 @@ def attention(
     length = key.shape[2]
     # One mask for all rows is that of rows without padding: what stands behind a block of positions is not looked at.
     causal = attention_mask is not None and len(attention_mask) == 1 and width == length and bool(module.is_causal)
+    # Where few positions look back at many, widening keys and values would cost more than it saves.
+    more = -length % MULTIPLE if attention_mask is not None and 2 * width >= length else 0
+    if attention_mask is not None and more:
+        attention_mask = pad(attention_mask, (0, more), value=torch.finfo(attention_mask.dtype).min)
     block = min(width, BLOCK)
     rows = max(1, SCORES // (heads * block * length))
     scaling = size**-0.5 if scaling is None else scaling
@@ -80,15 +84,15 @@ def _attend(
     """Return `[B, T, H, h]`."""
     batch, heads, width, size = query.shape
     shared, length = batch * key.shape[1], key.shape[2]
-    more = -length % MULTIPLE if mask is not None else 0
-    if mask is not None:
-        mask = pad(mask, (0, more), value=torch.finfo(mask.dtype).min)
-    keys = pad(key, (0, 0, 0, more)).reshape(shared, -1, size).transpose(1, 2)
-    values = pad(value, (0, 0, 0, more)).reshape(shared, length + more, -1)
+    wide = length if mask is None else mask.shape[-1]
+    if wide > length:
+        key, value = pad(key, (0, 0, 0, wide - length)), pad(value, (0, 0, 0, wide - length))
+    keys = key.reshape(shared, wide, -1).transpose(1, 2)
+    values = value.reshape(shared, wide, -1)
     parts = []
     for first in range(0, width, BLOCK):
         some = query[:, :, first : first + BLOCK]
-        end = length + more
+        end = wide
         if causal:
             end = min(end, -(-(first + some.shape[2]) // MULTIPLE) * MULTIPLE)
         scores = torch.bmm(some.reshape(shared, -1, size) * scaling, keys[..., :end]).view(batch, heads, -1, end)
