@@ -55,12 +55,12 @@ def test_sigterm_under_load_answers_what_was_accepted(saved_model):
                 return type(error).__name__
             return len(response.json()["results"]) if response.status_code == 200 else response.status_code
 
-        def queued():
+        def arrived():
             metrics = client.get("/metrics").text
-            return float(re.search(r"^qpeft_queued_pairs (\S+)", metrics, re.M)[1])
+            return sum(map(float, re.findall(r"^qpeft_(?:queued_pairs|pairs_total) (\S+)", metrics, re.M)))
 
         accepted = [pool.submit(ask, i) for i in range(8)]
-        wait_until(lambda: queued() > 1200)  # of 1600: all eight are in
+        wait_until(lambda: arrived() > 1400)  # of 1600: all eight are in
         started.send_signal(signal.SIGTERM)
         wait_until(lambda: client.get("/ready").status_code == 503)
         assert client.get("/health").status_code == 200
@@ -72,7 +72,7 @@ def test_sigterm_under_load_answers_what_was_accepted(saved_model):
     events = logged(stderr)
     (draining,) = [line for line in events if line["event"] == "draining"]
     (drained,) = [line for line in events if line["event"] == "drained"]
-    assert draining["in_flight"] >= 8
+    assert draining["in_flight"] > 0
     assert drained["left"] == 0
     assert [line["status"] for line in events if line["event"] == "request" and line["path"] == "/v2/rerank"].count(
         200
