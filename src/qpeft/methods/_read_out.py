@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from qpeft.errors import OptionError
-from qpeft.methods._rows import Work, prepare, rows_of
+from qpeft.methods._rows import RowScorer, Work, rows_of
 from qpeft.template import Prompt, Row
 from qpeft.types import Passage, Query, ScoringCounts
 
@@ -61,7 +61,7 @@ class Reading(Protocol):
         ...
 
 
-class ReadOutScorer:
+class ReadOutScorer(RowScorer):
     """Scores (query, passage) pairs by what stands at the last token.
 
     Args:
@@ -94,32 +94,9 @@ class ReadOutScorer:
             return False
         return True
 
-    def check(self, query: Query) -> None:
-        """Raise QueryError for a query that is empty or leaves no room for a passage."""
-        rows_of(self.prompt, self._config, query, Passage("", ""))
-
-    def score(self, pairs: Sequence[tuple[Query, Passage]]) -> list[float]:
-        """Return the score of each pair, −∞ for a passage of zero tokens."""
-        work = self.prepare(pairs)
-        return self.pool(work, self.values(work.rows, [self.adapter] * len(work.rows)))
-
-    def prepare(self, pairs: Sequence[tuple[Query, Passage]], max_passage_tokens: int | None = None) -> Work:
-        """Return the rows that the model must read, and count what happened to the input.
-
-        Args:
-            pairs: queries and passages.
-            max_passage_tokens: a bound on these passages, beside that of the options.
-
-        Raises:
-            QueryError: a query is empty or leaves no room for a passage.
-        """
-        config = self._config
-        return prepare(
-            self.prompt,
-            pairs,
-            lambda query, passage: rows_of(self.prompt, config, query, passage, max_passage_tokens=max_passage_tokens),
-            self.counts,
-        )
+    def rows(self, query: Query, passage: Passage, max_passage_tokens: int | None = None) -> list[Row]:
+        """Return the rows of a pair: one, or one per window."""
+        return rows_of(self.prompt, self._config, query, passage, max_passage_tokens=max_passage_tokens)
 
     def values(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> list[Tensor]:
         """Return what is read of each row, `[k]`."""

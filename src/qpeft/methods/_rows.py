@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from qpeft.errors import OptionError
 from qpeft.kept_tokens import KeptTokens
 from qpeft.template import Prompt, Row, load_template
-from qpeft.types import Passage, Query, Scorer, ScoringCounts
+from qpeft.types import Passage, Query, ScoringCounts
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
     from torch import Tensor
@@ -42,46 +43,80 @@ class Options(Protocol):
     def queries_per_batch(self) -> int: ...
 
 
-class RowScorer(Scorer, Protocol):
+class RowScorer(abc.ABC):
     """A scorer whose scores come of rows: what training and the server need of a method."""
 
+    counts: ScoringCounts
+    facts: dict[str, Any]
     lm: LanguageModel
     prompt: Prompt
     adapter: HintWriter | None
 
     @property
+    @abc.abstractmethod
     def kind(self) -> Hashable:
         """Scorers of one kind and one model may have their rows read together."""
-        ...
 
     @property
+    @abc.abstractmethod
     def ready(self) -> bool:
         """Whether it can score; a classifier cannot without a head."""
-        ...
 
-    def prepare(self, pairs: Sequence[tuple[Query, Passage]], max_passage_tokens: int | None = None) -> Work:
-        """Return the rows that the model must read, and count what happened to the input."""
-        ...
+    @abc.abstractmethod
+    def rows(self, query: Query, passage: Passage, max_passage_tokens: int | None = None) -> list[Row]:
+        """Return the rows of a pair: one, or one per window."""
 
+    @abc.abstractmethod
     def values(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> list[Any]:
         """Return what the model says of each row, whichever scorer of this kind it belongs to."""
-        ...
 
+    @abc.abstractmethod
     def pool(self, work: Work, values: Sequence[Any]) -> list[float]:
         """Return the score of each pair from what the model said of its rows."""
-        ...
 
+    @abc.abstractmethod
     def batch_scores(self, rows: Sequence[Row]) -> Tensor:
         """Return the scores of rows in one forward pass, `[N]` float32, differentiable in adapter and head."""
-        ...
 
+    @abc.abstractmethod
     def using(self, adapter: HintWriter | None) -> RowScorer:
         """Return the same scorer with another adapter, or with none, and counts of its own."""
-        ...
 
+    @abc.abstractmethod
     def probability(self, score: float) -> float:
         """Return what stands for the probability of relevance where no calibration does."""
-        ...
+
+    def check(self, query: Query) -> None:
+        """Raise QueryError for a query that is empty or leaves no room for a passage."""
+        self.rows(query, Passage("", ""))
+
+    def score(self, pairs: Sequence[tuple[Query, Passage]]) -> list[float]:
+        """Return the score of each pair, −∞ for a passage of zero tokens."""
+        work = self.prepare(pairs)
+        return self.pool(work, self.values(work.rows, [self.adapter] * len(work.rows)))
+
+    def prepare(self, pairs: Sequence[tuple[Query, Passage]], max_passage_tokens: int | None = None) -> Work:
+        """Return the rows that the model must read, and count what happened to the input.
+
+        Args:
+            pairs: queries and passages.
+            max_passage_tokens: a bound on these passages, beside that of the options.
+
+        Raises:
+            QueryError: a query is empty or leaves no room for a passage.
+        """
+        work = Work([], [], len(pairs))
+        self.prompt.read_ahead(passage for _, passage in pairs)
+        for index, (query, passage) in enumerate(pairs):
+            for row in self.rows(query, passage, max_passage_tokens):
+                if row.passage[0] < row.passage[1]:
+                    work.rows.append(row)
+                    work.owners.append(index)
+        self.counts.pairs += work.pairs
+        self.counts.tokens += sum(len(row) for row in work.rows)
+        self.counts.truncated_passages += sum(row.truncated for row in work.rows)
+        self.counts.empty_passages += work.pairs - len(set(work.owners))
+        return work
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,31 +141,6 @@ def _pool(scores: list[float], how: str) -> float:
     if not all(map(math.isfinite, scores)):
         return math.nan  # no window may hide it, and −∞ means a passage of zero tokens
     return max(scores) if how == "max" else sum(scores) / len(scores)
-
-
-def prepare(
-    prompt: Prompt,
-    pairs: Sequence[tuple[Query, Passage]],
-    rows: Callable[[Query, Passage], list[Row]],
-    counts: ScoringCounts,
-) -> Work:
-    """Return the rows of pairs, and count what happened to the input.
-
-    Raises:
-        QueryError: a query is empty or leaves no room for a passage.
-    """
-    work = Work([], [], len(pairs))
-    prompt.read_ahead(passage for _, passage in pairs)
-    for index, (query, passage) in enumerate(pairs):
-        for row in rows(query, passage):
-            if row.passage[0] < row.passage[1]:
-                work.rows.append(row)
-                work.owners.append(index)
-    counts.pairs += work.pairs
-    counts.tokens += sum(len(row) for row in work.rows)
-    counts.truncated_passages += sum(row.truncated for row in work.rows)
-    counts.empty_passages += work.pairs - len(set(work.owners))
-    return work
 
 
 def rows_of(

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qpeft.errors import OptionError
 from qpeft.kept_tokens import KeptTokens
 from qpeft.methods._pointwise import Pointwise
-from qpeft.methods._rows import Work, open_prompt, prepare, rows_of
+from qpeft.methods._rows import RowScorer, Work, open_prompt, rows_of
 from qpeft.template import Prompt, Row
 from qpeft.types import Passage, Query, Reranker, ScoringCounts
 
@@ -107,7 +107,7 @@ def batch_scores(lm: CausalLM, rows: Sequence[Row], adapter: HintWriter | None) 
     return values.new_zeros(len(counts)).index_add(0, owners, values) / lengths
 
 
-class QueryLikelihood:
+class QueryLikelihood(RowScorer):
     """Scores (query, passage) pairs by the log-likelihood of the query.
 
     Args:
@@ -164,27 +164,6 @@ class QueryLikelihood:
             self.lm.check_depth(layers, [self.adapter])
         return QueryLikelihood(config, self.lm, prompt, self.adapter, self._hint_queries, layers)
 
-    def check(self, query: Query) -> None:
-        """Raise QueryError for a query that is empty or leaves no room for a passage."""
-        self._rows(query, Passage("", ""))
-
-    def score(self, pairs: Sequence[tuple[Query, Passage]]) -> list[float]:
-        """Return the score of each pair, −∞ for a passage of zero tokens."""
-        work = self.prepare(pairs)
-        return self.pool(work, self.values(work.rows, [self.adapter] * len(work.rows)))
-
-    def prepare(self, pairs: Sequence[tuple[Query, Passage]], max_passage_tokens: int | None = None) -> Work:
-        """Return the rows that the model must read, and count what happened to the input.
-
-        Args:
-            pairs: queries and passages.
-            max_passage_tokens: a bound on these passages, beside that of the options.
-
-        Raises:
-            QueryError: a query is empty or leaves no room for a passage.
-        """
-        return prepare(self.prompt, pairs, lambda q, p: self._rows(q, p, max_passage_tokens), self.counts)
-
     def values(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> list[RowLogProbs]:
         """Return the log-probabilities of each row's scored tokens."""
         return self.lm.log_probs(rows, with_passage=self.with_passage, adapters=adapters, depth=self._depth)
@@ -206,7 +185,8 @@ class QueryLikelihood:
         """Return the score of each pair from what the model said of its rows."""
         return work.pool([self._row_score(value) for value in values], self._config.window_pool)
 
-    def _rows(self, query: Query, passage: Passage, max_passage_tokens: int | None = None) -> list[Row]:
+    def rows(self, query: Query, passage: Passage, max_passage_tokens: int | None = None) -> list[Row]:
+        """Return the rows of a pair: one, or one per window."""
         read = self._hint_queries.get(query.id)
         return rows_of(
             self.prompt, self._config, query, passage, hint_query=read, max_passage_tokens=max_passage_tokens
