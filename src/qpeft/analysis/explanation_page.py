@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
-
-import jinja2
 
 from qpeft.analysis.explain import Explanation, PassageToken, most_read
+from qpeft.analysis.pages import render
 from qpeft.analysis.pieces import words
 from qpeft.evaluation.tables import number
 
@@ -41,19 +39,24 @@ def explanation_page(items: Sequence[tuple[str, Sequence[Explanation]]], title: 
     """
     every = [explanation for _, explanations in items for explanation in explanations]
     hinted = any(explanation.hinted_score is not None for explanation in every)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals |= {"number": number, "words": words, "shades": _shades, "reading": _reading}
-    environment.globals |= {"most_read": most_read, "listed": LISTED, "open": OPEN}
-    template = environment.from_string(files("qpeft.analysis").joinpath("explain.html").read_text(encoding="utf-8"))
-    return template.render(
-        title=title,
-        items=[(text, sorted(found, key=lambda each: each.place)) for text, found in items],
-        hinted=hinted,
-        reach=_reach(every, hinted),
-        chosen=any(explanation.hint for explanation in every),
-        attended=any(token.attention for explanation in every for token in explanation.tokens),
+    context = {
+        "title": title,
+        "items": [(text, sorted(found, key=lambda each: each.place)) for text, found in items],
+        "hinted": hinted,
+        "reach": _reach(every, hinted),
+        "chosen": any(explanation.hint for explanation in every),
+        "attended": any(token.attention for explanation in every for token in explanation.tokens),
+    }
+    return render(
+        "explain.html",
+        context,
+        number=number,
+        words=words,
+        shades=_shades,
+        reading=_reading,
+        most_read=most_read,
+        listed=LISTED,
+        open=OPEN,
     )
 
 

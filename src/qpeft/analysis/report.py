@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from qpeft.analysis.examples import won_and_lost
+from qpeft.analysis.pages import render
 from qpeft.analysis.plots import SERIES, cutoff_curves, difference_bars
 from qpeft.data.files import StrPath, write_text
 from qpeft.errors import OptionError
@@ -77,12 +76,7 @@ def write_comparison_report(
         "pairs": _pairs(evaluations, comparisons, by_tag, qrels, queries, passages, examples),
         "provenance": [(key, _shown(value)) for key, value in (provenance or {}).items()],
     }
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals["number"] = number
-    template = environment.from_string(files("qpeft.analysis").joinpath("report.html").read_text(encoding="utf-8"))
-    page = template.render(context)
+    page = render("report.html", context, number=number)
     with write_text(path) as file:
         file.write(page)
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from importlib.resources import files
 from pathlib import Path
 
-import jinja2
-
 from qpeft.analysis.ablation import NONE
+from qpeft.analysis.pages import render
 from qpeft.analysis.study import Finding, Interval, Study
 from qpeft.analysis.study_figures import Drawn, write_figures
 from qpeft.data.files import make_folder, write_text
@@ -52,22 +50,19 @@ def summary(study: Study) -> str:
 
 def page(study: Study, drawn: Sequence[Drawn]) -> str:
     """Return the page: no network, no scripts, readable on light and dark."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(files("qpeft.analysis").joinpath("study.html").read_text(encoding="utf-8"))
-    return template.render(
-        title=TITLES[study.study],
-        what=what(study),
-        sentences=list(sentences(study)),
-        figures=drawn,
-        table=table(study),
-        adapters=adapters_table(study),
-        provenance=[
+    context = {
+        "title": TITLES[study.study],
+        "what": what(study),
+        "sentences": list(sentences(study)),
+        "figures": drawn,
+        "table": table(study),
+        "adapters": adapters_table(study),
+        "provenance": [
             (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2))
             for key, value in study.made.items()
         ],
-    )
+    }
+    return render("study.html", context)
 
 
 def what(study: Study) -> str:
