@@ -7,14 +7,14 @@ from typing import Literal
 
 from qpeft.errors import OptionError
 
+Loss = Literal["both", "point", "pair", "softmax", "cross_entropy", "ranknet", "plackett_luce", "margin_mse"]
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """Training."""
 
-    loss: Literal["both", "point", "pair", "softmax", "cross_entropy", "ranknet", "plackett_luce", "margin_mse"] = (
-        "both"
-    )
+    loss: Loss = "both"
     """both: likelihood of positives plus hinge (Q-PEFT); or a part of it, or another ranking loss."""
     margin: float = 0.5
     """Of the hinge, in nats per query token."""
@@ -72,9 +72,7 @@ class TrainingConfig:
 class ReadOut(TrainingConfig):
     """Training of methods that read the last token."""
 
-    loss: Literal["both", "point", "pair", "softmax", "cross_entropy", "ranknet", "plackett_luce", "margin_mse"] = (
-        "softmax"
-    )
+    loss: Loss = "softmax"
     """softmax: the positive against the negatives of its group; cross_entropy: each pair by itself; or another."""
     loss_scale: float = 1.0
 
