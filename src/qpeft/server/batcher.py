@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from qpeft.methods._rows import RowScorer, Work
+from qpeft.server import memory
 from qpeft.server.metrics import Metrics
 from qpeft.types import Passage, Query
 
@@ -156,6 +157,7 @@ class Batcher:
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
+        given_back = loop.time()
         while True:
             await self._company()
             chunks = self._take()
@@ -166,6 +168,9 @@ class Batcher:
             self._metrics.batch(pairs, self._batch_pairs)
             for chunk, outcome in zip(chunks, outcomes, strict=True):
                 self._deliver(chunk.job, outcome)
+            if loop.time() - given_back > memory.EVERY:
+                await loop.run_in_executor(self._thread, memory.give_back)
+                given_back = loop.time()
 
     async def _company(self) -> None:
         """Wait for a full batch, or until somebody has waited long enough."""
