@@ -2,10 +2,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qpeft import cpu_attention
+from qpeft import cpu_attention, past
+from qpeft.cpu_attention import Contexts
 from qpeft.errors import OptionError
 from qpeft.loading import load_lm
 from qpeft.model_config import ModelConfig
+from qpeft.past import ApartLayer
 from reference import naive_log_probs
 from test_context_store import with_store
 from test_lm import assert_close, rows_for
@@ -14,8 +16,9 @@ from tiny_models import GATED, wordpiece_tokenizer
 
 @pytest.fixture(params=[1, 2000, cpu_attention.SCORES], ids=["row by row", "a few rows", "all rows"])
 def at_a_time(request, monkeypatch):
-    """Scores that are held at a time."""
+    """Scores that are held at a time, and bytes of contexts that are joined."""
     monkeypatch.setattr(cpu_attention, "SCORES", request.param)
+    monkeypatch.setattr(cpu_attention, "JOINED", request.param)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -29,6 +32,41 @@ def test_scores_equal_the_naive_reference(family, make_lm, side, at_a_time):
     stored = with_store(lm)
     for _ in range(2):
         assert_close(stored.log_probs(rows), references)
+
+
+def test_contexts_are_joined_by_attention_or_before_it(make_lm, monkeypatch):
+    lm = make_lm("llama")
+    rows = rows_for(lm)
+    references = [naive_log_probs(lm.model, row) for row in rows]
+    lm.model.set_attn_implementation(cpu_attention.NAME)
+    apart, losing = with_store(lm), with_store(lm)
+    own_stacked, stacked = past._stacked, []
+    monkeypatch.setattr(past, "_stacked", lambda *args: stacked.append(args) or own_stacked(*args))
+    assert_close(apart.log_probs(rows), references)
+    assert not stacked
+    own_update = ApartLayer.update
+    monkeypatch.setattr(ApartLayer, "update", lambda *args: tuple(part.clone() for part in own_update(*args)))
+    assert_close(losing.log_probs(rows), references)
+    assert stacked, "a layer that changes the cache's keys does not hand on their contexts"
+
+
+@pytest.mark.parametrize("most", [1, 20_000, 2**21])
+def test_contexts_fit_together(most, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "JOINED", most)
+    torch.manual_seed(0)
+    rows = [torch.randn(2, 3, length, 4) for length in (5, 90, 1, 40, 41)]
+    key, value = torch.randn(2, 5, 3, 6, 4)
+    seen = []
+    for some, keys, values in Contexts(rows).joined(key, value):
+        assert keys.shape == values.shape
+        assert keys.shape[2] % cpu_attention.MULTIPLE == 0
+        for i, row in enumerate(range(some.start, some.stop)):
+            seen.append(row)
+            for joined, before, after in ((keys, rows[row][0], key), (values, rows[row][1], value)):
+                whole = torch.cat([before, after[row]], 1)
+                assert torch.equal(joined[i, :, -whole.shape[1] :], whole)
+                assert not joined[i, :, : -whole.shape[1]].any()
+    assert seen == [0, 1, 2, 3, 4]
 
 
 def test_gradients_equal_those_of_eager_attention(make_lm):

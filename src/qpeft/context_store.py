@@ -193,33 +193,6 @@ class ContextStore:
         temporary.replace(path)
 
 
-class FilledLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """A layer of a cache that holds its contexts, and takes what follows: into room left for it, or by growing.
-
-    Writing in place is quicker, but backpropagation needs what was there, so training grows.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, past: int, *, grows: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.lazy_initialization(keys, values)
-        self.keys = self._keys = keys
-        self.values = self._values = values
-        self._past = past
-        self._grows = grows
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Return the layer's keys and values with new ones behind them."""
-        if self._grows:
-            return torch.cat([self._keys, key_states], -2), torch.cat([self._values, value_states], -2)
-        self._keys[:, :, self._past :] = key_states
-        self._values[:, :, self._past :] = value_states
-        return self._keys, self._values
-
-    def get_seq_length(self) -> int:
-        """Return how many positions stand before the input."""
-        return self._past
-
-
 class Filled(Exception):  # noqa: N818 — raised when all is well
     """The last layer's keys and values are there: what the model would compute after them, nobody reads."""
 

@@ -1,13 +1,16 @@
 """Attention for CPUs, a few rows and positions at a time, so that their scores stay in a core's cache memory.
 
 The fused kernel of PyTorch is slow there for the head sizes and lengths of reranking (docs/performance.md). This one is
-plain: scores, softmax, weighted sum; registered with transformers under the name `NAME`.
+plain: scores, softmax, weighted sum; registered with transformers under the name `NAME`. It takes contexts that were
+encoded before as they are kept, each by itself, and joins a few at a time where it reads them.
 
 Shapes: `B` rows, `H` heads, of which `G` share keys, `T` positions, `S` positions attended to, `h` head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +26,49 @@ BLOCK = 96
 """Positions of a row that look back at a time."""
 MULTIPLE = 32
 """Scores of a position are made a multiple of these: softmax is slow at what is left over."""
+JOINED = 2**21
+"""Bytes of keys and values that are joined at a time, unless those of a single row are more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contexts:
+    """Keys and values of what stands before each row of a batch, `[2, H / G, T, h]` each.
+
+    Given to `attention` as the attribute `contexts` of its keys, which then are those of the batch alone. Contexts end
+    together: the mask is that of contexts which are padded on the left.
+    """
+
+    rows: Sequence[Tensor]
+
+    def __len__(self) -> int:
+        """Return the positions of the longest."""
+        return max(row.shape[2] for row in self.rows)
+
+    def joined(self, key: Tensor, value: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield some rows, and their keys and values `[b, H / G, S, h]`: contexts, and what follows them.
+
+        Args:
+            key: of the batch, `[B, H / G, T, h]`.
+            value: as `key`.
+        """
+        shared, width, size = key.shape[1:]
+        first = 0
+        while first < len(self.rows):
+            longest, end = 0, first
+            while end < len(self.rows):
+                wide = -(-(max(longest, self.rows[end].shape[2]) + width) // MULTIPLE) * MULTIPLE
+                if end > first and (end + 1 - first) * 2 * shared * wide * size * key.element_size() > JOINED:
+                    break
+                longest, end = wide - width, end + 1
+            both = key.new_empty(2, end - first, shared, longest + width, size)
+            for place, row in enumerate(self.rows[first:end]):
+                before = longest - row.shape[2]
+                both[:, place, :, :before] = 0  # what is masked must be finite
+                both[:, place, :, before:longest] = row
+            both[0, :, :, longest:] = key[first:end]
+            both[1, :, :, longest:] = value[first:end]
+            yield slice(first, end), both[0], both[1]
+            first = end
 
 
 def attention(
@@ -40,7 +86,7 @@ def attention(
     Args:
         module: the attention layer, which must not drop weights out (frozen models never do).
         query: `[B, H, T, h]`.
-        key: `[B, H / G, S, h]`.
+        key: `[B, H / G, S, h]`; with contexts, see `Contexts`.
         value: as `key`.
         attention_mask: added to the scores, `[B or 1, 1, T, S]`.
         scaling: of the scores; `1 / √h` by default.
@@ -49,12 +95,26 @@ def attention(
 
     Raises:
         NotImplementedError: a layer needs more than this, such as attention sinks.
+        ValueError: the mask is not that of these keys.
     """
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"{NAME} attention knows no {name}")
     batch, heads, width, size = query.shape
+    scaling = size**-0.5 if scaling is None else scaling
+    contexts: Contexts | None = getattr(key, "contexts", None)
+    if contexts is not None:
+        assert attention_mask is not None
+        wider = pad(attention_mask, (MULTIPLE, 0), value=torch.finfo(attention_mask.dtype).min)
+        return torch.cat(
+            [
+                _attend(query[some], keys, values, wider[some, ..., -keys.shape[2] :], scaling, softcap, False)
+                for some, keys, values in contexts.joined(key, value)
+            ]
+        ), None
     length = key.shape[2]
+    if attention_mask is not None and attention_mask.shape[-1] != length:
+        raise ValueError(f"{NAME} attention got {length} keys and a mask for {attention_mask.shape[-1]}")
     # One mask for all rows is that of rows without padding: what stands behind a block of positions is not looked at.
     causal = attention_mask is not None and len(attention_mask) == 1 and width == length and bool(module.is_causal)
     # Where few positions look back at many, widening keys and values would cost more than it saves.
@@ -63,7 +123,6 @@ def attention(
         attention_mask = pad(attention_mask, (0, more), value=torch.finfo(attention_mask.dtype).min)
     block = min(width, BLOCK)
     rows = max(1, SCORES // (heads * block * length))
-    scaling = size**-0.5 if scaling is None else scaling
     parts = []
     for i in range(0, batch, rows):
         some = slice(i, i + rows)

@@ -9,8 +9,6 @@ scored tokens, what stands at the last one is read (`read_out.py`).
 
 from __future__ import annotations
 
-import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -20,13 +18,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from qpeft.context_store import ContextStore, Encoded, Filled, FilledLayer, Key, filled_layers
+from qpeft.context_store import ContextStore, Encoded, Filled, Key, filled_layers
 from qpeft.depth import Layers, find_layers
 from qpeft.errors import ModelError, OptionError
 from qpeft.flops import context_flops, decoder_flops
 from qpeft.hints import HintWriter, Pairs, Slots, changing, common_layer, grouped
 from qpeft.last_layer import KERNELS, LastLayer
 from qpeft.layout import Batch, Layout, PaddingSide, cached, lay_out
+from qpeft.past import Past
 from qpeft.pretrained import PretrainedLM, RowLogProbs, T, pad_ids, token_log_probs
 from qpeft.read_out import Head, ReadOut
 from qpeft.template import Row
@@ -80,7 +79,7 @@ class CausalLM(PretrainedLM):
         with suppress(ModelError):
             self._layers = find_layers(model)
             self._last = LastLayer(self._layers)
-        self._of_thread = threading.local()
+        self._contexts = Past(model)
         self._applied: HintWriter | None = None
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
         if store is not None and (model._is_stateful or not set(kinds) <= {"full_attention", "sliding_attention"}):
@@ -145,10 +144,8 @@ class CausalLM(PretrainedLM):
         """Let adapters write, and lay the rows out; see `score`."""
         changes = changing(adapters or ())
         layer = common_layer([adapter for adapter in adapters or () if adapter is not None])
-        after = all(row.hint is None or row.hint >= row.passage[1] for row in rows)
-        whole = with_passage or not after or changes is not None
-        whole |= any(len(row.context) < 2 or not row.target for row in rows)
-        if layer is not None and not (after and changes is None):
+        whole = with_passage or changes is not None or not all(map(_can_be_split, rows))
+        if layer is not None and (changes is not None or not all(map(_hint_is_after, rows))):
             raise OptionError("an adapter that reads states of the passage needs its hint after the passage")
         encoded = None
         if layer is not None or (self.store is not None and not whole):
@@ -168,6 +165,11 @@ class CausalLM(PretrainedLM):
         sparing = past is None and not with_passage and self.spares_last_layer
         inputs = {**self._inputs(layout, slots), **self._past(layout, past, starts)}
         return Batch(layout, starts, inputs, changes, sparing)
+
+    def _reads_contexts(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> bool:
+        at_hand = self.store is not None and self._contexts.apart
+        kept = all(adapter is None or not adapter.changes_lm for adapter in adapters)
+        return at_hand and kept and all(map(_can_be_split, rows))
 
     @contextmanager
     def _set_up(self, batch: Batch, wanted: Tensor) -> Iterator[None]:
@@ -272,6 +274,7 @@ class CausalLM(PretrainedLM):
         each: Sequence[HintWriter | None],
         scored: Sequence[int],
         forward: Callable[[list[Row], list[HintWriter | None]], list[T]],
+        mixed: bool = False,
     ) -> list[T]:
         """Change the model once for all batches of an adapter that changes it, since they may run side by side."""
         out: dict[int, T] = {}
@@ -280,7 +283,7 @@ class CausalLM(PretrainedLM):
             try:
                 with nullcontext() if self._applied is None else self._applied.applied():
                     some = [rows[i] for i in own], [each[i] for i in own], [scored[i] for i in own]
-                    values = super()._in_batches(*some, forward)
+                    values = super()._in_batches(*some, forward, mixed)
             finally:
                 self._applied = None
             out |= zip(own, values, strict=True)
@@ -368,33 +371,24 @@ class CausalLM(PretrainedLM):
                 "use_cache": False,
             }
         past = max(starts)
-        layers, _, heads, _, size = encoded[0].cache.shape
-        width = layout.mask.shape[1]
-        training = torch.is_grad_enabled()
-        stacked = self._room(
-            (layers, 2, len(encoded), heads, past + (0 if training else width), size), encoded[0].cache
-        )
         before = torch.zeros(len(encoded), past, dtype=torch.long)
-        for i, (each, length) in enumerate(zip(encoded, starts, strict=True)):
-            stacked[:, :, i, :, past - length : past] = each.cache[..., :length, :]
-            stacked[:, :, i, :, : past - length] = 0  # what is masked must be finite, and the room may be used
+        for i, length in enumerate(starts):
             before[i, past - length :] = 1
         whole = torch.cat([before, mask], 1)
-        cache = DynamicCache()
-        cache.layers = [FilledLayer(layer[0], layer[1], past, grows=training) for layer in stacked]
+        contexts = [each.cache[..., :length, :] for each, length in zip(encoded, starts, strict=True)]
         return {
             "attention_mask": whole.to(self.device),
             "position_ids": (whole.cumsum(1) - 1).clamp(min=0)[:, past:].to(self.device),
-            "past_key_values": cache,
+            "past_key_values": self._contexts.cache(contexts, mask.shape[1]),
             "use_cache": True,
         }
 
-    def _room(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Return finite numbers. Outside training, memory is reused: fresh pages cost as much as the work."""
-        if torch.is_grad_enabled():
-            return like.new_zeros(shape)
-        count = math.prod(shape)
-        buffer: Tensor | None = getattr(self._of_thread, "buffer", None)
-        if buffer is None or buffer.numel() < count or buffer.dtype != like.dtype:
-            buffer = self._of_thread.buffer = like.new_zeros(count)
-        return buffer[:count].view(shape)
+
+def _hint_is_after(row: Row) -> bool:
+    """Whether a row's hint, if it has one, stands behind the passage."""
+    return row.hint is None or row.hint >= row.passage[1]
+
+
+def _can_be_split(row: Row) -> bool:
+    """Whether what stands before hint and query can be encoded by itself."""
+    return _hint_is_after(row) and len(row.context) >= 2 and bool(row.target)

@@ -204,7 +204,8 @@ class PretrainedLM:
         self.check_words()
         scored = [sum(row.scored) + (row.passage[1] - row.passage[0] if with_passage else 0) for row in rows]
         with self._turn, nullcontext() if depth is None else self._first_layers(depth):
-            return self._in_batches(rows, each, scored, lambda some, own: self._forward(some, with_passage, own))
+            mixed = not with_passage and self._reads_contexts(rows, each)
+            return self._in_batches(rows, each, scored, lambda some, own: self._forward(some, with_passage, own), mixed)
 
     @torch.no_grad()
     def read(
@@ -248,6 +249,10 @@ class PretrainedLM:
     def _first_layers(self, depth: int) -> AbstractContextManager[None]:
         raise NotImplementedError
 
+    def _reads_contexts(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> bool:
+        """Whether contexts that were encoded before are read one by one, so that rows need not be of like length."""
+        return False
+
     def _count(self, tokens: int, padding: int, flops: int | None) -> None:
         with self._counting:
             self.computed.add(tokens, padding, flops)
@@ -258,8 +263,17 @@ class PretrainedLM:
         each: Sequence[HintWriter | None],
         scored: Sequence[int],
         forward: Callable[[list[Row], list[HintWriter | None]], list[T]],
+        mixed: bool = False,
     ) -> list[T]:
-        """Return what `forward` returns of each row, in order; `scored`: positions of each at which the head runs."""
+        """Return what `forward` returns of each row, in order.
+
+        Args:
+            rows: token ids.
+            each: the adapter of each row.
+            scored: positions of each at which the head runs.
+            forward: computes one batch.
+            mixed: long and short rows may share a batch at no cost.
+        """
         results: list[T | None] = [None] * len(rows)
 
         @torch.no_grad()
@@ -280,7 +294,7 @@ class PretrainedLM:
         if beside > 1:
             # As many batches for each thread, of as many tokens: then none waits long for the others.
             batches = beside * math.ceil(sum(sizes) / self._budget)
-            together = [*waiting.batches(math.ceil(sum(sizes) / batches), beside)]
+            together = waiting.dealt(batches) if mixed else [*waiting.batches(-(-sum(sizes) // batches), beside)]
             for failed in self._beside.run(run, together):
                 waiting.put_back(failed)
         while waiting:
@@ -333,6 +347,13 @@ class _Waiting:
         """Yield batches until nothing is left; see `take`."""
         while self:
             yield self.take(tokens, share)
+
+    def dealt(self, count: int) -> list[list[int]]:
+        """Return all rows in at least so many batches, each with as many of every length as any other."""
+        count = max(count, -(-sum(self._scored) // self._positions))
+        longest_first = self._rows[::-1]
+        self._rows = []
+        return [longest_first[i::count] for i in range(min(count, len(longest_first)))]
 
     def put_back(self, rows: Sequence[int]) -> None:
         """Let rows wait again."""

@@ -38,6 +38,7 @@ def run(config: Config, model: ModelConfig) -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(error.name or "fastapi", "server") from error
+    from qpeft.server import memory
     from qpeft.server.app import create_app
     from qpeft.server.guard import read_keys
     from qpeft.server.logs import on_stderr
@@ -46,6 +47,7 @@ def run(config: Config, model: ModelConfig) -> None:
     if config.adapters is not None and not Path(config.adapters).is_dir():
         raise OptionError(f"--adapters {config.adapters}: no such folder")
     keys = read_keys(config.api_key_file)
+    memory.share_one_heap()
     with on_stderr():
         serve(create_app(config, functools.partial(_open, model), keys), config, _announce)
 

@@ -1,0 +1,125 @@
+"""Contexts that were encoded before, as the cache of a batch: what its rows go on from.
+
+Shapes: `B` rows, `T` positions of a context, `H` heads, `h` head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from qpeft import cpu_attention
+from qpeft.cpu_attention import Contexts
+
+
+class Past:
+    """Makes caches of contexts for one model: stacked, or apart where its attention reads them one by one.
+
+    Args:
+        model: a decoder.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._hands_on: bool | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Whether contexts stay apart, if the model's layers allow it."""
+        return bool(self._model.config._attn_implementation == cpu_attention.NAME)
+
+    def cache(self, contexts: Sequence[Tensor], width: int) -> DynamicCache:
+        """Return contexts `[layers, 2, H, T, h]`, padded on the left so that they end together, as a cache.
+
+        Args:
+            contexts: of each row.
+            width: positions that follow.
+        """
+        cache = DynamicCache()
+        if self.apart and not torch.is_grad_enabled() and self._layers_hand_on(contexts[0]):
+            cache.layers = [*_apart(contexts)]
+        else:
+            cache.layers = [*_stacked(contexts, width)]
+        return cache
+
+    def _layers_hand_on(self, context: Tensor) -> bool:
+        """Whether the layers hand the cache's keys to attention as they are; tried once."""
+        if self._hands_on is None:
+            cache = DynamicCache()
+            cache.layers = [*_apart([context])]
+            past = torch.tensor([[context.shape[3]]], device=context.device)
+            mask = past.new_ones(1, context.shape[3] + 1)
+            try:
+                self._model(input_ids=past * 0, attention_mask=mask, position_ids=past, past_key_values=cache)
+                self._hands_on = True
+            except Exception:  # keys without their contexts do not fit the mask, whatever that ends in
+                self._hands_on = False
+        return self._hands_on
+
+
+def _apart(contexts: Sequence[Tensor]) -> list[ApartLayer]:
+    return [ApartLayer(Contexts(rows)) for rows in zip(*contexts, strict=True)]
+
+
+def _stacked(contexts: Sequence[Tensor], width: int) -> list[FilledLayer]:
+    training = torch.is_grad_enabled()
+    layers, _, heads, _, size = contexts[0].shape
+    past = max(context.shape[3] for context in contexts)
+    room = past + (0 if training else width)
+    stacked = contexts[0].new_zeros(layers, 2, len(contexts), heads, room, size)
+    for i, context in enumerate(contexts):
+        stacked[:, :, i, :, past - context.shape[3] : past] = context
+    return [FilledLayer(layer[0], layer[1], past, grows=training) for layer in stacked]
+
+
+class FilledLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A layer of a cache that holds its contexts, and takes what follows: into room left for it, or by growing.
+
+    Writing in place is quicker, but backpropagation needs what was there, so training grows.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, past: int, *, grows: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(keys, values)
+        self.keys = self._keys = keys
+        self.values = self._values = values
+        self._past = past
+        self._grows = grows
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the layer's keys and values with new ones behind them."""
+        if self._grows:
+            return torch.cat([self._keys, key_states], -2), torch.cat([self._values, value_states], -2)
+        self._keys[:, :, self._past :] = key_states
+        self._values[:, :, self._past :] = value_states
+        return self._keys, self._values
+
+    def get_seq_length(self) -> int:
+        """Return how many positions stand before the input."""
+        return self._past
+
+
+class ApartLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A layer of a cache whose contexts stay as they are kept, each by itself, for `cpu_attention` to join.
+
+    Copying all of them into one tensor first costs as much as attention itself.
+    """
+
+    def __init__(self, contexts: Contexts) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(contexts.rows[0], contexts.rows[0])
+        self._contexts = contexts
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Return the new keys and values, with the contexts as an attribute of the keys."""
+        key_states.contexts = self._contexts  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Return how many positions stand before the input."""
+        return len(self._contexts)
