@@ -16,6 +16,8 @@ CHOSEN = {("query_likelihood", "reddit-shift"): 1e-3, ("query_likelihood", "squa
 """(method, collection) → learning rate, where dev chose another than 3e-4."""
 COLLECTIONS = ("reddit-shift", "squad")
 LOSSES = {"query_likelihood": "both", "classifier": "softmax", "yes_no": "softmax"}
+TEMPLATES = {"classifier": "passage_first"}
+"""method → template, where it is not the method's own: tiny-lm knows queries behind passages (docs/rerankers.md)."""
 EQUAL = {"attention": 18, "mlp": 14}
 """Ranks at which tiny-lm's components have the budget of both at rank 8 (331,776): 331,776 and 322,560."""
 KEEP_EVERY = 20

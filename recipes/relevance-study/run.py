@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cells import COLLECTIONS, DETAIL, KEEP_EVERY, LOSSES, PARTS, STUDY, TRAINING, Asked, Cell
+from cells import COLLECTIONS, DETAIL, KEEP_EVERY, LOSSES, PARTS, STUDY, TEMPLATES, TRAINING, Asked, Cell
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,8 +34,9 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 
 def of_method(method: str) -> list[str]:
-    """Return the option, where it is not the default."""
-    return [] if method == "query_likelihood" else ["--method", method]
+    """Return the options that a method needs."""
+    chosen = [] if method == "query_likelihood" else ["--method", method]
+    return [*chosen, "--template", TEMPLATES[method]] if method in TEMPLATES else chosen
 
 
 def train(data: Path, output: Path, cell: Cell) -> Path:
