@@ -108,7 +108,4 @@ def set_up(threads: int | None) -> None:
 def made(**facts_: Any) -> dict[str, Any]:
     """Return when, with what versions and on what hardware a result was made, and how busy the machine was."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    record = provenance(threads=torch.get_num_threads(), **{"load of the machine": load}, **facts_)
-    if torch.cuda.is_available():
-        record["machine"]["gpu"] = torch.cuda.get_device_name()
-    return record
+    return provenance(threads=torch.get_num_threads(), **{"load of the machine": load}, **facts_)

@@ -176,8 +176,6 @@ def main() -> None:
         "load average": [round(each, 2) for each in os.getloadavg()],
         "made": provenance(threads=torch.get_num_threads()),
     }
-    if torch.cuda.is_available():
-        result["gpu"] = torch.cuda.get_device_name()
     text = json.dumps(result, indent=2)
     print(text)
     if args.output:

@@ -115,8 +115,6 @@ def main() -> None:
         "speed-up": {mode: round(found[mode]["rows/s"] / plain, 2) for mode in MODES[1:]},
         "made": provenance(threads=torch.get_num_threads()),
     }
-    if torch.cuda.is_available():
-        result["gpu"] = torch.cuda.get_device_name()
     text = json.dumps(result, indent=2)
     print(text)
     if args.output:

@@ -23,9 +23,11 @@ EQUAL = {"attention": 18, "mlp": 14}
 KEEP_EVERY = 20
 
 TRAINING = {
-    "train-queries": 320, "epochs": 3, "negatives": 3, "batch-queries": 2, "gradient-accumulation": 4,
-    "max-passage-tokens": 96, "dev-queries": 60, "dev-depth": 20, "evaluations": 2, "measure": "nDCG@10",
+    "train-queries": 320, "epochs": 3, "negatives": 3, "max-passage-tokens": 96,
+    "dev-queries": 60, "dev-depth": 20, "evaluations": 2, "measure": "nDCG@10",
 }  # fmt: skip
+STEP_QUERIES = 8
+"""Queries of an optimiser's step, in one forward pass or several."""
 STUDY = {"limit-queries": 200, "depth": 20, "measure": "nDCG@10"}
 DETAIL = STUDY | {"depth": 10}
 """Of the studies with an ablation per layer or projection, which rank many times over."""

@@ -2,30 +2,41 @@
 
     python recipes/relevance-study/run.py DATA [PARTS…] [--method query_likelihood] [--collection squad] [--output DIR]
 
-DATA holds the BEIR folders of cells.COLLECTIONS. Adapters and studies stand in the output folder; what is worth
-keeping, the course of each training and each study's numbers, is copied to results/.
+DATA holds the BEIR folders of cells.COLLECTIONS. First all trainings are done, then all studies, with --jobs several at
+once. Adapters and studies stand in the output folder; what is worth keeping, the course of each training and each
+study's numbers, is copied to results/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cells import COLLECTIONS, DETAIL, KEEP_EVERY, LOSSES, PARTS, STUDY, TEMPLATES, TRAINING, Asked, Cell
+from cells import (
+    COLLECTIONS,
+    DETAIL,
+    KEEP_EVERY,
+    LOSSES,
+    PARTS,
+    STEP_QUERIES,
+    STUDY,
+    TEMPLATES,
+    TRAINING,
+    Asked,
+    Cell,
+)
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def qpeft(*arguments: str) -> None:
-    """Run a command; its failure is ours."""
-    print(time.strftime("%H:%M:%S"), "qpeft", *arguments, flush=True)
-    subprocess.run([sys.executable, "-m", "qpeft", *arguments], check=True)
 
 
 def flags(options: dict[str, Any]) -> list[str]:
@@ -39,55 +50,90 @@ def of_method(method: str) -> list[str]:
     return [*chosen, "--template", TEMPLATES[method]] if method in TEMPLATES else chosen
 
 
-def train(data: Path, output: Path, cell: Cell) -> Path:
-    """Return the folder of a trained cell."""
-    folder = output / "adapters" / cell.name
-    if not folder.exists():
-        kept = ["--keep-every", str(KEEP_EVERY)] if cell.kept else []
-        qpeft(
-            "train", "--adapter", "lora", *of_method(cell.method), "--collection", str(data / cell.collection),
-            *flags(TRAINING), "--loss", LOSSES[cell.method], "--learning-rate", f"{cell.learning_rate:g}",
-            "--modules", cell.modules, "--r", str(cell.rank), "--seed", str(cell.seed), *kept,
-            "--output", str(folder), "--resume",
-        )  # fmt: skip
-    made = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    told = {name: made[name] for name in ("training", "dev", "history", "versions", "machine")}
-    write(RESULTS / "training" / f"{cell.name}.json", {"learning_rate": cell.learning_rate, **told})
-    return folder
+@dataclass(frozen=True)
+class Work:
+    """Where things stand, and how they are done."""
 
+    data: Path
+    output: Path
+    jobs: int
+    accumulation: int
+    dtype: str
 
-def first_stage(data: Path, output: Path, collection: str) -> Path:
-    """Return BM25's run of a collection's test queries."""
-    run = output / f"{collection}-bm25.trec"
-    if not run.exists():
-        qpeft("retrieve", "--collection", str(data / collection), "--split", "test", "--depth", "20", "--output",
-              str(run))  # fmt: skip
-    return run
+    def qpeft(self, name: str, *arguments: str) -> None:
+        """Run a command; its failure is ours. Of several at once, each writes a log of its own."""
+        print(time.strftime("%H:%M:%S"), "qpeft", *arguments, flush=True)
+        command = [sys.executable, "-m", "qpeft", *arguments, "--dtype", self.dtype]
+        if self.jobs == 1:
+            subprocess.run(command, check=True)
+            return
+        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        log = self.output / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as told:
+            done = subprocess.run(command, stdout=told, stderr=told, env={**os.environ, "OMP_NUM_THREADS": threads})
+        if done.returncode:
+            raise SystemExit(f"{log} says why `qpeft {arguments[0]}` failed")
 
+    def all(self, work: Callable[[Any], Any], items: Iterable[Any]) -> None:
+        """Do something for each item, several at once."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            for _ in pool.map(work, items):
+                pass
 
-def study(data: Path, output: Path, asked: Asked) -> None:
-    """Run a study, unless its numbers stand in results/ and are of these very adapters."""
-    first = asked.cells[0]
-    name = f"{first.collection}-{first.method}-{asked.study}"
-    folder, target = output / "studies" / name, RESULTS / f"{name}.json"
-    suffix = ".steps" if asked.study == "checkpoints" else ""
-    folders = [output / "adapters" / f"{cell.name}{suffix}" for cell in asked.cells]
-    if not (folder / "study.json").exists():
-        options = DETAIL if asked.study in ("layers", "projections") else STUDY
-        qpeft(
-            "analyze", asked.study, *(part for each in folders for part in ("--adapter", str(each))),
-            "--collection", str(data / first.collection), "--run", str(first_stage(data, output, first.collection)),
-            *flags(options), "--output", str(folder), "--resume",
-        )  # fmt: skip
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    found = json.loads((folder / "study.json").read_text(encoding="utf-8"))
-    for subject, part in zip(found["subjects"], found["made"]["adapters"], strict=True):
-        subject["folder"] = part["folder"] = Path(subject["folder"]).relative_to(output / "adapters").as_posix()
-    for option in ("collection", "run", "adapter"):
-        found["made"]["options"].pop(option)  # paths of one machine
-    write(target, found)
-    for picture in folder.glob("*.png"):
-        shutil.copyfile(picture, RESULTS / f"{name}-{picture.name}")
+    def train(self, cell: Cell) -> None:
+        """Train a cell, unless that is done."""
+        folder = self.output / "adapters" / cell.name
+        if not folder.exists():
+            kept = ["--keep-every", str(KEEP_EVERY)] if cell.kept else []
+            queries = STEP_QUERIES // self.accumulation
+            self.qpeft(
+                cell.name,
+                "train", "--adapter", "lora", *of_method(cell.method), "--collection", str(self.data / cell.collection),
+                *flags(TRAINING), "--batch-queries", str(queries), "--gradient-accumulation", str(self.accumulation),
+                "--loss", LOSSES[cell.method], "--learning-rate", f"{cell.learning_rate:g}",
+                "--modules", cell.modules, "--r", str(cell.rank), "--seed", str(cell.seed), *kept,
+                "--output", str(folder), "--resume",
+            )  # fmt: skip
+        made = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+        told = {name: made[name] for name in ("training", "dev", "history", "versions", "machine")}
+        write(RESULTS / "training" / f"{cell.name}.json", {"learning_rate": cell.learning_rate, **told})
+
+    def first_stage(self, collection: str) -> Path:
+        """Return BM25's run of a collection's test queries."""
+        run = self.output / f"{collection}-bm25.trec"
+        if not run.exists():
+            subprocess.run(
+                [sys.executable, "-m", "qpeft", "retrieve", "--collection", str(self.data / collection),
+                 "--split", "test", "--depth", "20", "--output", str(run)],
+                check=True,
+            )  # fmt: skip
+        return run
+
+    def study(self, asked: Asked) -> None:
+        """Run a study, unless that is done, and keep its numbers and pictures."""
+        first = asked.cells[0]
+        name = f"{first.collection}-{first.method}-{asked.study}"
+        folder, target = self.output / "studies" / name, RESULTS / f"{name}.json"
+        suffix = ".steps" if asked.study == "checkpoints" else ""
+        folders = [self.output / "adapters" / f"{cell.name}{suffix}" for cell in asked.cells]
+        if not (folder / "study.json").exists():
+            options = DETAIL if asked.study in ("layers", "projections") else STUDY
+            self.qpeft(
+                name,
+                "analyze", asked.study, *(part for each in folders for part in ("--adapter", str(each))),
+                "--collection", str(self.data / first.collection), "--run", str(self.first_stage(first.collection)),
+                *flags(options), "--output", str(folder), "--resume",
+            )  # fmt: skip
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        found = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+        for subject, part in zip(found["subjects"], found["made"]["adapters"], strict=True):
+            subject["folder"] = part["folder"] = Path(subject["folder"]).relative_to(folders[0].parent).as_posix()
+        for option in ("collection", "run", "adapter"):
+            found["made"]["options"].pop(option)  # paths of one machine
+        write(target, found)
+        for picture in folder.glob("*.png"):
+            shutil.copyfile(picture, RESULTS / f"{name}-{picture.name}")
 
 
 def write(path: Path, value: Any) -> None:
@@ -99,25 +145,37 @@ def write(path: Path, value: Any) -> None:
 
 
 def main() -> None:
-    """Do the parts asked for, collection by collection."""
+    """Do the parts asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with the BEIR folders")
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; by default all but rates")
-    parser.add_argument("--method", choices=LOSSES, default="query_likelihood")
-    parser.add_argument("--collection", choices=COLLECTIONS, action="append")
+    parser.add_argument("--method", choices=LOSSES, action="append", help="default: query_likelihood")
+    parser.add_argument("--collection", choices=COLLECTIONS, action="append", help="default: all")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings or studies at once")
+    parser.add_argument(
+        "--accumulation", type=int, default=4, choices=(1, 2, 4, 8), help="forward passes of a step; less memory"
+    )
+    parser.add_argument("--dtype", default="auto", help="of the model, as `qpeft train` takes it")
     parser.add_argument("--output", type=Path, default=Path("out/relevance-study"))
     args = parser.parse_args()
     parts = args.parts or [name for name in PARTS if name != "rates"]
     unknown = sorted(set(parts) - PARTS.keys())
     if unknown:
         parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
-    for part in parts:
-        for collection in args.collection or COLLECTIONS:
-            for item in PARTS[part](collection, args.method):
-                if isinstance(item, Cell):
-                    train(args.data, args.output, item)
-                else:
-                    study(args.data, args.output, item)
+    work = Work(args.data, args.output, args.jobs, args.accumulation, args.dtype)
+    collections = args.collection or COLLECTIONS
+    items = [
+        item
+        for part in parts
+        for method in args.method or ["query_likelihood"]
+        for collection in collections
+        for item in PARTS[part](collection, method)
+    ]
+    work.all(work.train, dict.fromkeys(item for item in items if isinstance(item, Cell)))
+    studies = [item for item in items if isinstance(item, Asked)]
+    for collection in dict.fromkeys(asked.cells[0].collection for asked in studies):
+        work.first_stage(collection)
+    work.all(work.study, studies)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,8 +25,16 @@ def provenance(**facts: Any) -> dict[str, Any]:
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **facts,
         "versions": {"python": platform.python_version(), **_versions()},
-        "machine": {"processor": processor_name(), "cores": os.cpu_count(), "system": platform.system()},
-    }
+        "machine": {
+            "processor": processor_name(), **_gpu(), "cores": os.cpu_count(), "system": platform.system(),
+        },
+    }  # fmt: skip
+
+
+def _gpu() -> dict[str, str]:
+    """Return the GPU's name, if a model could be on one: what has not loaded torch has no model."""
+    torch: Any = sys.modules.get("torch")
+    return {"gpu": torch.cuda.get_device_name()} if torch is not None and torch.cuda.is_available() else {}
 
 
 def provenance_path(output: Path) -> Path:
