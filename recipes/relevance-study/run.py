@@ -62,7 +62,7 @@ class Work:
 
     def qpeft(self, name: str, *arguments: str) -> None:
         """Run a command; its failure is ours. Of several at once, each writes a log of its own."""
-        print(time.strftime("%H:%M:%S"), "qpeft", *arguments, flush=True)
+        print(f"{time.strftime('%H:%M:%S')} qpeft {' '.join(arguments)}", flush=True)
         command = [sys.executable, "-m", "qpeft", *arguments, "--dtype", self.dtype]
         if self.jobs == 1:
             subprocess.run(command, check=True)

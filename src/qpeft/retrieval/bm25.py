@@ -73,7 +73,8 @@ class BM25:
         depth = min(depth, len(self.passage_ids))
         for query in queries:
             tokens = self._tokenize([query.text], ids=False)
-            found, scores = self._index.retrieve(tokens, k=depth, show_progress=False)
+            # "auto" would sort with JAX where that is installed, which takes most of a GPU's memory for itself
+            found, scores = self._index.retrieve(tokens, k=depth, show_progress=False, backend_selection="numpy")
             hits = zip(found[0].tolist(), scores[0].tolist(), strict=True)
             yield Ranking.from_scores(query.id, [(self.passage_ids[i], score) for i, score in hits if score > 0])
 
