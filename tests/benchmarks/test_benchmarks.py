@@ -181,6 +181,18 @@ class TestSameScores:
         assert gpu.equal_lengths(lm, rows) == pytest.approx(expected, abs=1e-4)
         assert gpu.loop(lm, rows, 3) == pytest.approx(expected, abs=1e-4)
 
+    def test_float32_reference_leaves_the_weights_as_they_were(self, make_lm):
+        lm, rows = make_lm("llama"), random_rows(5)
+        lm.model.bfloat16()
+        before = {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
+        rounded = gpu.loop(lm, rows, 2)
+        exact = gpu.in_float32(lm, rows)
+        after = lm.model.state_dict()
+        assert all(after[name].dtype == tensor.dtype and after[name].equal(tensor) for name, tensor in before.items())
+        assert exact != rounded
+        lm.model.float()
+        assert exact == pytest.approx(gpu.loop(lm, rows, 5), abs=1e-4)
+
 
 class TestPeers:
     def test_absent_packages_are_named(self, monkeypatch, tmp_path):
