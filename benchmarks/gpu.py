@@ -7,8 +7,8 @@ For each shape (random bfloat16 weights, made on the device): pairs per second o
 empty one and with a filled one; of the plain loop; of other attention kernels; of rows that are packed into one
 sequence instead of padded, and of batches of equal length; the bare matrix products that the pairs need; training rows
 per second; and peak memory above the weights. What scores is compared with the plain loop in float32 on the first rows:
-a way that is more than twice as far from it as the plain loop in bfloat16 is void, and the script fails at its end. What
-cannot run here, or for which no time is left, is named with the reason.
+a way that is more than twice as far from it as the plain loop in bfloat16 is void, and the script fails at its end.
+What cannot run here, or for which no time is left, is named with the reason.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from shapes import SHAPES, open_lm
 DEFAULT = ("llama-3.1-8b", "mistral-7b")
 VOID = "void"
 TOLERANCE = 2.0
-"""How many times as far from float32 a way may be as the plain loop in bfloat16 (root mean square of nats per token)."""
+"""How many times as far from float32 a way may be as the plain loop in bfloat16."""
 REFERENCE_ROWS = 32
 """Rows that are scored in float32 too."""
 STORE = 24 * 2**30

@@ -21,8 +21,15 @@ def at_a_time(request, monkeypatch):
     monkeypatch.setattr(cpu_attention, "JOINED", request.param)
 
 
+@pytest.fixture(params=[False, True], ids=["own", "fused where not padded"])
+def tiles(request, monkeypatch):
+    """Whether the processor is one that PyTorch's fused attention is left to."""
+    monkeypatch.setattr(cpu_attention, "TILES", request.param)
+
+
+@pytest.mark.usefixtures("at_a_time", "tiles")
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_scores_equal_the_naive_reference(family, make_lm, side, at_a_time):
+def test_scores_equal_the_naive_reference(family, make_lm, side):
     lm = make_lm(family, padding_side=side)
     rows = rows_for(lm)
     assert max(map(len, rows)) > 12, "longer than the sliding window, so that it bites"
@@ -32,6 +39,20 @@ def test_scores_equal_the_naive_reference(family, make_lm, side, at_a_time):
     stored = with_store(lm)
     for _ in range(2):
         assert_close(stored.log_probs(rows), references)
+
+
+def test_without_padding_no_mask_is_made_where_the_fused_kernel_takes_over(make_lm, monkeypatch):
+    lm = make_lm("llama", padding_side="right")
+    lm.model.set_attn_implementation(cpu_attention.NAME)
+    given = []
+    own = cpu_attention.scaled_dot_product_attention
+    monkeypatch.setattr(
+        cpu_attention, "scaled_dot_product_attention", lambda *args, **kw: given.append(kw) or own(*args, **kw)
+    )
+    for tiles in (False, True):
+        monkeypatch.setattr(cpu_attention, "TILES", tiles)
+        lm.log_probs(rows_for(lm))
+        assert bool(given) == tiles
 
 
 def test_contexts_are_joined_by_attention_or_before_it(make_lm, monkeypatch):
@@ -78,7 +99,9 @@ def test_gradients_equal_those_of_eager_attention(make_lm):
     for found in (own, eager):
         leaves = [part.clone().requires_grad_() for part in (query, key, value)]
         if found is own:
-            out = cpu_attention.attention(torch.nn.Module(), *leaves, mask, softcap=2.0)[0]
+            layer = torch.nn.Module()
+            layer.is_causal = True
+            out = cpu_attention.attention(layer, *leaves, mask, softcap=2.0)[0]
         else:
             keys, values = (part.repeat_interleave(2, 1) for part in leaves[1:])
             scores = torch.tanh(leaves[0] @ keys.transpose(2, 3) * 8**-0.5 / 2) * 2 + mask

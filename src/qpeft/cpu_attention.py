@@ -1,8 +1,10 @@
 """Attention for CPUs, a few rows and positions at a time, so that their scores stay in a core's cache memory.
 
-The fused kernel of PyTorch is slow there for the head sizes and lengths of reranking (docs/performance.md). This one is
-plain: scores, softmax, weighted sum; registered with transformers under the name `NAME`. It takes contexts that were
-encoded before as they are kept, each by itself, and joins a few at a time where it reads them.
+The fused kernel of PyTorch is slow there for the head sizes and lengths of reranking (docs/performance.md), except for
+rows without padding on processors that multiply tiles (AMX), where it takes over. This one is plain: scores, softmax,
+weighted sum; registered with transformers under the name `NAME`. It takes contexts that were encoded before as they are
+kept, each by itself, and joins a few at a time where it reads them. For gradients everything is computed in one piece,
+since backpropagation would pay for the pieces.
 
 Shapes: `B` rows, `H` heads, of which `G` share keys, `T` positions, `S` positions attended to, `h` head size.
 """
@@ -15,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 NAME = "qpeft_cpu"
 SCORES = 2**20
@@ -28,6 +30,8 @@ MULTIPLE = 32
 """Scores of a position are made a multiple of these: softmax is slow at what is left over."""
 JOINED = 2**21
 """Bytes of keys and values that are joined at a time, unless those of a single row are more."""
+TILES = hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("amx_tile"))
+"""Whether the processor multiplies tiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +92,8 @@ def attention(
         query: `[B, H, T, h]`.
         key: `[B, H / G, S, h]`; with contexts, see `Contexts`.
         value: as `key`.
-        attention_mask: added to the scores, `[B or 1, 1, T, S]`.
+        attention_mask: added to the scores, `[B or 1, 1, T, S]`, or where it is boolean, what is attended to. None in
+            a causal layer: each position attends to itself and what stands before it.
         scaling: of the scores; `1 / √h` by default.
         softcap: scores are squeezed between its negative and itself.
         kwargs: others that layers pass.
@@ -113,10 +118,15 @@ def attention(
             ]
         ), None
     length = key.shape[2]
-    if attention_mask is not None and attention_mask.shape[-1] != length:
-        raise ValueError(f"{NAME} attention got {length} keys and a mask for {attention_mask.shape[-1]}")
+    alone = width == length and bool(module.is_causal)
+    if attention_mask is None and alone and softcap is None:
+        fused = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return fused.transpose(1, 2), None
+    attention_mask = _added(attention_mask, query, length, alone)
+    if torch.is_grad_enabled():
+        return _attend(query, key, value, attention_mask, scaling, softcap, False, width), None
     # One mask for all rows is that of rows without padding: what stands behind a block of positions is not looked at.
-    causal = attention_mask is not None and len(attention_mask) == 1 and width == length and bool(module.is_causal)
+    causal = alone and attention_mask is not None and len(attention_mask) == 1
     # Where few positions look back at many, widening keys and values would cost more than it saves.
     more = -length % MULTIPLE if attention_mask is not None and 2 * width >= length else 0
     if attention_mask is not None and more:
@@ -131,6 +141,19 @@ def attention(
     return torch.cat(parts), None
 
 
+def _added(mask: Tensor | None, query: Tensor, length: int, causal: bool) -> Tensor | None:
+    """Return a mask as numbers that are added to scores."""
+    if mask is None and causal:
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()
+    if mask is None:
+        return None
+    if mask.shape[-1] != length:
+        raise ValueError(f"{NAME} attention got {length} keys and a mask for {mask.shape[-1]}")
+    if mask.dtype != torch.bool:
+        return mask
+    return query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
+
+
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -139,8 +162,9 @@ def _attend(
     scaling: float,
     softcap: float | None,
     causal: bool,
+    block: int = BLOCK,
 ) -> Tensor:
-    """Return `[B, T, H, h]`."""
+    """Return `[B, T, H, h]`, a block of positions at a time."""
     batch, heads, width, size = query.shape
     shared, length = batch * key.shape[1], key.shape[2]
     wide = length if mask is None else mask.shape[-1]
@@ -149,8 +173,8 @@ def _attend(
     keys = key.reshape(shared, wide, -1).transpose(1, 2)
     values = value.reshape(shared, wide, -1)
     parts = []
-    for first in range(0, width, BLOCK):
-        some = query[:, :, first : first + BLOCK]
+    for first in range(0, width, block):
+        some = query[:, :, first : first + block]
         end = wide
         if causal:
             end = min(end, -(-(first + some.shape[2]) // MULTIPLE) * MULTIPLE)
@@ -158,15 +182,18 @@ def _attend(
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         if mask is not None:
-            scores += mask[..., first : first + BLOCK, :end]
+            scores += mask[..., first : first + block, :end]
         weights = torch.softmax(scores, -1).view(shared, -1, end)
         parts.append(torch.bmm(weights, values[:, :end]).view(batch, heads, -1, values.shape[-1]).transpose(1, 2))
-    return torch.cat(parts, 1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def mask_for(batch_size: int, **kwargs: Any) -> Tensor | None:
-    """Return what `attention` adds to the scores: one mask for all rows where no row is padded."""
-    mask: Tensor | None = eager_mask(1 if kwargs.get("attention_mask") is None else batch_size, **kwargs)
+    """Return what `attention` adds to the scores: one mask for all rows where no row is padded, or none at all."""
+    padded = kwargs.get("attention_mask") is not None
+    if TILES and not padded and not torch.is_grad_enabled() and sdpa_mask(1, **kwargs) is None:
+        return None
+    mask: Tensor | None = eager_mask(batch_size if padded else 1, **kwargs)
     return mask
 
 

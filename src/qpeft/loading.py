@@ -238,8 +238,9 @@ def _batch_tokens(device: torch.device, config: ModelConfig) -> int:
     """Return what keeps a GPU busy, and what a CPU's cache memory holds: larger batches are slower there."""
     if device.type != "cpu":
         return 65_536
+    whole = 2_048 if cpu_attention.TILES else 1_024
     # Over encoded contexts, few of the tokens are computed.
-    return torch.get_num_threads() * (8_192 if config.passage_cache or config.passage_cache_folder else 1_024)
+    return torch.get_num_threads() * (8_192 if config.passage_cache or config.passage_cache_folder else whole)
 
 
 def _context_store(config: ModelConfig) -> ContextStore | None:
