@@ -21,6 +21,7 @@ class Cell:
     row: str
     """Name of the row in the table."""
     adapter: str
+    """Its name; empty for the model alone."""
     home: str
     """Collection that is trained on; several are joined by +."""
     queries: int = 320
@@ -122,6 +123,27 @@ def lora() -> Iterator[Cell]:
         yield cell(name, "lora", "reddit-shift", 1, options=options)
 
 
+PROMPTS = {
+    "p1": "qpeft",
+    "p1-keywords": "qpeft",
+    "p1-query": "qpeft",
+    "p2": "prompts/p2.yaml",
+    "p3": "prompts/p3.yaml",
+    "p4": "prompts/p4.yaml",
+}
+"""Hard prompts: an instruction each, and the first with other words before the hint. Files are of this folder."""
+
+
+def prompts() -> Iterator[Cell]:
+    """Yield hard prompts, for the model alone and under Q-PEFT-A."""
+    for name, template in PROMPTS.items():
+        word = name.partition("-")[2]
+        options = {"hint_prefix": f"{word}:"} if word else {}
+        if not word:
+            yield Cell(f"zero_shot-{name}", "", "reddit-shift", template=template)
+        yield cell(f"qpeft_a-{name}", "qpeft_a", "reddit-shift", 1, template=template, options=options)
+
+
 def search() -> Iterator[Cell]:
     """Yield options of Q-PEFT that were compared on dev, one changed at a time."""
     changed: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
@@ -160,6 +182,7 @@ GROUPS = {
     "lora_tuning": lora_tuning,
     "lora": lora,
     "sizes": sizes,
+    "prompts": prompts,
     "search": search,
     "transfer_homes": transfer_homes,
 }

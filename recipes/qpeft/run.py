@@ -13,6 +13,7 @@ import json
 import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,16 @@ from qpeft.loading import load_lm
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import provenance
 from qpeft.retrieval.bm25 import BM25
-from qpeft.template import Prompt, load_template
+from qpeft.retrieval.dense import Dense
+from qpeft.retrieval.fusion import reciprocal_rank_fusion
+from qpeft.template import Prompt, Template, load_template
 from qpeft.training.config import TrainingConfig
 from qpeft.training.dev import DevRanking
 from qpeft.training.groups import groups_from_collection
 from qpeft.training.trainer import Collator, fit
 from qpeft.types import Candidates, Group, Hit, Query, Ranking, Run
 
+HERE = Path(__file__).parent
 MEASURES = "nDCG@10 RR@10 R@5 R@10 CandHit@10 CandHit_clean@10 CandR@10 CandR_clean@10"
 NEGATIVE_DEPTH = 30
 DEPTHS = {"reddit-shift": 30, "squad": 30, "wiki-shift": 20, "nq-mini": 20, "cacm": 30}
@@ -109,13 +113,28 @@ def per_query(run: Run, qrels: Any) -> dict[str, dict[str, float]]:
     return {name: {q: round(v, 6) for q, v in values.items()} for name, values in evaluation.per_query.items()}
 
 
+def template_of(cell: Cell) -> Template:
+    """Open a cell's template; files are named relative to this folder."""
+    return load_template(str(HERE / cell.template) if cell.template.endswith(".yaml") else cell.template)
+
+
+def run_alone(bench: Bench, cell: Cell) -> dict[str, Any]:
+    """Measure the model alone under a cell's template."""
+    prompt = Prompt(template_of(cell), bench.lm.tokenizer, bench.lm.max_length)
+    facts = {"cell": dataclasses.asdict(cell), "trained_parameters": 0, "training_seconds": 0.0, "dev": {}}
+    return {**facts, "test": {cell.home: measure_on(bench, prompt, cell.home, None)}}
+
+
 def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     """Train and measure."""
+    if not cell.adapter:
+        return run_alone(bench, cell)
     lm = bench.lm
     module = adapters.load(cell.adapter)
     torch.manual_seed(cell.seed)
     adapter = module.build(module.Config(**cell.options), lm)
-    prompt = Prompt(load_template(cell.template), lm.tokenizer, lm.max_length, hint_length=adapter.hint_length)
+    template = template_of(cell)
+    prompt = Prompt(template, lm.tokenizer, lm.max_length, hint_length=adapter.hint_length)
     training = TrainingConfig(**cell.training)
     groups = bench.groups(cell, training.negatives)
     homes = cell.home.split("+")
@@ -143,7 +162,7 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     if cell.test:
         folder = bench.output / "adapters" / cell.name
         facts = provenance(**{name: result[name] for name in ("cell", "dev", "history")}, training=summary(result))
-        save_adapter(folder, cell.adapter, adapter, lm, load_template(cell.template), provenance=facts)
+        save_adapter(folder, cell.adapter, adapter, lm, template, provenance=facts)
         result["test"] = {homes[0]: measure_on(bench, prompt, homes[0], adapter, cell.shuffled)}
     return result
 
@@ -249,6 +268,10 @@ def first_trial(bench: Bench) -> dict[str, Any]:
 
 
 FRESH_QUERIES, FRESH_CHUNK = 1500, 100
+SHIPPED = ("qpeft_a", "qpeft_r")
+STAGE_QUERIES = {"reddit-shift": 300, "squad": 300, "wiki-shift": 200}
+STAGE_DEPTH, FUSED_DEPTH = 20, 100
+"""Candidates that are reranked, and hits of each first stage that are fused."""
 
 
 def confirm(bench: Bench, number: int, of: int) -> None:
@@ -289,6 +312,32 @@ def confirmed() -> list[dict[str, Any]]:
     return [json.loads(json.dumps(dataclasses.asdict(cell))) for cell in GROUPS["main"]() if cell.row in rows]
 
 
+def first_stages(bench: Bench) -> dict[str, Any]:
+    """Rerank what BM25, a dense retriever and their fusion find, with the adapters that ship."""
+    systems = {
+        "zero_shot": None,
+        **{row: load_adapter(f"tiny-lm-{row.replace('_', '-')}", bench.lm) for row in SHIPPED},
+    }
+    found: dict[str, Any] = {}
+    for name, count in STAGE_QUERIES.items():
+        collection, queries = bench.collection(name), bench.queries(name, "test", count)
+        qrels = {query.id: collection.qrels("test")[query.id] for query in queries}
+        bm25 = Run(bench.index(name).retrieve(queries, FUSED_DEPTH), "bm25")
+        dense = Run(Dense(collection.passages.values()).retrieve(queries, FUSED_DEPTH), "minilm")
+        for run in (bm25, dense, reciprocal_rank_fusion([bm25, dense], FUSED_DEPTH, tag="fusion")):
+            items = list(candidates_from_run(run, collection.queries("test"), collection.passages, STAGE_DEPTH))
+            systems_here: dict[str, Any] = {"first_stage": {"per_query": per_query(run, qrels)}}
+            for row, opened in systems.items():
+                adapter = opened and opened.adapter
+                template = opened.template if opened else load_template("plain")
+                length = adapter.hint_length if adapter else None
+                prompt = Prompt(template, bench.lm.tokenizer, bench.lm.max_length, hint_length=length)
+                systems_here[row] = measure_on(bench, prompt, name, adapter, items=items)
+            found.setdefault(name, {})[run.tag] = systems_here
+            print(time.strftime("%H:%M:%S"), name, run.tag, flush=True)
+    return found
+
+
 def measured_alone(bench: Bench) -> dict[str, Any]:
     """Measure the first stage, and the model alone."""
     prompt = Prompt(load_template("plain"), bench.lm.tokenizer, bench.lm.max_length)
@@ -310,20 +359,26 @@ def write(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+WHOLE: dict[str, tuple[Callable[[Bench], dict[str, Any]], str]] = {
+    "baselines": (measured_alone, "cells/baselines.json"),
+    "first_trial": (first_trial, "first-trial.json"),
+    "first_stages": (first_stages, "first-stages.json"),
+}
+"""Groups that are one piece of work, and the file each writes."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with the BEIR folders")
-    parser.add_argument("group", choices=[*GROUPS, "baselines", "first_trial", "transfer", "confirm"])
+    parser.add_argument("group", choices=[*GROUPS, *WHOLE, "transfer", "confirm"])
     parser.add_argument("--worker", default="0/1")
     parser.add_argument("--output", type=Path, default=Path("out/qpeft"))
     args = parser.parse_args()
     number, of = map(int, args.worker.split("/"))
     bench = Bench(args.data, args.output)
-    if args.group == "baselines":
-        write(args.output / "cells" / "baselines.json", {**measured_alone(bench), "made": provenance()})
-        return
-    if args.group == "first_trial":
-        write(args.output / "first-trial.json", {**first_trial(bench), "made": provenance()})
+    if args.group in WHOLE:
+        work, name = WHOLE[args.group]
+        write(args.output / name, {**work(bench), "made": provenance()})
         return
     if args.group == "transfer":
         transfer(bench, list(TEST_QUERIES)[number::of])
