@@ -17,15 +17,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from cells import GROUPS, Cell
 from confirmation import MEASURES, Confirmation, p_value, shown
-from matplotlib.figure import Figure
+from figures import Rows, Zero, averaged, gains, parameters, sizes
 
-from qpeft.evaluation.significance import bootstrap_interval, holm
+from qpeft.evaluation.significance import holm
 
-Rows = dict[str, list[dict[str, Any]]]
-"""Name of a row → its cells, one per seed."""
 APART = {"lora": "LoRA", "authors": "Settings of the authors' code", "prompts": "Hard prompts"}
 """Groups with a table of their own, and its title."""
 
@@ -40,12 +37,6 @@ def read_cells(folder: Path) -> dict[tuple[str, int, str], Rows]:
             cell = Cell(**result["cell"])
             found[cell.home, cell.queries, groups.get(cell.name, "")][cell.row].append(result)
     return found
-
-
-def averaged(cells: list[dict[str, Any]], collection: str, measure: str) -> dict[str, float]:
-    """Return query id → the measure's mean over seeds."""
-    values = [cell["test"][collection]["per_query"][measure] for cell in cells]
-    return {query: statistics.fmean(v[query] for v in values) for query in values[0]}
 
 
 def table(
@@ -96,28 +87,6 @@ def table(
     return lines, comparisons
 
 
-def figure(rows: Rows, baselines: dict[str, Any], collection: str, path: Path) -> None:
-    """Draw each row's RR@10 against zero-shot: a dot per seed, the mean with a 95 % bootstrap interval over queries."""
-    reference = baselines["zero_shot"][collection]["per_query"]["RR@10"]
-    ordered = sorted(rows, key=lambda name: statistics.fmean(averaged(rows[name], collection, "RR@10").values()))
-    drawing = Figure(figsize=(7, 0.45 * len(rows) + 1.2), layout="constrained")
-    axes = drawing.add_subplot()
-    for place, name in enumerate(ordered):
-        own = averaged(rows[name], collection, "RR@10")
-        low, high = bootstrap_interval(np.array([own[q] - reference[q] for q in reference])) or (0.0, 0.0)
-        axes.plot([low, high], [place, place], color="#0072B2", linewidth=2)
-        axes.plot(statistics.fmean(own[q] - reference[q] for q in reference), place, "o", color="#0072B2", markersize=8)
-        for cell in rows[name]:
-            values = cell["test"][collection]["per_query"]["RR@10"]
-            difference = statistics.fmean(values[q] - reference[q] for q in reference)
-            axes.plot(difference, place + 0.18, "o", color="#D55E00", markersize=3)
-    axes.axvline(0, color="grey", linewidth=1)
-    axes.set_yticks(range(len(ordered)), ordered)
-    axes.set_xlabel(f"RR@10 on {collection} minus zero-shot; line: 95 % over queries, small dots: seeds")
-    axes.spines[["top", "right"]].set_visible(False)
-    drawing.savefig(path, dpi=130)
-
-
 def first_stages(path: Path) -> str:
     """Return what reranking wins over each first stage, as a Markdown table; Holm over all of its tests."""
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -161,6 +130,11 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def reference(baselines: dict[str, Any], collection: str) -> Zero:
+    """Return what the model alone reaches on a collection."""
+    return Zero(collection, baselines["zero_shot"][collection]["per_query"])
+
+
 def measured_on(rows: Rows, collection: str) -> Rows:
     """Return the rows with cells that were measured on a collection."""
     found = {name: [cell for cell in cells if collection in cell["test"]] for name, cells in rows.items()}
@@ -190,8 +164,11 @@ def main() -> None:
             title += f" on {home.replace('+', ', ')}, {queries} queries; measured on {collection}, {count} test queries"
             texts.append(f"### {title}\n\n{headed(lines, second)}\n")
             if not group and len(measured) > 3:
-                figure(measured, baselines, collection, args.output / f"{home}-{queries}-{collection}.png")
+                gains(measured, reference(baselines, collection), args.output / f"{home}-{queries}-{collection}.png")
             everything[f"{group} {home} {queries} → {collection}".strip()] = comparisons
+    home, alone = "reddit-shift", reference(baselines, "reddit-shift")
+    parameters({**grouped[home, 320, ""], **grouped[home, 320, "lora"]}, alone, args.output / "parameters.png")
+    sizes({count: grouped[home, count, ""] for count in (80, 320, 1280)}, alone, args.output / "sizes.png")
     if (args.cells.parent / "confirm").is_dir():
         confirmation = Confirmation(args.cells.parent / "confirm")
         everything["confirmation"] = confirmation.tests()
