@@ -182,8 +182,11 @@ def measure(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
     bench.add("float32", load_lm(ModelConfig(bench.folder, dtype="float32", **bench.settings)))
     for name in ("sdpa", "eager"):
         bench.add(f"attention {name}", bench.again(), attention=name)
-    attention = {"qpeft.cpu_attention.BLOCK": 10**6, "qpeft.cpu_attention.MULTIPLE": 1}
-    bench.add("attention over whole rows", bench.again(), patches=attention)
+    own = {"qpeft.cpu_attention.TILES": False}
+    if cpu_attention.TILES:
+        bench.add("our attention instead of the fused kernel", bench.again(), patches=own)
+    whole_rows = {"qpeft.cpu_attention.BLOCK": 10**6, "qpeft.cpu_attention.MULTIPLE": 1}
+    bench.add("our attention over whole rows", bench.again(), patches=own | whole_rows)
     bench.add("last layer at all positions", bench.again(WholeLastLayer))
     bench.add("one batch at a time, with all threads", bench.again(OneAtATime))
     bench.add("widths as they come", bench.again(), patches={"qpeft.lm.MULTIPLE": 1})

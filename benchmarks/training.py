@@ -54,8 +54,6 @@ def synchronize(device: torch.device) -> None:
 def measure(lm: CausalLM, mode: str, adapter_name: str, args: argparse.Namespace) -> dict[str, float]:
     """Return rows/s of the last epoch, and the peak of memory above what model and adapter take."""
     lm.store = None if mode == "plain" else ContextStore(int(args.store * 2**30) if mode == "kept" else 0)
-    if lm.device.type == "cpu":
-        lm.model.set_attn_implementation("sdpa" if mode == "plain" else "eager")  # the quicker one for each
     module = adapters.load(adapter_name)
     torch.manual_seed(0)
     adapter = module.build(module.Config(), lm)
