@@ -46,7 +46,7 @@ COMMANDS = {
     "demo": "the whole way on the embedded collection",
 }
 
-KEPT_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+KEPT_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
 """Torch's libraries compile a kernel for every shape that they meet on a CPU, some .4 MB each, and keep 1,024 by
 default in each of two places: memory grows by hundreds of MB before it levels off. Read when torch is imported."""
 

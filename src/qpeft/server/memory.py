@@ -10,7 +10,7 @@ import ctypes
 import sys
 from typing import Any
 
-EVERY = 5.0
+EVERY = 15.0
 """Seconds of work between two times that memory is given back: pages that come anew cost a twentieth of a second."""
 ARENA_MAX = -8
 """glibc's number for how many heaps threads may have."""
