@@ -37,7 +37,8 @@ class InOrder(CausalLM):
     """Batches rows in the order given, as many as fit, instead of sorting them by length."""
 
     def log_probs(self, rows: Sequence[Row], **options: Any) -> list[RowLogProbs]:
-        """Return the log-probabilities of each row's scored tokens, in order."""
+        """Return the log-probabilities of each row's scored tokens, in order; of the model alone."""
+        options.pop("adapters", None)
         found: list[RowLogProbs] = []
         batch: list[Row] = []
         for row in rows:
@@ -189,7 +190,8 @@ def measure(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
     bench.add("our attention over whole rows", bench.again(), patches=own | whole_rows)
     bench.add("last layer at all positions", bench.again(WholeLastLayer))
     bench.add("one batch at a time, with all threads", bench.again(OneAtATime))
-    bench.add("widths as they come", bench.again(), patches={"qpeft.lm.MULTIPLE": 1})
+    unrounded = {"qpeft.lm.MULTIPLE": 1, "qpeft.last_layer.MULTIPLE": 1, "qpeft.pretrained.ALIKE": 1}
+    bench.add("shapes as they come", bench.again(), patches=unrounded)
     bench.add("padded left, with a mask", bench.again(padding_side="left"))
     bench.add("batches in the order given", bench.again(InOrder))
     whole = bench.again()
@@ -221,7 +223,11 @@ def measure(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
 
 
 def profile(args: argparse.Namespace, workplace: Path) -> None:
-    """Write torch's profiler tables of scoring without a cache and with a filled one."""
+    """Write torch's profiler tables of scoring without a cache and with a filled one.
+
+    With one thread: batches side by side run in threads that the profiler does not see.
+    """
+    torch.set_num_threads(1)
     items = pairs.candidates(args.collection, args.queries, args.depth, args.depth, args.split)
     bench = Bench(model_folder(args.shape, workplace / "model"), args.dtype, items)
     bench.add(FULL, bench.lm)
@@ -231,5 +237,6 @@ def profile(args: argparse.Namespace, workplace: Path) -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
             case.time()
         table = seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40)
-        parts.append(f"{args.shape}, {args.dtype}, {name}: {case.pairs} pairs in {case.seconds[-1]:.2f} s\n\n{table}")
+        what = f"{args.shape}, {args.dtype}, one thread, {name}"
+        parts.append(f"{what}: {case.pairs} pairs in {case.seconds[-1]:.2f} s\n\n{table}")
     args.profile.write_text("\n\n".join(parts), encoding="utf-8")

@@ -45,7 +45,7 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.02}
 """Nats per query token by which a score may differ from the loop's in float32."""
 ROWS = (16, 32, 64)
 LOGITS = 2 * 2**30
-"""Bytes that the loop's log-probabilities may take; larger batches are not tried."""
+"""Bytes that the loop's log-probabilities may take; larger batches are not tried, but one of them always is."""
 STORE = 8
 """GiB of passage cache."""
 SIZES = {True: (3, 64, 5), False: (2, 16, 3)}
@@ -84,7 +84,7 @@ def best_loop(model: Any, tokenizer: Any, items: Sequence[Candidates]) -> tuple[
     best: tuple[float, Loop] | None = None
     for rows in ROWS:
         wanted = logits_bytes(model.config.get_text_config().vocab_size, rows, width)
-        if wanted > LOGITS:
+        if wanted > LOGITS and best is not None:
             tried[str(rows)] = f"not run: its log-probabilities would take {wanted / 2**30:.1f} GiB"
             continue
         loop = Loop(model, tokenizer, rows)

@@ -31,8 +31,9 @@ def family(request):
 
 @pytest.fixture
 def no_rounding(monkeypatch):
-    """Let the rectangles of batches be as wide as their longest row."""
-    monkeypatch.setattr("qpeft.lm.MULTIPLE", 1)
+    """Let batches have as many rows as fit, and be as wide as their longest."""
+    for number in ("lm.MULTIPLE", "last_layer.MULTIPLE", "pretrained.ALIKE"):
+        monkeypatch.setattr(f"qpeft.{number}", 1)
 
 
 @pytest.fixture

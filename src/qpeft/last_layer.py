@@ -31,6 +31,8 @@ KERNELS = (cpu_attention.NAME, "sdpa", "eager")
 """Attention that takes a mask for every pair of positions."""
 CACHES = ("past_key_values", "layer_past")
 """What layers call the cache."""
+MULTIPLE = 8
+"""As many positions of a row are computed, or a multiple: on CPUs a kernel is compiled for every shape that is new."""
 _KNOWN = {"hidden_states", "attention_mask", "position_ids", "position_embeddings"}
 
 
@@ -113,7 +115,8 @@ class _Places:
     @classmethod
     def of(cls, wanted: Tensor) -> _Places:
         counts = wanted.sum(1, keepdim=True)
-        order = torch.argsort(wanted.int(), dim=1, descending=True, stable=True)[:, : int(counts.max())]
+        most = -(-int(counts.max()) // MULTIPLE) * MULTIPLE
+        order = torch.argsort(wanted.int(), dim=1, descending=True, stable=True)[:, :most]
         real = torch.arange(order.shape[1], device=wanted.device) < counts
         return cls(wanted, torch.where(real, order, order[:, :1]), real)  # what fills up a row is computed and dropped
 

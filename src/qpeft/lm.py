@@ -30,7 +30,7 @@ from qpeft.pretrained import PretrainedLM, RowLogProbs, T, pad_ids, token_log_pr
 from qpeft.read_out import Head, ReadOut
 from qpeft.template import Row
 
-MULTIPLE = 8
+MULTIPLE = 16
 """Whole rows are padded to such a width, since on CPUs a kernel is compiled for every shape that is new."""
 
 

@@ -29,6 +29,9 @@ from qpeft.side_by_side import SideBySide
 from qpeft.template import Row
 
 T = TypeVar("T")
+ALIKE = 4
+"""On CPUs a batch has such a multiple of rows where more wait: a kernel is compiled for every number of tokens that is
+new, and with AMX that takes as long as a sixth of a batch."""
 LOGITS = 2**28
 """Numbers that the head may write in one forward pass, unless a single row needs more: half a GiB of bf16."""
 
@@ -288,7 +291,8 @@ class PretrainedLM:
             return []
 
         sizes = [len(row) + (a.hint_length(len(row.query)) if a else 0) for row, a in zip(rows, each, strict=True)]
-        waiting = _Waiting(sizes, scored, LOGITS // self.model.config.get_text_config().vocab_size)
+        positions = LOGITS // self.model.config.get_text_config().vocab_size
+        waiting = _Waiting(sizes, scored, positions, ALIKE if self.device.type == "cpu" else 1)
         able = self.device.type == "cpu" and all(adapter is None or adapter.side_by_side for adapter in each)
         beside = min(len(rows), self._beside.width()) if able else 1
         if beside > 1:
@@ -324,10 +328,11 @@ class _Waiting:
         sizes: tokens of each row.
         scored: scored tokens of each row.
         positions: scored tokens that a forward pass may have, unless a single row has more.
+        multiple: of rows that a batch has, where it can.
     """
 
-    def __init__(self, sizes: Sequence[int], scored: Sequence[int], positions: int) -> None:
-        self._sizes, self._scored, self._positions = sizes, scored, positions
+    def __init__(self, sizes: Sequence[int], scored: Sequence[int], positions: int, multiple: int) -> None:
+        self._sizes, self._scored, self._positions, self._multiple = sizes, scored, positions, multiple
         self._rows = list(range(len(sizes)))
         self.put_back([])
 
@@ -337,6 +342,8 @@ class _Waiting:
     def take(self, tokens: int, share: int = 1) -> list[int]:
         """Return the next batch, of so many padded tokens at most; it may use so large a part of memory: 1 / share."""
         count = min(len(self._rows), max(1, tokens // max(1, self._sizes[self._rows[-1]])))
+        if self._multiple < count < len(self._rows):
+            count -= count % self._multiple
         while count > 1 and sum(self._scored[i] for i in self._rows[-count:]) > self._positions // share:
             count //= 2
         chosen = self._rows[-count:][::-1]
@@ -344,9 +351,9 @@ class _Waiting:
         return chosen
 
     def batches(self, tokens: int, share: int) -> Iterator[list[int]]:
-        """Yield batches until nothing is left; see `take`."""
+        """Yield batches of about so many tokens until nothing is left; see `take`."""
         while self:
-            yield self.take(tokens, share)
+            yield self.take(tokens + self._multiple // 2 * self._sizes[self._rows[-1]], share)
 
     def dealt(self, count: int) -> list[list[int]]:
         """Return all rows in at least so many batches, each with as many of every length as any other."""
