@@ -82,7 +82,7 @@ async def under_load(args: argparse.Namespace, bodies: list[dict[str, Any]]) -> 
 
 
 def offline(
-    args: argparse.Namespace, bodies: list[dict[str, Any]], dtype: Any, batch: int = 64
+    args: argparse.Namespace, bodies: list[dict[str, Any]], dtype: Any, batch: int = 128
 ) -> tuple[dict[str, float], list[list[float]]]:
     """Return how fast the offline scorer is, and its scores, request by request."""
     scorer = build_scorer(Config(), load_lm(ModelConfig(args.model, device=args.device, dtype=dtype)))

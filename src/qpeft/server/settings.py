@@ -31,7 +31,7 @@ class Settings:
     """Size of a request's body."""
     max_queue_pairs: int = 8192
     """(query, document) pairs that may wait; beyond, requests are refused with 429."""
-    max_batch_pairs: int = 64
+    max_batch_pairs: int = 128
     """Pairs that go to the model together, from any number of requests."""
     max_wait_ms: float = 5.0
     """How long a request waits for others to share its batch."""
