@@ -193,3 +193,16 @@ def test_widths_are_multiples_so_that_few_kernels_are_compiled(make_lm):
     lm.log_probs(rows)
     assert len({len(row) for row in rows}) > len(widths)
     assert all(width % MULTIPLE == 0 for width in widths)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_batches_have_like_numbers_of_rows_so_that_few_kernels_are_compiled(make_lm):
+    lm = make_lm("llama")
+    rows = rows_for(lm) * 3
+    lm.batch_tokens = 11 * max(map(len, rows))
+    counts = []
+    lm.model.get_input_embeddings().register_forward_hook(lambda _, given, out: counts.append(given[0].shape[0]))
+    lm.log_probs(rows)
+    assert len(counts) > 1
+    assert sum(counts) == len(rows)
+    assert all(count % pretrained.ALIKE == 0 for count in counts[:-1])
