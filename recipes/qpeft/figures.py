@@ -81,6 +81,8 @@ def sizes(rows: Mapping[int, Rows], zero: Zero, path: Path) -> None:
     for axes, measure in zip(drawing.subplots(1, 2), ("RR@10", "R@10"), strict=True):
         for name, colour in SIZED.items():
             points = {count: gain(some[name], zero, measure) for count, some in rows.items() if name in some}
+            if not points:
+                continue
             means, lows, highs = zip(*points.values(), strict=True)
             axes.plot(list(points), means, "o-", color=colour, label=name)
             axes.fill_between(list(points), lows, highs, color=colour, alpha=0.12)

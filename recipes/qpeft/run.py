@@ -23,7 +23,7 @@ from cells import GROUPS, Cell
 from scipy.stats import kendalltau
 
 from qpeft import adapters
-from qpeft.adapters._folder import load_adapter, save_adapter
+from qpeft.adapters._folder import AdapterFolder, load_adapter, save_adapter
 from qpeft.data.candidates import candidates_from_run
 from qpeft.data.collection import Collection, open_collection
 from qpeft.evaluation.interpolation import interpolate
@@ -59,6 +59,13 @@ class Bench:
         self.lm: Any = load_lm(ModelConfig("tiny-lm", passage_cache=STORE_GIB))
         self._collections: dict[str, Collection] = {}
         self._indexes: dict[str, BM25] = {}
+
+    def prompt(self, opened: AdapterFolder | None = None) -> Prompt:
+        """Return the prompt of an adapter, or of the model alone."""
+        if opened is None:
+            return Prompt(load_template("plain"), self.lm.tokenizer, self.lm.max_length)
+        length = opened.adapter.hint_length
+        return Prompt(opened.template, self.lm.tokenizer, self.lm.max_length, hint_length=length)
 
     def collection(self, name: str) -> Collection:
         """Return a collection."""
@@ -233,10 +240,7 @@ def transfer(bench: Bench, names: list[str]) -> None:
             if name in result["test"] or not folder.exists():
                 continue
             opened = load_adapter(folder, bench.lm)
-            prompt = Prompt(
-                opened.template, bench.lm.tokenizer, bench.lm.max_length, hint_length=opened.adapter.hint_length
-            )
-            measured = measure_on(bench, prompt, name, opened.adapter)
+            measured = measure_on(bench, bench.prompt(opened), name, opened.adapter)
             result = json.loads(path.read_text(encoding="utf-8"))  # another worker may have added to it meanwhile
             result["test"][name] = measured
             write(path, result)
@@ -252,7 +256,7 @@ def first_trial(bench: Bench) -> dict[str, Any]:
     run = bench.first_stage(name, queries, 50)
     items = list(candidates_from_run(run, known, collection.passages, 50))
     qrels = collection.qrels("test")
-    prompt = Prompt(load_template("plain"), bench.lm.tokenizer, bench.lm.max_length)
+    prompt = bench.prompt()
     found = {
         "bm25": {"per_query": per_query(run, {q.id: qrels[q.id] for q in queries})},
         "zero_shot": measure_on(bench, prompt, name, None, items=items),
@@ -261,9 +265,7 @@ def first_trial(bench: Bench) -> dict[str, Any]:
         row = json.loads(path.read_text(encoding="utf-8"))["cell"]["row"]
         if row in ("qpeft_a", "qpeft_r", "soft_prompt"):
             opened = load_adapter(bench.output / "adapters" / path.stem, bench.lm)
-            length = opened.adapter.hint_length
-            prompt = Prompt(opened.template, bench.lm.tokenizer, bench.lm.max_length, hint_length=length)
-            found[row] = measure_on(bench, prompt, name, opened.adapter, items=items)
+            found[row] = measure_on(bench, bench.prompt(opened), name, opened.adapter, items=items)
     return found
 
 
@@ -287,7 +289,7 @@ def confirm(bench: Bench, number: int, of: int) -> None:
         for path in sorted((bench.output / "cells").glob("reddit-shift-320-*.json"))
         if json.loads(path.read_text(encoding="utf-8"))["cell"] in confirmed()
     ]
-    plain = Prompt(load_template("plain"), bench.lm.tokenizer, bench.lm.max_length)
+    plain = bench.prompt()
     for start in range(0, FRESH_QUERIES, FRESH_CHUNK)[number::of]:
         target = bench.output / "confirm" / f"{start:04d}.json"
         if target.exists():
@@ -299,9 +301,7 @@ def confirm(bench: Bench, number: int, of: int) -> None:
         found["zero_shot"] = measure_on(bench, plain, name, None, items=items)
         for path in paths:
             opened = load_adapter(bench.output / "adapters" / path.stem, bench.lm)
-            length = opened.adapter.hint_length
-            prompt = Prompt(opened.template, bench.lm.tokenizer, bench.lm.max_length, hint_length=length)
-            found[path.stem] = measure_on(bench, prompt, name, opened.adapter, items=items)
+            found[path.stem] = measure_on(bench, bench.prompt(opened), name, opened.adapter, items=items)
         write(target, {**found, "made": provenance()})
         print(time.strftime("%H:%M:%S"), target.name, flush=True)
 
@@ -314,10 +314,9 @@ def confirmed() -> list[dict[str, Any]]:
 
 def first_stages(bench: Bench) -> dict[str, Any]:
     """Rerank what BM25, a dense retriever and their fusion find, with the adapters that ship."""
-    systems = {
-        "zero_shot": None,
-        **{row: load_adapter(f"tiny-lm-{row.replace('_', '-')}", bench.lm) for row in SHIPPED},
-    }
+    opened = {row: load_adapter(f"tiny-lm-{row.replace('_', '-')}", bench.lm) for row in SHIPPED}
+    systems: dict[str, tuple[Prompt, Any]] = {"zero_shot": (bench.prompt(), None)}
+    systems |= {row: (bench.prompt(each), each.adapter) for row, each in opened.items()}
     found: dict[str, Any] = {}
     for name, count in STAGE_QUERIES.items():
         collection, queries = bench.collection(name), bench.queries(name, "test", count)
@@ -327,11 +326,7 @@ def first_stages(bench: Bench) -> dict[str, Any]:
         for run in (bm25, dense, reciprocal_rank_fusion([bm25, dense], FUSED_DEPTH, tag="fusion")):
             items = list(candidates_from_run(run, collection.queries("test"), collection.passages, STAGE_DEPTH))
             systems_here: dict[str, Any] = {"first_stage": {"per_query": per_query(run, qrels)}}
-            for row, opened in systems.items():
-                adapter = opened and opened.adapter
-                template = opened.template if opened else load_template("plain")
-                length = adapter.hint_length if adapter else None
-                prompt = Prompt(template, bench.lm.tokenizer, bench.lm.max_length, hint_length=length)
+            for row, (prompt, adapter) in systems.items():
                 systems_here[row] = measure_on(bench, prompt, name, adapter, items=items)
             found.setdefault(name, {})[run.tag] = systems_here
             print(time.strftime("%H:%M:%S"), name, run.tag, flush=True)
@@ -340,7 +335,7 @@ def first_stages(bench: Bench) -> dict[str, Any]:
 
 def measured_alone(bench: Bench) -> dict[str, Any]:
     """Measure the first stage, and the model alone."""
-    prompt = Prompt(load_template("plain"), bench.lm.tokenizer, bench.lm.max_length)
+    prompt = bench.prompt()
     found: dict[str, Any] = {"bm25": {}, "zero_shot": {}}
     for name, count in TEST_QUERIES.items():
         queries = bench.queries(name, "test", count)

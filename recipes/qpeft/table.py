@@ -96,11 +96,10 @@ def first_stages(path: Path) -> str:
             values = {name: system["per_query"]["RR@10"] for name, system in systems.items()}
             line = [collection, stage, f"{len(values['first_stage']):,}"]
             line += [f"{statistics.fmean(each.values()):.3f}" for each in values.values()]
-            for name in [name for name in values if name not in ("first_stage", "zero_shot")]:
-                tests.append(p_value(values[name], values["zero_shot"]))
-                difference = statistics.fmean(
-                    values[name][query] - value for query, value in values["zero_shot"].items()
-                )
+            alone = values["zero_shot"]
+            for own in (values["qpeft_a"], values["qpeft_r"]):
+                tests.append(p_value(own, alone))
+                difference = statistics.fmean(own[query] - value for query, value in alone.items())
                 line.append(f"{difference:+.3f} (p {{}})")
             lines.append(line)
     corrected = iter(map(shown, holm(tests)))
@@ -153,7 +152,8 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     for (home, queries, group), rows in sorted(grouped.items()):
         second = "qpeft_a" if group else "soft_prompt"
-        references = {name: grouped[home, queries, ""][name] for name in ("qpeft_a", "soft_prompt")} if group else {}
+        trained = grouped.get((home, queries, ""), {})
+        references = {name: trained[name] for name in ("qpeft_a", "soft_prompt") if group and name in trained}
         for collection in baselines["bm25"]:
             measured, beside = measured_on(rows, collection), measured_on(references, collection)
             if not measured:
