@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from qpeft import adapters
 from qpeft.adapters import lora
@@ -265,7 +266,25 @@ def _insert(settings: Any, lm: CausalLM) -> tuple[str, dict[str, Any]]:
         except ValueError as error:
             raise OptionError(f"LoRA cannot be put into {lm.name!r}: {' '.join(str(error).split())}") from error
     paths = lm.model.named_modules()
-    return label, {path: m for path, m in paths if isinstance(m, LoraLayer) and label in m.lora_A}
+    layers: dict[str, Any] = {path: m for path, m in paths if isinstance(m, LoraLayer) and label in m.lora_A}
+    for layer in layers.values():
+        # peft would turn every layer's input and output into float32 and back.
+        layer.cast_input_dtype_enabled = False
+        for halves in (layer.lora_A, layer.lora_B):
+            halves[label] = _Half(halves[label])
+    return label, layers
+
+
+class _Half(nn.Linear):
+    """One of an addition's two matrices: kept in float32, multiplied in the numbers of its input."""
+
+    def __init__(self, made: nn.Linear) -> None:
+        super().__init__(made.in_features, made.out_features, made.bias is not None, device="meta")
+        self.weight, self.bias = made.weight, made.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return functional.linear(input, self.weight.to(input.dtype), bias)
 
 
 def _descend(root: nn.Module, path: str) -> nn.Module:
