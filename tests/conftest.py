@@ -34,6 +34,7 @@ def no_rounding(monkeypatch):
     """Let batches have as many rows as fit, and be as wide as their longest."""
     for number in ("lm.MULTIPLE", "last_layer.MULTIPLE", "pretrained.ALIKE"):
         monkeypatch.setattr(f"qpeft.{number}", 1)
+    monkeypatch.setattr("qpeft.layout.EIGHTHS", 2**60)
 
 
 @pytest.fixture

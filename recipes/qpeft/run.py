@@ -319,17 +319,26 @@ def first_stages(bench: Bench) -> dict[str, Any]:
     systems |= {row: (bench.prompt(each), each.adapter) for row, each in opened.items()}
     found: dict[str, Any] = {}
     for name, count in STAGE_QUERIES.items():
-        collection, queries = bench.collection(name), bench.queries(name, "test", count)
-        qrels = {query.id: collection.qrels("test")[query.id] for query in queries}
-        bm25 = Run(bench.index(name).retrieve(queries, FUSED_DEPTH), "bm25")
-        dense = Run(Dense(collection.passages.values()).retrieve(queries, FUSED_DEPTH), "minilm")
-        for run in (bm25, dense, reciprocal_rank_fusion([bm25, dense], FUSED_DEPTH, tag="fusion")):
-            items = list(candidates_from_run(run, collection.queries("test"), collection.passages, STAGE_DEPTH))
-            systems_here: dict[str, Any] = {"first_stage": {"per_query": per_query(run, qrels)}}
-            for row, (prompt, adapter) in systems.items():
-                systems_here[row] = measure_on(bench, prompt, name, adapter, items=items)
-            found.setdefault(name, {})[run.tag] = systems_here
-            print(time.strftime("%H:%M:%S"), name, run.tag, flush=True)
+        target = bench.output / "first-stages" / f"{name}.json"
+        if not target.exists():
+            write(target, stages_of(bench, name, count, systems))
+            print(time.strftime("%H:%M:%S"), name, flush=True)
+        found[name] = json.loads(target.read_text(encoding="utf-8"))
+    return found
+
+
+def stages_of(bench: Bench, name: str, count: int, systems: dict[str, tuple[Prompt, Any]]) -> dict[str, Any]:
+    """Return first stage → system → what was measured on one collection."""
+    collection, queries = bench.collection(name), bench.queries(name, "test", count)
+    qrels = {query.id: collection.qrels("test")[query.id] for query in queries}
+    bm25 = Run(bench.index(name).retrieve(queries, FUSED_DEPTH), "bm25")
+    dense = Run(Dense(collection.passages.values()).retrieve(queries, FUSED_DEPTH), "minilm")
+    found: dict[str, Any] = {}
+    for run in (bm25, dense, reciprocal_rank_fusion([bm25, dense], FUSED_DEPTH, tag="fusion")):
+        items = list(candidates_from_run(run, collection.queries("test"), collection.passages, STAGE_DEPTH))
+        found[run.tag] = {"first_stage": {"per_query": per_query(run, qrels)}}
+        for row, (prompt, adapter) in systems.items():
+            found[run.tag][row] = measure_on(bench, prompt, name, adapter, items=items)
     return found
 
 

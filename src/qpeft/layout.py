@@ -20,6 +20,8 @@ from qpeft.hints import HintWriter
 from qpeft.template import Row
 
 PaddingSide = Literal["left", "right"]
+EIGHTHS = 8
+"""Into so many parts `few_sizes` divides the room between two powers of two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,20 @@ def lay_out(
         labels += [token for token, wanted in zip(tokens, scored, strict=bool(row.target)) if wanted]
         counts.append(sum(scored))
     return Layout(ids, mask, slots, predicting, torch.tensor(labels), counts)
+
+
+def few_sizes(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a mask with some more positions than `wanted` `[B, S]`, and `[N]`: which of its positions those are.
+
+    N is a multiple of an eighth of the power of two below it (less than an eighth more than wanted), or all there are:
+    on CPUs a kernel is compiled for every shape that is new, and the head's are the largest.
+    """
+    flat = wanted.flatten()
+    count = int(flat.sum())
+    more = -count % max(1, 2 ** (count.bit_length() - 1) // EIGHTHS)
+    kept = flat.clone()
+    kept[torch.nonzero(~flat)[:more, 0]] = True
+    return kept.view_as(wanted), flat[kept]
 
 
 def cached(row: Row, hint: int) -> int:

@@ -24,7 +24,7 @@ from qpeft.errors import ModelError, OptionError
 from qpeft.flops import context_flops, decoder_flops
 from qpeft.hints import HintWriter, Pairs, Slots, changing, common_layer, grouped
 from qpeft.last_layer import KERNELS, LastLayer
-from qpeft.layout import Batch, Layout, PaddingSide, cached, lay_out
+from qpeft.layout import Batch, Layout, PaddingSide, cached, few_sizes, lay_out
 from qpeft.past import Past
 from qpeft.pretrained import PretrainedLM, RowLogProbs, T, pad_ids, token_log_probs
 from qpeft.read_out import Head, ReadOut
@@ -108,12 +108,14 @@ class CausalLM(PretrainedLM):
                 the model's layers, and not all rows are its own.
         """
         batch = self._batch(rows, adapters, with_passage)
-        predicting = batch.layout.predicting.to(self.device)
-        with self._set_up(batch, predicting):
-            logits = self.model(**batch.inputs, logits_to_keep=predicting).logits
-        self._count_rows(batch, len(batch.layout.labels))
-        values = token_log_probs(logits.reshape(-1, logits.shape[-1]), batch.layout.labels.to(self.device))
-        return values, batch.layout.counts
+        layout = batch.layout
+        kept, real = few_sizes(layout.predicting)
+        labels = layout.labels.new_zeros(len(real)).masked_scatter(real, layout.labels)
+        with self._set_up(batch, layout.predicting.to(self.device)):
+            logits = self.model(**batch.inputs, logits_to_keep=kept.to(self.device)).logits
+        self._count_rows(batch, len(layout.labels))
+        values = token_log_probs(logits.reshape(-1, logits.shape[-1]), labels.to(self.device))
+        return values[real.to(self.device)], layout.counts
 
     def read_batch(
         self, rows: Sequence[Row], read_out: ReadOut, adapters: Sequence[HintWriter | None] | None = None
