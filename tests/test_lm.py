@@ -3,6 +3,7 @@ import torch
 
 from qpeft import pretrained
 from qpeft.errors import ModelError
+from qpeft.layout import few_sizes
 from qpeft.lm import MULTIPLE, CausalLM, token_log_probs
 from qpeft.template import Prompt, Template, load_template
 from qpeft.types import Passage, Query
@@ -206,3 +207,29 @@ def test_batches_have_like_numbers_of_rows_so_that_few_kernels_are_compiled(make
     assert len(counts) > 1
     assert sum(counts) == len(rows)
     assert all(count % pretrained.ALIKE == 0 for count in counts[:-1])
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 17, 100, 129, 255, 999])
+def test_the_head_is_given_few_sizes(count):
+    wanted = torch.zeros(40, 25, dtype=torch.bool)
+    wanted.view(-1)[torch.randperm(1000, generator=torch.Generator().manual_seed(count))[:count]] = True
+    kept, real = few_sizes(wanted)
+    assert kept[wanted].all()
+    assert kept.sum() == len(real) < count + max(1, count / 8)
+    assert torch.equal(kept.nonzero()[real], wanted.nonzero())
+
+
+def test_the_head_has_eight_sizes_between_two_powers_of_two():
+    sizes = {len(few_sizes(torch.arange(1000) < count)[1]) for count in range(64, 128)}
+    assert sizes == {64, 72, 80, 88, 96, 104, 112, 120, 128}
+
+
+def test_what_the_head_is_given_besides_changes_no_score(family, make_lm, monkeypatch):
+    lm = make_lm(family)
+    rows = rows_for(lm) * 4
+    monkeypatch.setattr("qpeft.layout.EIGHTHS", 1)
+    sizes = []
+    lm.model.get_output_embeddings().register_forward_hook(lambda _, given, out: sizes.append(out.shape[:-1].numel()))
+    values = lm.log_probs(rows)
+    assert sum(sizes) > sum(sum(row.scored) for row in rows)
+    assert_close(values, [naive_log_probs(lm.model, row) for row in rows])
