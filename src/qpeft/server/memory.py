@@ -11,8 +11,8 @@ import sys
 from typing import Any
 
 EVERY = 3.0
-"""Seconds of work between two times that memory is given back. Pages that come anew cost less than can be measured beside
-a batch; with 15 seconds, what lies free between two times still spread from minute to minute."""
+"""Seconds of work between two times that memory is given back. Beside 15, no more processor time was seen, and what
+lies free between two times no longer spreads from minute to minute."""
 ARENA_MAX = -8
 """glibc's number for how many heaps threads may have."""
 
