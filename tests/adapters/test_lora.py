@@ -195,6 +195,19 @@ def test_a_float32_adapter_on_a_bfloat16_model(family, make_lm):
     assert {parameter.grad.dtype for parameter in adapter.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)],
+)
+def test_additions_are_multiplied_in_bfloat16_where_the_model_is(given, kind, make_lm):
+    adapter = trained(make_lm("llama"))
+    half = next(module for name, module in adapter.named_modules() if name.endswith("lora_A"))
+    states = torch.randn(5, half.in_features).to(given)
+    found = half(states)
+    assert found.dtype == kind
+    torch.testing.assert_close(found.float(), states.float() @ half.weight.T, atol=0.02, rtol=0.02)
+
+
 def test_dropout_acts_in_training_only(make_lm):
     lm = make_lm("llama")
     adapter = trained(lm, dropout=0.5)

@@ -276,15 +276,19 @@ def _insert(settings: Any, lm: CausalLM) -> tuple[str, dict[str, Any]]:
 
 
 class _Half(nn.Linear):
-    """One of an addition's two matrices: kept in float32, multiplied in the numbers of its input."""
+    """One of an addition's two matrices: kept in float32, multiplied in bfloat16 where its input is.
+
+    Not in float16, whose range is too narrow for small gradients.
+    """
 
     def __init__(self, made: nn.Linear) -> None:
         super().__init__(made.in_features, made.out_features, made.bias is not None, device="meta")
         self.weight, self.bias = made.weight, made.bias
 
     def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return functional.linear(input, self.weight.to(input.dtype), bias)
+        kind = torch.bfloat16 if input.dtype is torch.bfloat16 else self.weight.dtype
+        bias = None if self.bias is None else self.bias.to(kind)
+        return functional.linear(input.to(kind), self.weight.to(kind), bias)
 
 
 def _descend(root: nn.Module, path: str) -> nn.Module:
