@@ -3,6 +3,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qpeft import cpu_attention, past
+from qpeft.adapters import lora
 from qpeft.cpu_attention import Contexts
 from qpeft.errors import OptionError
 from qpeft.loading import load_lm
@@ -53,6 +54,33 @@ def test_without_padding_no_mask_is_made_where_the_fused_kernel_takes_over(make_
         monkeypatch.setattr(cpu_attention, "TILES", tiles)
         lm.log_probs(rows_for(lm))
         assert bool(given) == tiles
+
+
+def test_long_rows_have_the_same_gradients_from_the_fused_kernel(make_lm, monkeypatch):
+    lm = make_lm("llama", padding_side="right")
+    lm.model.set_attn_implementation(cpu_attention.NAME)
+    monkeypatch.setattr(cpu_attention, "TILES", True)
+    adapter = lora.build(lora.Config(r=2), lm)
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    rows = rows_for(lm)
+    fused = []
+    own = cpu_attention.scaled_dot_product_attention
+    monkeypatch.setattr(
+        cpu_attention, "scaled_dot_product_attention", lambda *args, **kw: fused.append(kw) or own(*args, **kw)
+    )
+    found = []
+    for long in (10**6, 1):
+        monkeypatch.setattr(cpu_attention, "LONG", long)
+        assert not fused
+        adapter.zero_grad()
+        values, _ = lm.score(rows, [adapter] * len(rows))
+        values.sum().backward()
+        found.append([values.detach(), *(parameter.grad.clone() for parameter in adapter.parameters())])
+    assert fused
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 def test_contexts_are_joined_by_attention_or_before_it(make_lm, monkeypatch):

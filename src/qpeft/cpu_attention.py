@@ -4,7 +4,7 @@ The fused kernel of PyTorch is slow there for the head sizes and lengths of rera
 rows without padding on processors that multiply tiles (AMX), where it takes over. This one is plain: scores, softmax,
 weighted sum; registered with transformers under the name `NAME`. It takes contexts that were encoded before as they are
 kept, each by itself, and joins a few at a time where it reads them. For gradients everything is computed in one piece,
-since backpropagation would pay for the pieces.
+since backpropagation would pay for the pieces, unless rows are long and the fused kernel takes over.
 
 Shapes: `B` rows, `H` heads, of which `G` share keys, `T` positions, `S` positions attended to, `h` head size.
 """
@@ -32,6 +32,8 @@ JOINED = 2**21
 """Bytes of keys and values that are joined at a time, unless those of a single row are more."""
 TILES = hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("amx_tile"))
 """Whether the processor multiplies tiles."""
+LONG = 256
+"""Positions of a row from which on the fused kernel is quicker with gradients too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +193,8 @@ def _attend(
 def mask_for(batch_size: int, **kwargs: Any) -> Tensor | None:
     """Return what `attention` adds to the scores: one mask for all rows where no row is padded, or none at all."""
     padded = kwargs.get("attention_mask") is not None
-    if TILES and not padded and not torch.is_grad_enabled() and sdpa_mask(1, **kwargs) is None:
+    fused = TILES and (kwargs["q_length"] >= LONG or not torch.is_grad_enabled())
+    if fused and not padded and sdpa_mask(1, **kwargs) is None:
         return None
     mask: Tensor | None = eager_mask(batch_size if padded else 1, **kwargs)
     return mask
