@@ -108,7 +108,7 @@ def authors() -> Iterator[Cell]:
 
 def lora_tuning() -> Iterator[Cell]:
     """Yield learning rates of LoRA that were compared on dev."""
-    for rate in (3e-4, 1e-3, 3e-3):
+    for rate in (3e-4, 1e-3, 3e-3, 1e-2):
         training = {"learning_rate": rate, "epochs": 2, "evaluations": 2}
         yield Cell(f"lora-lr{rate}", "lora", "reddit-shift", options={"r": 4}, training=training, test=False)
 
