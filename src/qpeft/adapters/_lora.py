@@ -268,8 +268,9 @@ def _insert(settings: Any, lm: CausalLM) -> tuple[str, dict[str, Any]]:
     paths = lm.model.named_modules()
     layers: dict[str, Any] = {path: m for path, m in paths if isinstance(m, LoraLayer) and label in m.lora_A}
     for layer in layers.values():
-        # peft would turn every layer's input and output into float32 and back.
-        layer.cast_input_dtype_enabled = False
+        if label not in layer.lora_variant:
+            # peft would turn every layer's input and output into float32 and back.
+            layer.cast_input_dtype_enabled = False
         for halves in (layer.lora_A, layer.lora_B):
             halves[label] = _Half(halves[label])
     return label, layers
