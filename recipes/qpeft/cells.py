@@ -58,7 +58,7 @@ def tuning() -> Iterator[Cell]:
             yield Cell(f"{adapter}-lr{choices[place]}", adapter, "reddit-shift", training=training, test=False)
 
 
-RATES = {"soft_prompt": 3e-3}
+RATES = {"soft_prompt": 3e-3, "lora": 3e-3}
 """Learning rates that differ from 1e-3; chosen on dev (README)."""
 
 
