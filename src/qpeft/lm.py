@@ -109,13 +109,16 @@ class CausalLM(PretrainedLM):
         """
         batch = self._batch(rows, adapters, with_passage)
         layout = batch.layout
-        kept, real = few_sizes(layout.predicting)
+        kept, real = layout.predicting, torch.ones(len(layout.labels), dtype=torch.bool)
+        if self.device.type == "cpu":
+            kept, real = few_sizes(kept)
         labels = layout.labels.new_zeros(len(real)).masked_scatter(real, layout.labels)
         with self._set_up(batch, layout.predicting.to(self.device)):
             logits = self.model(**batch.inputs, logits_to_keep=kept.to(self.device)).logits
         self._count_rows(batch, len(layout.labels))
         values = token_log_probs(logits.reshape(-1, logits.shape[-1]), labels.to(self.device))
-        return values[real.to(self.device)], layout.counts
+        # by numbers made here: a device would be waited for to count what a mask chooses
+        return values[torch.nonzero(real)[:, 0].to(self.device)], layout.counts
 
     def read_batch(
         self, rows: Sequence[Row], read_out: ReadOut, adapters: Sequence[HintWriter | None] | None = None
