@@ -3,8 +3,8 @@
 The fused kernel of PyTorch is slow there for the head sizes and lengths of reranking (docs/performance.md), except for
 rows without padding on processors that multiply tiles (AMX), where it takes over. This one is plain: scores, softmax,
 weighted sum; registered with transformers under the name `NAME`. It takes contexts that were encoded before as they are
-kept, each by itself, and joins a few at a time where it reads them. For gradients everything is computed in one piece,
-since backpropagation would pay for the pieces, unless rows are long and the fused kernel takes over.
+kept, each by itself, and joins a few at a time where it reads them. For gradients whole rows are computed in one piece,
+since backpropagation would pay for the pieces, unless they are long and the fused kernel takes over.
 
 Shapes: `B` rows, `H` heads, of which `G` share keys, `T` positions, `S` positions attended to, `h` head size.
 """
@@ -50,12 +50,13 @@ class Contexts:
         """Return the positions of the longest."""
         return max(row.shape[2] for row in self.rows)
 
-    def joined(self, key: Tensor, value: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def joined(self, key: Tensor, value: Tensor, most: int | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield some rows, and their keys and values `[b, H / G, S, h]`: contexts, and what follows them.
 
         Args:
             key: of the batch, `[B, H / G, T, h]`.
             value: as `key`.
+            most: bytes that are joined at a time, unless those of a single row are more; None: all rows.
         """
         shared, width, size = key.shape[1:]
         first = 0
@@ -63,7 +64,8 @@ class Contexts:
             longest, end = 0, first
             while end < len(self.rows):
                 wide = -(-(max(longest, self.rows[end].shape[2]) + width) // MULTIPLE) * MULTIPLE
-                if end > first and (end + 1 - first) * 2 * shared * wide * size * key.element_size() > JOINED:
+                bytes_ = (end + 1 - first) * 2 * shared * wide * size * key.element_size()
+                if most is not None and end > first and bytes_ > most:
                     break
                 longest, end = wide - width, end + 1
             both = key.new_empty(2, end - first, shared, longest + width, size)
@@ -113,10 +115,13 @@ def attention(
     if contexts is not None:
         assert attention_mask is not None
         wider = pad(attention_mask, (MULTIPLE, 0), value=torch.finfo(attention_mask.dtype).min)
+        if torch.is_grad_enabled() and softcap is None:
+            over: Tensor = _OverContexts.apply(query, key, value, wider, contexts, scaling)  # type: ignore[no-untyped-call]
+            return over, None
         return torch.cat(
             [
                 _attend(query[some], keys, values, wider[some, ..., -keys.shape[2] :], scaling, softcap, False)
-                for some, keys, values in contexts.joined(key, value)
+                for some, keys, values in contexts.joined(key, value, JOINED)
             ]
         ), None
     length = key.shape[2]
@@ -167,7 +172,7 @@ def _attend(
     block: int = BLOCK,
 ) -> Tensor:
     """Return `[B, T, H, h]`, a block of positions at a time."""
-    batch, heads, width, size = query.shape
+    batch, heads, width, _ = query.shape
     shared, length = batch * key.shape[1], key.shape[2]
     wide = length if mask is None else mask.shape[-1]
     if wide > length:
@@ -180,14 +185,52 @@ def _attend(
         end = wide
         if causal:
             end = min(end, -(-(first + some.shape[2]) // MULTIPLE) * MULTIPLE)
-        scores = torch.bmm(some.reshape(shared, -1, size) * scaling, keys[..., :end]).view(batch, heads, -1, end)
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        if mask is not None:
-            scores += mask[..., first : first + block, :end]
-        weights = torch.softmax(scores, -1).view(shared, -1, end)
+        seen = None if mask is None else mask[..., first : first + block, :end]
+        weights = _weights(some, keys[..., :end], seen, scaling, softcap)
         parts.append(torch.bmm(weights, values[:, :end]).view(batch, heads, -1, values.shape[-1]).transpose(1, 2))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _weights(query: Tensor, keys: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
+    """Return the weights `[B · G, H / G · T, S]` of queries `[B, H, T, h]` over keys `[B · G, h, S]`."""
+    batch, heads, _, size = query.shape
+    shared, _, length = keys.shape
+    scores = torch.bmm(query.reshape(shared, -1, size) * scaling, keys).view(batch, heads, -1, length)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores += mask
+    return torch.softmax(scores, -1).view(shared, -1, length)
+
+
+class _OverContexts(torch.autograd.Function):
+    """Attention over contexts, which need no gradient, and what follows them, which does.
+
+    Gradients of the contexts' keys and values, most of what is multiplied otherwise, are not computed, and contexts are
+    copied once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, contexts: Contexts, scaling: float
+    ) -> Tensor:
+        ((_, keys, values),) = contexts.joined(key, value, None)
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+        weights = _weights(query, keys.mT, mask[..., -keys.shape[1] :], scaling, None)
+        ctx.save_for_backward(query, keys, values, weights)
+        ctx.scaling, ctx.shared = scaling, key.shape
+        return torch.bmm(weights, values).view(query.shape).transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, keys, values, weights = ctx.saved_tensors
+        width = query.shape[2]
+        above, queries = (each.reshape(len(keys), -1, each.shape[-1]) for each in (grad.transpose(1, 2), query))
+        scores = torch.ops.aten._softmax_backward_data(torch.bmm(above, values.mT), weights, -1, weights.dtype)
+        of_query = torch.bmm(scores, keys) * ctx.scaling
+        of_key = torch.bmm(scores[..., -width:].mT, queries * ctx.scaling)
+        of_value = torch.bmm(weights[..., -width:].mT, above)
+        return of_query.view(query.shape), of_key.view(ctx.shared), of_value.view(ctx.shared), None, None, None
 
 
 def mask_for(batch_size: int, **kwargs: Any) -> Tensor | None:

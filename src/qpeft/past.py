@@ -41,12 +41,13 @@ class Past:
             width: positions that follow.
         """
         cache = DynamicCache()
-        if self.apart and not torch.is_grad_enabled() and self._layers_hand_on(contexts[0]):
+        if self.apart and self._layers_hand_on(contexts[0]):
             cache.layers = [*_apart(contexts)]
         else:
             cache.layers = [*_stacked(contexts, width)]
         return cache
 
+    @torch.no_grad()
     def _layers_hand_on(self, context: Tensor) -> bool:
         """Whether the layers hand the cache's keys to attention as they are; tried once."""
         if self._hands_on is None:

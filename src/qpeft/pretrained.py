@@ -379,7 +379,7 @@ def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """Return `log softmax(logits)[tokens]` in float32.
 
     A few positions at a time are converted to float32: on a CPU as many as stay in a core's cache memory, elsewhere as
-    many as keep the copy small.
+    many as keep the copy small. For backpropagation the logits are kept as they are, and converted again.
 
     Args:
         logits: `[N, V]`, any floating dtype.
@@ -389,9 +389,32 @@ def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
         `[N]`.
 
     """
-    chunk = max(1, (2**18 if logits.device.type == "cpu" else 2**26) // logits.shape[1])
-    parts = [
-        -cross_entropy(some.float(), chosen, reduction="none")
-        for some, chosen in zip(torch.split(logits, chunk), torch.split(tokens, chunk), strict=True)
-    ]
-    return torch.cat(parts) if parts else logits.new_zeros(0, dtype=torch.float32)
+    found: Tensor = _TokenLogProbs.apply(logits, tokens)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor) -> Tensor:
+        parts = [-cross_entropy(some.float(), chosen, reduction="none") for some, chosen in _few(logits, tokens)]
+        values = torch.cat(parts) if parts else logits.new_zeros(0, dtype=torch.float32)
+        ctx.save_for_backward(logits, tokens, values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, tokens, values = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        for some, chosen, value, own, target in _few(logits, tokens, values, grad, out):
+            column = chosen[:, None]
+            exact = some.float()
+            exact -= exact.gather(1, column) - value[:, None]  # now log-probabilities
+            exact.exp_().mul_(-own[:, None]).scatter_add_(1, column, own[:, None])
+            target.copy_(exact)
+        return out, None
+
+
+def _few(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield some positions of each at a time, so few that the logits' copy in float32 is small."""
+    count = max(1, (2**18 if logits.device.type == "cpu" else 2**26) // logits.shape[1])
+    return zip(*(each.split(count) for each in (logits, *others)), strict=True)
