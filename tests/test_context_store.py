@@ -42,6 +42,36 @@ def test_scores_over_encoded_contexts_equal_plain_ones(family, make_lm):
     assert (stored.store.misses, stored.store.hits) == (len(PASSAGES), len(PASSAGES) * 3)
 
 
+@pytest.mark.parametrize("layer", [None, 1])
+def test_contexts_that_are_not_kept_are_encoded_together(family, make_lm, layer):
+    lm = with_store(make_lm(family), capacity=0)
+    contexts = [row.context for row in rows_for(lm, queries=[QUERY])]
+    assert len(set(map(len, contexts))) > 1, "so that some are padded"
+    alone = [lm.encode(ids, layer) for ids in contexts]
+    calls = []
+    with lm.model.register_forward_pre_hook(lambda *call: calls.append(call)):
+        together = lm.encode_all([*contexts, *contexts[:2]], layer)
+    assert 1 <= len(calls) < len(contexts)
+    for one, other in zip(together, [*alone, *alone[:2]], strict=True):
+        torch.testing.assert_close(one.cache, other.cache, atol=1e-4, rtol=0)
+        assert (one.states is None) == (layer is None)
+        if layer is not None:
+            torch.testing.assert_close(one.states, other.states, atol=1e-4, rtol=0)
+
+
+def test_of_many_contexts_only_those_are_encoded_that_are_not_there(make_lm, tmp_path):
+    """As on a GPU, where what is missing is encoded in batches."""
+    lm = with_store(make_lm("llama"), folder=tmp_path)
+    contexts = [row.context for row in rows_for(lm, queries=[QUERY])]
+    lm.encode_all(contexts[:2])
+    seen = []
+    lm.model.register_forward_pre_hook(lambda _, args, kw: seen.append(len(kw["input_ids"])), with_kwargs=True)
+    encoded = lm._encode_together(contexts, None)
+    assert sum(seen) == len(contexts) - 2
+    assert all(torch.equal(one.cache, lm.encode(ids).cache) for one, ids in zip(encoded, contexts, strict=True))
+    assert (lm.store.misses, sum(seen)) == (len(contexts), len(contexts) - 2)
+
+
 def test_bits_do_not_depend_on_what_is_kept(make_lm):
     lm = make_lm("llama", dtype=torch.bfloat16)
     first, second = rows_for(lm, queries=[QUERY]), rows_for(lm, queries=[Query("q2", "who was the king?")])

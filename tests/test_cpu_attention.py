@@ -99,14 +99,13 @@ def test_contexts_are_joined_by_attention_or_before_it(make_lm, monkeypatch):
     assert stacked, "a layer that changes the cache's keys does not hand on their contexts"
 
 
-@pytest.mark.parametrize("most", [1, 20_000, 2**21])
-def test_contexts_fit_together(most, monkeypatch):
-    monkeypatch.setattr(cpu_attention, "JOINED", most)
+@pytest.mark.parametrize("most", [1, 20_000, 2**21, None])
+def test_contexts_fit_together(most):
     torch.manual_seed(0)
     rows = [torch.randn(2, 3, length, 4) for length in (5, 90, 1, 40, 41)]
     key, value = torch.randn(2, 5, 3, 6, 4)
     seen = []
-    for some, keys, values in Contexts(rows).joined(key, value):
+    for some, keys, values in Contexts(rows).joined(key, value, most):
         assert keys.shape == values.shape
         assert keys.shape[2] % cpu_attention.MULTIPLE == 0
         for i, row in enumerate(range(some.start, some.stop)):
@@ -138,6 +137,35 @@ def test_gradients_equal_those_of_eager_attention(make_lm):
         found += [out, *(leaf.grad for leaf in leaves)]
     for one, other in zip(own, eager, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_gradients_over_contexts_equal_those_of_eager_attention():
+    torch.manual_seed(0)
+    rows = [torch.randn(2, 2, length, 8) for length in (5, 40, 1, 33)]
+    query, key, value = torch.randn(4, 4, 9, 8), torch.randn(4, 2, 9, 8), torch.randn(4, 2, 9, 8)
+    mask = torch.full((4, 1, 9, 49), -1e9)
+    for row, context in zip(mask, rows, strict=True):
+        row[:, :, 40 - context.shape[2] :] = torch.zeros(9, 9 + context.shape[2]).masked_fill(
+            ~torch.ones(9, 9 + context.shape[2], dtype=torch.bool).tril(context.shape[2]), -1e9
+        )
+    own, eager = [], []
+    for found in (own, eager):
+        leaves = [part.clone().requires_grad_() for part in (query, key, value)]
+        if found is own:
+            keys = leaves[1].view_as(key)
+            keys.contexts = Contexts(rows)
+            out = cpu_attention.attention(torch.nn.Module(), leaves[0], keys, leaves[2], mask)[0]
+        else:
+            out = []
+            for i, context in enumerate(rows):
+                keys, values = (torch.cat([context[j], leaves[1 + j][i]], 1).repeat_interleave(2, 0) for j in (0, 1))
+                scores = leaves[0][i] @ keys.mT * 8**-0.5 + mask[i, :, :, 40 - context.shape[2] :]
+                out.append((scores.softmax(-1) @ values).transpose(0, 1))
+            out = torch.stack(out)
+        (out * torch.arange(9)[:, None, None]).sum().backward()
+        found += [out, *(leaf.grad for leaf in leaves)]
+    for one, other in zip(own, eager, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 def save(folder, model):

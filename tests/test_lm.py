@@ -162,6 +162,19 @@ def test_token_log_probs_in_chunks_equal_log_softmax():
     assert token_log_probs(logits[:0], tokens[:0]).shape == (0,)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_log_probabilities_are_those_of_the_whole_softmax(dtype):
+    torch.manual_seed(0)
+    logits = torch.randn(37, 20_000, dtype=dtype) * 4
+    tokens, weights = torch.randint(0, 20_000, (37,)), torch.randn(37)
+    found = []
+    for compute in (token_log_probs, lambda some, chosen: some.double().log_softmax(1)[torch.arange(37), chosen]):
+        leaf = logits.clone().requires_grad_()
+        (compute(leaf, tokens) * weights).sum().backward()
+        found.append(leaf.grad.double())
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5 if dtype == torch.float32 else 1e-2)
+
+
 def test_scoring_leaves_the_model_untouched(make_lm):
     lm = make_lm("llama")
     before = {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qpeft.errors import ScoreError
-from qpeft.types import Candidates, Passage, Query, Ranking, Run
+from qpeft.types import Candidates, Passage, Query, Ranking, Run, Window
 
 ids = st.text(st.characters(exclude_categories=("Cs",)), max_size=5)
 scored = st.dictionaries(ids, st.floats(-1e30, 1e30) | st.sampled_from([0.0, -0.0, 1.0, 1.0 + 1e-12]), max_size=8).map(
@@ -96,3 +96,26 @@ def test_candidates_need_all_scores_or_none():
     assert Candidates(Query("q", "?"), passages).scores == ()
     with pytest.raises(ScoreError, match="2 passages but 1"):
         Candidates(Query("q", "?"), passages, (1.0,))
+
+
+@given(
+    st.lists(st.integers(0, 9), max_size=12),
+    st.builds(Window, st.none() | st.integers(1, 4), st.integers(1, 20)),
+    st.integers(0, 12),
+)
+def test_windows_are_told_from_any_number_of_finished_queries(sizes, window, finished):
+    items = [Candidates(Query(str(i), "x"), tuple(Passage(str(p), "y") for p in range(n))) for i, n in enumerate(sizes)]
+    parts = list(window.split(items))
+    assert [item for part in parts for item in part] == items
+    for part in parts[:-1]:
+        pairs = [len(item.passages) for item in part]
+        if window.queries is not None:
+            assert len(part) == window.queries
+        else:
+            assert sum(pairs) >= window.pairs > sum(pairs[:-1])
+    borders = {0, *itertools.accumulate(map(len, parts))}
+    assert window.whole(sizes[:finished]) == max(
+        border
+        for border in borders
+        if border <= finished and (border < len(items) or window.whole(sizes) == len(items))
+    )

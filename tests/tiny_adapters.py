@@ -52,9 +52,9 @@ def rows_for(lm, adapter, template="plain", queries=QUERIES, passages=PASSAGES):
     return [prompt.rows(query, passage)[0] for query in queries for passage in passages]
 
 
-def with_store(lm, *, tokenizer=None, **options):
+def with_store(lm, capacity=1 << 28, *, tokenizer=None, **options):
     """Return the same model that keeps encoded contexts."""
-    return alike(lm, tokenizer=tokenizer, store=ContextStore(1 << 28), **options)
+    return alike(lm, tokenizer=tokenizer, store=ContextStore(capacity), **options)
 
 
 def alike(lm, *, model=None, tokenizer=None, batch_tokens=4096, **options):

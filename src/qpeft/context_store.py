@@ -6,8 +6,8 @@ queries, or a training passage that is read in every epoch and under every adapt
     [BOS] Passage: …  |  hint · rest of the context · cue · query
     kept, per passage    computed, per pair
 
-Each context is encoded alone and unpadded, so that what is kept is the same in whatever order contexts come, and work
-that was interrupted and starts again with an empty store gives the same bits.
+On a CPU, each context that is kept is encoded alone and unpadded, so that it is the same in whatever order contexts
+come, and work that was interrupted and starts again with an empty store gives the same bits.
 
 Shapes: `T` context positions, `H` heads, `h` head size, `d` hidden size.
 """
@@ -37,6 +37,12 @@ class Encoded:
 
     cache: Tensor
     states: Tensor | None = None
+
+    def to(self, device: torch.device) -> Encoded:
+        """Return the same on a device: what was read from disk is not where the model is."""
+        if self.cache.device == device:
+            return self
+        return Encoded(self.cache.to(device), None if self.states is None else self.states.to(device))
 
 
 Key = tuple[tuple[int, ...], int | None, int]
@@ -145,6 +151,17 @@ class ContextStore:
             self._keep(key, found)
             del self._begun[key]
         return found.unpack()
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything is kept for the next time."""
+        return bool(self.capacity) or self.folder is not None
+
+    def has(self, key: Key) -> bool:
+        """Return whether a context need not be encoded."""
+        with self._lock:
+            kept = key in self._kept
+        return kept or self.on_disk(key)
 
     def clear(self) -> None:
         """Forget what is in memory."""

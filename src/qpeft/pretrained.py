@@ -292,7 +292,7 @@ class PretrainedLM:
 
         sizes = [len(row) + (a.hint_length(len(row.query)) if a else 0) for row, a in zip(rows, each, strict=True)]
         positions = LOGITS // self.model.config.get_text_config().vocab_size
-        waiting = _Waiting(sizes, scored, positions, ALIKE if self.device.type == "cpu" else 1)
+        waiting = Waiting(sizes, scored, positions, ALIKE if self.device.type == "cpu" else 1)
         able = self.device.type == "cpu" and all(adapter is None or adapter.side_by_side for adapter in each)
         beside = min(len(rows), self._beside.width()) if able else 1
         if beside > 1:
@@ -321,7 +321,7 @@ class PretrainedLM:
         raise NotImplementedError
 
 
-class _Waiting:
+class Waiting:
     """Rows that have not been scored, longest first, so that what does not fit in memory shows right away.
 
     Args:
@@ -417,4 +417,4 @@ class _TokenLogProbs(torch.autograd.Function):
 def _few(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield some positions of each at a time, so few that the logits' copy in float32 is small."""
     count = max(1, (2**18 if logits.device.type == "cpu" else 2**26) // logits.shape[1])
-    return zip(*(each.split(count) for each in (logits, *others)), strict=True)
+    return zip(*(torch.split(each, count) for each in (logits, *others)), strict=True)

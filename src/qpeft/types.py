@@ -190,6 +190,38 @@ class Scorer(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Which queries are worked on together: so many, or as many as have so many candidates together."""
+
+    queries: int | None = None
+    pairs: int = 256
+    """Enough that few batches are short or padded, few enough that an interruption costs little."""
+
+    def split(self, items: Iterable[Candidates]) -> Iterator[list[Candidates]]:
+        """Yield the items in lists, the last one with what is left, and read no further than that."""
+        together: list[Candidates] = []
+        for item in items:
+            together.append(item)
+            if self._full(len(together), sum(len(each.passages) for each in together)):
+                yield together
+                together = []
+        if together:
+            yield together
+
+    def whole(self, sizes: Iterable[int]) -> int:
+        """Return how many of the first queries stand in windows that are full, given the candidates of each."""
+        whole = queries = pairs = 0
+        for size in sizes:
+            queries, pairs = queries + 1, pairs + size
+            if self._full(queries, pairs):
+                whole, queries, pairs = whole + queries, 0, 0
+        return whole
+
+    def _full(self, queries: int, pairs: int) -> bool:
+        return pairs >= self.pairs if self.queries is None else queries >= self.queries
+
+
 @dataclass
 class Reranker(abc.ABC):
     """Orders candidates. Implementations define `rerank`; the rest is the same for all."""
@@ -197,7 +229,7 @@ class Reranker(abc.ABC):
     counts: ScoringCounts = field(default_factory=ScoringCounts, init=False)
     facts: dict[str, Any] = field(default_factory=dict, init=False)
     """What provenance says of the method: its template, its adapter."""
-    window: int = field(default=1, init=False)
+    window: Window = field(default=Window(1), init=False)
     """Queries that are worked on together. Scores may depend, in their last bits, on the others of a window."""
     scores_all: ClassVar[bool] = True
     """Whether all candidates are scored alike, so that their scores may be mixed with others."""

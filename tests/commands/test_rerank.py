@@ -9,9 +9,10 @@ import torch
 from qpeft.cli import main
 from qpeft.commands._partial import Partial
 from qpeft.data.trec import read_run
-from qpeft.types import Hit, Ranking, ScoringCounts
+from qpeft.types import Hit, Ranking, ScoringCounts, Window
 
 CASCADE = ("--method", "cascade", "--cascade", "7:2")
+ALONE = ("--queries-per-batch", "1")
 
 
 def test_only_the_runs_passages_are_ranked_and_those_below_the_depth_keep_their_order(
@@ -65,7 +66,7 @@ def test_gzip_samples_and_interpolation(rerank_arguments, tmp_path, toy_run):
     [
         (),
         ("--queries-per-batch", "2"),
-        ("--passage-cache", "0.01"),
+        (*ALONE, "--passage-cache", "0.01"),
         (*CASCADE, "--cheap", "layers=1", "--passage-cache", "0.01", "--queries-per-batch", "2"),
     ],
     ids=["plain", "windows", "cache", "cascade"],
@@ -92,12 +93,12 @@ def test_a_killed_run_resumes_to_the_same_bytes(rerank_arguments, start_process,
 
 def test_what_is_left_of_an_unfinished_window_is_dropped(tmp_path):
     partial = Partial(tmp_path / "ql.trec", resume=False)
-    partial.open("same", {"dtype": "float32"}, window=2)
+    partial.open("same", {"dtype": "float32"}, window=Window(2))
     for pairs, query in enumerate(["q1", "q2", "q3"], start=1):
         partial.add(Ranking(query, (Hit("p", -1.5),)), ScoringCounts(pairs=pairs))
     partial.close()
     resumed = Partial(tmp_path / "ql.trec", resume=True)
-    resumed.open("same", resumed.settings, window=2)
+    resumed.open("same", resumed.settings, window=Window(2))
     resumed.close()
     assert resumed.rankings == [Ranking("q1", (Hit("p", -1.5),)), Ranking("q2", (Hit("p", -1.5),))]
     assert resumed.counts(ScoringCounts(pairs=1)).pairs == 3
@@ -122,22 +123,22 @@ def unfinished(rerank_arguments, output, *more):
 
 def test_unfinished_runs_are_neither_lost_nor_mixed(rerank_arguments, tmp_path, capsys):
     output = tmp_path / "ql.trec"
-    partial, whole = unfinished(rerank_arguments, output)
+    partial, whole = unfinished(rerank_arguments, output, *ALONE)
     before = partial.read_text()
-    assert main(rerank_arguments(output)) == 2
+    assert main(rerank_arguments(output, *ALONE)) == 2
     assert "--resume" in capsys.readouterr().err
-    assert main(rerank_arguments(output, "--resume", "--template", "upr")) == 2
+    assert main(rerank_arguments(output, *ALONE, "--resume", "--template", "upr")) == 2
     assert "other options" in capsys.readouterr().err
     assert partial.read_text() == before
     assert not output.exists()
-    assert main(rerank_arguments(output, "--resume")) == 0
+    assert main(rerank_arguments(output, *ALONE, "--resume")) == 0
     assert output.read_bytes() == whole.read_bytes()
     counts = [json.loads((tmp_path / f"{n}.provenance.json").read_text())["counts"] for n in ("ql.trec", "whole.trec")]
     assert counts[0] == counts[1]
 
 
 def test_a_run_goes_on_with_the_threads_that_it_began_with(rerank_arguments, tmp_path):
-    output, cache = tmp_path / "ql.trec", ("--passage-cache", "0.01")
+    output, cache = tmp_path / "ql.trec", (*ALONE, "--passage-cache", "0.01")
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -196,7 +197,7 @@ def test_a_cascade_keeps_below_what_it_drops(rerank_arguments, toy_run, tmp_path
 
 
 def test_a_resumed_cascade_counts_as_an_uninterrupted_one(rerank_arguments, tmp_path):
-    more = (*CASCADE, "--cheap", "layers=1")
+    more = (*CASCADE, "--cheap", "layers=1", *ALONE)
     output = tmp_path / "ql.trec"
     _, whole = unfinished(rerank_arguments, output, *more)
     assert main(rerank_arguments(output, *more, "--resume")) == 0

@@ -48,7 +48,7 @@ def test_rankings_come_lazily(method, lm):
             assert number < 10, "reads ahead"
             yield candidates(str(number))
 
-    rankings = build(method, lm).rerank(endless())
+    rankings = build(method, lm, queries_per_batch=1).rerank(endless())
     assert [ranking.query_id for ranking in itertools.islice(rankings, 2)] == ["0", "1"]
 
 

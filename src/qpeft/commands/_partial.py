@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qpeft.errors import StateError
-from qpeft.types import Hit, Ranking, ScoringCounts
+from qpeft.types import Hit, Ranking, ScoringCounts, Window
 
 
 class Partial:
@@ -45,7 +45,7 @@ class Partial:
             if self._lines:
                 self.settings = self._lines[0]["settings"]
 
-    def open(self, fingerprint: str, settings: Mapping[str, Any], window: int) -> None:
+    def open(self, fingerprint: str, settings: Mapping[str, Any], window: Window) -> None:
         """Check that the file belongs to this very run, and get ready to append.
 
         Raises:
@@ -55,7 +55,7 @@ class Partial:
         if self._lines and self._lines[0]["fingerprint"] != fingerprint:
             raise StateError(f"{self.path} was made with other options, data or model; delete it to start afresh")
         finished = self._lines[1:]
-        finished = finished[: len(finished) // window * window]
+        finished = finished[: window.whole(len(line["hits"]) for line in finished)]
         self.rankings = [
             Ranking(line["query"], tuple(Hit(passage_id, score) for passage_id, score in line["hits"]))
             for line in finished

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import final
 
 from qpeft.errors import ScoreError
-from qpeft.types import Candidates, Query, Ranking, Reranker, Scorer
-
-
-def windows(items: Iterable[Candidates], size: int) -> Iterator[list[Candidates]]:
-    """Yield the items in lists of `size`, the last one with what is left, and read no further than that."""
-    items = iter(items)
-    while together := list(itertools.islice(items, size)):
-        yield together
+from qpeft.types import Candidates, Query, Ranking, Reranker, Scorer, Window
 
 
 @final
@@ -27,13 +19,13 @@ class Pointwise(Reranker):
 
     Args:
         scorer: gives one score per pair.
-        window: queries whose pairs are scored in one call, so that pairs of similar length meet in a batch.
+        queries: whose pairs are scored in one call, so that pairs of similar length meet in a batch; see `Window`.
     """
 
-    def __init__(self, scorer: Scorer, window: int = 1) -> None:
+    def __init__(self, scorer: Scorer, queries: int | None = None) -> None:
         super().__init__()
         self._scorer = scorer
-        self.window = window
+        self.window = Window(queries)
         self.counts = scorer.counts
         self.facts = scorer.facts
 
@@ -43,7 +35,7 @@ class Pointwise(Reranker):
 
     def rerank(self, items: Iterable[Candidates]) -> Iterator[Ranking]:
         """Yield one ranking per item, lazily and in order; see `Reranker.rerank`."""
-        for together in windows(items, self.window):
+        for together in self.window.split(items):
             yield from self._rank(together)
 
     def _rank(self, items: list[Candidates]) -> Iterator[Ranking]:

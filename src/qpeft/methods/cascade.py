@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, final
 
 from qpeft.errors import OptionError, nearest
 from qpeft.methods import query_likelihood
-from qpeft.methods._pointwise import Pointwise, windows
+from qpeft.methods._pointwise import Pointwise
 from qpeft.types import Candidates, Query, Ranking, Reranker
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
@@ -52,12 +52,12 @@ def build(config: Config, lm: LanguageModel) -> Reranker:
     if len(cheap) != len(sizes) - 1:
         raise OptionError(f"--cascade {config.cascade} needs {len(sizes) - 1} cheap scores; --cheap has {len(cheap)}")
     full = query_likelihood.build_scorer(config, lm)
-    window = config.queries_per_batch
+    queries = config.queries_per_batch
     steps = [
-        Step(size, None if options is None else Pointwise(full.cheaper(**options), window))
+        Step(size, None if options is None else Pointwise(full.cheaper(**options), queries))
         for size, options in zip(sizes, [None, *map(_cheap, cheap)], strict=True)
     ]
-    return Cascade(steps, Pointwise(full, window))
+    return Cascade(steps, Pointwise(full, queries))
 
 
 def _sizes(text: str) -> list[int]:
@@ -127,7 +127,7 @@ class Cascade(Reranker):
 
     def rerank(self, items: Iterable[Candidates]) -> Iterator[Ranking]:
         """Yield one ranking per item, lazily and in order; see `Reranker.rerank`."""
-        for together in windows(items, self.window):
+        for together in self.window.split(items):
             yield from self._rank(together)
 
     def _rank(self, items: list[Candidates]) -> Iterator[Ranking]:

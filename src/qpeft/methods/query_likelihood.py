@@ -60,8 +60,8 @@ class Config:
     """How the scores of a passage's windows become one."""
     document_prior: float = 0.0
     """Weight of the passage's own mean log-likelihood."""
-    queries_per_batch: int = 1
-    """Queries whose candidates are batched together; more fills a large GPU better."""
+    queries_per_batch: int | None = None
+    """Queries whose candidates are batched together; by default as many as have 256 candidates together."""
 
 
 def build(config: Config, lm: LanguageModel) -> Reranker:
