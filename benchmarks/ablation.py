@@ -190,8 +190,8 @@ def measure(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
     bench.add("our attention over whole rows", bench.again(), patches=own | whole_rows)
     bench.add("last layer at all positions", bench.again(WholeLastLayer))
     bench.add("one batch at a time, with all threads", bench.again(OneAtATime))
-    ones = ("qpeft.lm.MULTIPLE", "qpeft.last_layer.MULTIPLE", "qpeft.pretrained.ALIKE")
-    unrounded = {**dict.fromkeys(ones, 1), "qpeft.layout.EIGHTHS": 2**60}
+    ones = "lm.MULTIPLE", "encoding.MULTIPLE", "last_layer.MULTIPLE", "pretrained.ALIKE"
+    unrounded = {**{f"qpeft.{place}": 1 for place in ones}, "qpeft.layout.EIGHTHS": 2**60}
     bench.add("shapes as they come", bench.again(), patches=unrounded)
     bench.add("padded left, with a mask", bench.again(padding_side="left"))
     bench.add("batches in the order given", bench.again(InOrder))

@@ -127,7 +127,41 @@ def gpu(result: dict[str, Any]) -> str:
     return "\n\n".join([*parts, _made(result)])
 
 
-KINDS = {"scoring": scoring, "ablation": ablation, "scaling": scaling, "head_memory": head_memory, "gpu": gpu}
+def training(result: dict[str, Any]) -> str:
+    """Return the tables of `training.py`."""
+    rows = [
+        [mode, rate(case), spread(result["against"][mode]), number(case["saved MiB"]), number(case["peak MiB"])]
+        for mode, case in result["modes"].items()
+    ]
+    rows += [[mode, why, "", "", ""] for mode, why in result["absent"].items()]
+    head = ["way", "rows/s (slowest–quickest round)", "times whole rows", "kept for backpropagation, MiB", "peak, MiB"]
+    settings = result["settings"]
+    about = (
+        f"{result['shape']}, {result['dtype']}, {settings['adapter']}: passages of {settings['passage_tokens']} "
+        f"tokens, queries of {settings['query_tokens']}, {settings['batch']} rows in a step."
+    )
+    return "\n\n".join([about, table(head, rows), wanted(result["targets"]), _made(result)])
+
+
+def wanted(targets: Iterable[dict[str, Any]]) -> str:
+    """Return a table of what was wanted, and whether it is met."""
+    answers = {True: "yes", False: "no", None: "absent"}
+    rows = [
+        [each["case"], number(each["wanted"]), "absent" if each["measured"] is None else number(each["measured"]),
+         answers[each["met"]]]
+        for each in targets
+    ]  # fmt: skip
+    return table(["", "wanted", "measured", "met"], rows)
+
+
+KINDS = {
+    "scoring": scoring,
+    "ablation": ablation,
+    "scaling": scaling,
+    "head_memory": head_memory,
+    "gpu": gpu,
+    "training": training,
+}
 
 
 def render(result: dict[str, Any]) -> str:

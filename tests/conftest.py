@@ -32,7 +32,7 @@ def family(request):
 @pytest.fixture
 def no_rounding(monkeypatch):
     """Let batches have as many rows as fit, and be as wide as their longest."""
-    for number in ("lm.MULTIPLE", "last_layer.MULTIPLE", "pretrained.ALIKE"):
+    for number in ("lm.MULTIPLE", "encoding.MULTIPLE", "last_layer.MULTIPLE", "pretrained.ALIKE"):
         monkeypatch.setattr(f"qpeft.{number}", 1)
     monkeypatch.setattr("qpeft.layout.EIGHTHS", 2**60)
 

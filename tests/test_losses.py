@@ -25,7 +25,7 @@ from qpeft.losses import (
 )
 
 MARGIN, SCALE = 0.3, 4.0
-SMOOTH = ["point", "ranknet", "softmax", "cross_entropy", "plackett_luce", "margin_mse"]
+SMOOTH = ["point", "ranknet", "softmax", "cross_entropy", "sft", "plackett_luce", "margin_mse"]
 
 
 def columns(mask):
@@ -71,6 +71,16 @@ def naive_cross_entropy(groups):
     return mean([-math.log(probability(score) if grade >= 1 else 1 - probability(score)) for score, grade in pairs])
 
 
+def naive_sft(groups):
+    right = []
+    for s, m, t, g in groups:
+        for i in columns(m):
+            total = math.exp(-abs(t[i]))  # as in `named`
+            yes = total / (1 + math.exp(-s[i]))
+            right.append(yes if g[i] >= 1 else total - yes)
+    return mean([-math.log(probability) for probability in right])
+
+
 def naive_plackett_luce(groups):
     per_group = []
     for s, m, t, _ in groups:
@@ -94,6 +104,7 @@ NAIVE = {
     "ranknet": naive_ranknet,
     "softmax": naive_softmax,
     "cross_entropy": naive_cross_entropy,
+    "sft": naive_sft,
     "plackett_luce": naive_plackett_luce,
     "margin_mse": naive_margin_mse,
 }
@@ -104,7 +115,9 @@ TEACHER = torch.tensor([[3.0, 1.0, 1.0, 0.0], [0.5, 2.0, -1.0, 9.0], [1.0, 0.0, 
 
 
 def named(name, scores=SCORES, mask=MASK, teacher=TEACHER, labels=None, margin=MARGIN, scale=SCALE):
-    return loss(name, scores, mask, margin=margin, scale=scale, teacher=teacher, labels=labels)
+    """Return the loss; the answers' log-probability is made of the teacher, which no loss takes besides."""
+    answered = -(TEACHER if teacher is None else teacher).abs()
+    return loss(name, scores, mask, margin=margin, scale=scale, teacher=teacher, answered=answered, labels=labels)
 
 
 @st.composite
@@ -288,6 +301,19 @@ def test_anchor():
     assert float(anchor(SCORES, zero_shot, MASK)) == pytest.approx((3 * 0.25 + 100**2) / 9)
 
 
+def test_answers_learn_from_their_probability_too():
+    answered = torch.full_like(SCORES, -2.0).requires_grad_()
+    scores = SCORES.clone().requires_grad_()
+    value = LOSSES["sft"](scores, MASK, answered=answered)
+    value.backward()
+    assert float(value.detach()) == pytest.approx(float(LOSSES["cross_entropy"](SCORES, MASK)) + 2.0)
+    assert torch.equal(answered.grad, -MASK.float() / MASK.sum())
+    (expected,) = torch.autograd.grad(LOSSES["cross_entropy"](scores, MASK), scores)
+    assert torch.equal(scores.grad, expected)
+    with pytest.raises(OptionError, match="the loss 'sft' learns the tokens of two answers, and there are none"):
+        loss("sft", SCORES, MASK, margin=0.0, scale=1.0, teacher=None)
+
+
 def test_unknown_loss():
     with pytest.raises(OptionError, match="unknown loss 'ranket'; did you mean 'ranknet'"):
         named("ranket")
@@ -311,7 +337,10 @@ def test_distillation_needs_a_teacher(name):
     [
         ("both", "log_odds", "--loss both: it makes a log-likelihood large"),
         ("point", "log_odds", "take softmax or cross_entropy"),
+        ("point", "answers", "take softmax or cross_entropy"),
         ("cross_entropy", "log_likelihood", "--method classifier or yes_no"),
+        ("sft", "log_likelihood", "--loss sft: it learns the tokens of two answers, which only --method yes_no has"),
+        ("sft", "log_odds", "--loss sft"),
     ],
 )
 def test_losses_that_make_no_sense_for_a_kind_of_score(name, kind, message):
@@ -320,7 +349,7 @@ def test_losses_that_make_no_sense_for_a_kind_of_score(name, kind, message):
     check_loss(name, teacher=False)
 
 
-@pytest.mark.parametrize("kind", ["log_odds", "log_likelihood"])
+@pytest.mark.parametrize("kind", ["log_odds", "log_likelihood", "answers"])
 def test_losses_that_suit_any_score(kind):
-    for name in ("softmax", "pair", "ranknet"):
+    for name in ("softmax", "pair", "ranknet", *(["cross_entropy", "sft"] if kind == "answers" else [])):
         check_loss(name, teacher=False, scores=kind)

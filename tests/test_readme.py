@@ -1,7 +1,11 @@
-"""The commands of the README and of docs/serving.md parse, and its Python runs (clients: clients/test_docs.py)."""
+"""The commands of the README and of docs/serving.md parse, and its snippets run (clients: clients/test_docs.py)."""
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +39,20 @@ def test_the_python_snippet_runs(capsys):
     (snippet,) = (code for code in re.findall(r"```python\n(.*?)```", TEXT, re.S) if "http://" not in code)
     exec(compile(snippet, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.skipif(not (Path(sys.prefix) / "bin" / "activate").exists(), reason="not in a virtual environment")
+def test_the_training_snippet_runs_as_written(tmp_path):
+    (snippet,) = (block for block in SHELL if "--train-file" in block)
+    assert len(snippet.splitlines()) == 7
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    # No qpeft is on this path: the snippet must find its own.
+    environment = {**os.environ, "PATH": os.defpath, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        ["/bin/sh", "-e"], input=snippet, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+    ranked = [json.loads(line) for line in done.stdout.splitlines() if '"rank"' in line]
+    assert sorted(each["rank"] for each in ranked) == [1, 2]
+    assert {each["passage"] for each in ranked} == {"The moon pulls.", "It is salty."}

@@ -6,12 +6,16 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from qpeft.adapters import qpeft_a, qpeft_r
 from qpeft.training.config import Authors as TrainingAuthors
 
 SEEDS = (1, 2, 3)
+HOMES = ("reddit-shift", "squad")
+"""What rows, sizes and LoRA are trained on."""
+LATER = {"model": "tiny-lm", "negatives": "bm25", "select_seed": 0, "soft_length": 0}
+"""Settings that came after the first cells had their names; names leave them out at these defaults."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,23 @@ class Cell:
     """The adapter reads another query than the one that is scored, in training and in test (control)."""
     test: bool = True
     """Whether the home's test queries are ranked (the first home's); otherwise dev alone."""
+    model: str = "tiny-lm"
+    """The language model; one that does not ship is given to `run.py` by --model."""
+    negatives: Literal["bm25", "random"] = "bm25"
+    """Of training: BM25's first passages for the query, or any of the collection."""
 
     @property
     def name(self) -> str:
         """A name that is the same for the same settings alone."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
-        return f"{self.home}-{self.queries}-{self.row}-seed{self.seed}-{digest}"
+        facts = named(asdict(self))
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+        model = "" if self.model == LATER["model"] else f"{self.model}-"
+        return f"{model}{self.home}-{self.queries}-{self.row}-seed{self.seed}-{digest}"
+
+
+def named(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that count for a name."""
+    return {key: value for key, value in settings.items() if key not in LATER or value != LATER[key]}
 
 
 def tuning() -> Iterator[Cell]:
@@ -69,41 +84,60 @@ def cell(row: str, adapter: str, home: str, seed: int, queries: int = 320, **mor
 
 
 def main() -> Iterator[Cell]:
-    """Yield the table: what is trained on reddit-shift, with its controls."""
+    """Yield the table, with its controls."""
     for seed in SEEDS:
-        for adapter in ("qpeft_a", "qpeft_r", "soft_prompt"):
-            yield cell(adapter, adapter, "reddit-shift", seed)
-    for seed in SEEDS:
-        yield cell("random_k", "qpeft_r", "reddit-shift", seed, options={"select": "random"})
-        yield cell("shuffled_a", "qpeft_a", "reddit-shift", seed, shuffled=True)
-        yield cell("passage_prompt", "passage_prompt", "reddit-shift", seed)
-        yield cell("qpeft_c", "qpeft_c", "reddit-shift", seed)
+        # Each seed has random words of its own; the first seed's are those of the default.
+        random = {"select": "random"} | ({"select_seed": seed} if seed > 1 else {})
+        for home in HOMES:
+            for adapter in ("qpeft_a", "qpeft_r", "soft_prompt"):
+                yield cell(adapter, adapter, home, seed)
+            yield cell("random_k", "qpeft_r", home, seed, options=random)
+            yield cell("shuffled_a", "qpeft_a", home, seed, shuffled=True)
+            yield cell("passage_prompt", "passage_prompt", home, seed)
+            yield cell("qpeft_c", "qpeft_c", home, seed)
 
 
 def untrained() -> Iterator[Cell]:
     """Yield modules without training; an untrained Q-PEFT-R is its hint as plain text."""
-    for adapter in ("qpeft_a", "qpeft_r"):
-        yield cell(f"untrained_{adapter[-1]}", adapter, "reddit-shift", 1, training={"epochs": 0})
+    for home in HOMES:
+        for adapter in ("qpeft_a", "qpeft_r"):
+            yield cell(f"untrained_{adapter[-1]}", adapter, home, 1, training={"epochs": 0})
 
 
 def sizes() -> Iterator[Cell]:
     """Yield other numbers of training queries."""
-    for queries in (80, 1280):
-        for adapter in ("qpeft_a", "qpeft_r", "soft_prompt"):
-            yield cell(adapter, adapter, "reddit-shift", 1, queries)
+    for seed in SEEDS:
+        for home in HOMES:
+            for queries in (80, 1280):
+                for adapter in ("qpeft_a", "qpeft_r", "soft_prompt"):
+                    yield cell(adapter, adapter, home, seed, queries)
+
+
+KEPT: dict[tuple[str, str], tuple[dict[str, Any], dict[str, Any]]] = {
+    ("squad", "qpeft_a"): ({}, {"margin": 0.5}),
+    ("nq-mini", "qpeft_r"): ({"k": 15}, {"margin": 0.7}),
+}
+"""Where the authors kept other settings for a dataset than their code's defaults: SQuAD and Natural Questions.
+
+The shifted collections are none of their datasets.
+"""
 
 
 def authors() -> Iterator[Cell]:
     """Yield the settings of the authors' code."""
-    for adapter, module in (("qpeft_a", qpeft_a), ("qpeft_r", qpeft_r)):
-        yield Cell(
-            f"{adapter}-authors",
-            adapter,
-            "reddit-shift",
-            options=asdict(module.Authors()),
-            training=asdict(TrainingAuthors()) | {"report_to": []},
-            template="qpeft_authors",
-        )
+    for seed in SEEDS:
+        for home in (*HOMES, "nq-mini"):
+            for adapter, module in (("qpeft_a", qpeft_a), ("qpeft_r", qpeft_r)):
+                options, training = KEPT.get((home, adapter), ({}, {}))
+                yield Cell(
+                    f"{adapter}-authors",
+                    adapter,
+                    home,
+                    seed=seed,
+                    options=named(asdict(module.Authors(**options))),
+                    training=named(asdict(TrainingAuthors(**training)) | {"report_to": []}),
+                    template="qpeft_authors",
+                )
 
 
 def lora_tuning() -> Iterator[Cell]:
@@ -115,33 +149,37 @@ def lora_tuning() -> Iterator[Cell]:
 
 def lora() -> Iterator[Cell]:
     """Yield LoRA: with about as many parameters as Q-PEFT-A, with rank 8, and with Q-PEFT-A's hint."""
-    for name, options in (
-        ("lora_r4", {"r": 4}),
-        ("lora_r8", {"r": 8}),
-        ("lora_r4+qpeft_a", {"r": 4, "hint": "qpeft_a"}),
-    ):
-        yield cell(name, "lora", "reddit-shift", 1, options=options)
+    for seed in SEEDS:
+        for home in HOMES:
+            for name, options in (
+                ("lora_r4", {"r": 4}),
+                ("lora_r8", {"r": 8}),
+                ("lora_r4+qpeft_a", {"r": 4, "hint": "qpeft_a"}),
+            ):
+                yield cell(name, "lora", home, seed, options=options)
 
 
-PROMPTS = {
-    "p1": "qpeft",
-    "p1-keywords": "qpeft",
-    "p1-query": "qpeft",
-    "p2": "prompts/p2.yaml",
-    "p3": "prompts/p3.yaml",
-    "p4": "prompts/p4.yaml",
-}
-"""Hard prompts: an instruction each, and the first with other words before the hint. Files are of this folder."""
+PROMPTS = {"p1": "qpeft", "p2": "prompts/p2.yaml", "p3": "prompts/p3.yaml", "p4": "prompts/p4.yaml"}
+"""Hard prompts: an instruction each. Files are of this folder."""
+WORDS = {"": {}, "-keywords": {"hint_prefix": "keywords:"}, "-query": {"hint_prefix": "query:"}}
+"""Words before the hint; the default is `hints:`."""
 
 
 def prompts() -> Iterator[Cell]:
-    """Yield hard prompts, for the model alone and under Q-PEFT-A."""
-    for name, template in PROMPTS.items():
-        word = name.partition("-")[2]
-        options = {"hint_prefix": f"{word}:"} if word else {}
-        if not word:
-            yield Cell(f"zero_shot-{name}", "", "reddit-shift", template=template)
-        yield cell(f"qpeft_a-{name}", "qpeft_a", "reddit-shift", 1, template=template, options=options)
+    """Yield hard prompts × words before the hint, for the model alone and under Q-PEFT-A.
+
+    For the model alone, the hint is passage words as plain text, which is what an untrained Q-PEFT-R writes.
+    """
+    for seed in SEEDS:
+        for prompt, template in PROMPTS.items():
+            if seed == 1:
+                yield Cell(f"zero_shot-{prompt}", "", "reddit-shift", template=template)
+            for word, options in WORDS.items():
+                more = {"template": template, "options": options}
+                if seed == 1:
+                    row = f"plain_hint-{prompt}{word}"
+                    yield cell(row, "qpeft_r", "reddit-shift", 1, training={"epochs": 0}, **more)
+                yield cell(f"qpeft_a-{prompt}{word}", "qpeft_a", "reddit-shift", seed, **more)
 
 
 def search() -> Iterator[Cell]:
@@ -168,10 +206,42 @@ def search() -> Iterator[Cell]:
 def transfer_homes() -> Iterator[Cell]:
     """Yield other training data, for the question of transfer."""
     mixed = "reddit-shift+squad+wiki-shift+nq-mini"
-    yield cell("qpeft_a", "qpeft_a", mixed, 1, 640)
-    yield cell("qpeft_r", "qpeft_r", mixed, 1, 640)
-    yield cell("qpeft_a", "qpeft_a", "squad", 1)
-    yield cell("qpeft_a-anchor", "qpeft_a", "squad", 1, training={"anchor": 1.0})
+    for seed in SEEDS:
+        yield cell("qpeft_a", "qpeft_a", mixed, seed, 640)
+        yield cell("qpeft_r", "qpeft_r", mixed, seed, 640)
+        yield cell("qpeft_a-anchor", "qpeft_a", "squad", seed, training={"anchor": 1.0})
+
+
+def negatives() -> Iterator[Cell]:
+    """Yield easy negatives on squad, whose hard ones are in `main`: what was thought to spoil transfer.
+
+    And a hint that may not hold the query's own words, which was thought so too.
+    """
+    for seed in SEEDS:
+        yield cell("qpeft_a-random", "qpeft_a", "squad", seed, negatives="random")
+        yield cell("qpeft_a-in_batch", "qpeft_a", "squad", seed, training={"negatives": 0, "in_batch": True})
+        yield cell("qpeft_a-no_query_words", "qpeft_a", "squad", seed, options={"token_filter": "q"})
+
+
+def together() -> Iterator[Cell]:
+    """Yield Q-PEFT together with the vectors of a soft prompt."""
+    for seed in SEEDS:
+        for adapter in ("qpeft_a", "qpeft_r"):
+            yield cell(f"{adapter}+soft_prompt", adapter, "reddit-shift", seed, options={"soft_length": 20})
+
+
+MODELS = ("tiny-lm-llama", "tiny-lm-moe")
+"""The other starting point of tiny-lm, and a mixture of experts made of it (README)."""
+
+
+def models() -> Iterator[Cell]:
+    """Yield other language models."""
+    for seed in SEEDS:
+        for model in MODELS:
+            if seed == 1:
+                yield Cell("zero_shot", "", "reddit-shift", model=model)
+            for adapter in ("qpeft_a", "qpeft_r", "soft_prompt"):
+                yield cell(adapter, adapter, "reddit-shift", seed, model=model)
 
 
 GROUPS = {
@@ -185,4 +255,9 @@ GROUPS = {
     "prompts": prompts,
     "search": search,
     "transfer_homes": transfer_homes,
+    "negatives": negatives,
+    "together": together,
+    "models": models,
 }
+TRANSFERRED = ("main", "untrained", "lora", "transfer_homes", "negatives", "together")
+"""Groups that are also measured on the collections that they were not trained on."""

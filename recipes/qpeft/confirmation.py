@@ -12,7 +12,7 @@ import numpy as np
 
 from qpeft.evaluation.significance import bootstrap_interval, holm, paired_t
 
-MEASURES = ("nDCG@10", "RR@10", "R@10", "CandHit@10", "CandHit_clean@10")
+MEASURES = ("nDCG@10", "RR@10", "R@10", "CandR@10", "CandR_clean@10", "CandHit@10", "CandHit_clean@10")
 BASELINES = ("zero_shot", "soft_prompt")
 TESTED = ("qpeft_a", "qpeft_r")
 KINDS = {"per_query": "", "mixed": ", both half BM25"}

@@ -97,6 +97,41 @@ def sizes(rows: Mapping[int, Rows], zero: Zero, path: Path) -> None:
     drawing.savefig(path, dpi=130)
 
 
+CONTROLS = {
+    "Q-PEFT-A": {
+        "qpeft_a": "as it is",
+        "qpeft_c": "reads the model's states too",
+        "untrained_a": "not trained",
+        "shuffled_a": "reads another query",
+    },
+    "Q-PEFT-R": {"qpeft_r": "as it is", "untrained_r": "not trained: plain text", "random_k": "any passage words"},
+    "without a query": {"passage_prompt": "reads the passage alone", "soft_prompt": "reads nothing"},
+}
+"""What is taken from the hint, or put into it."""
+
+
+def ablations(rows: Rows, zero: Zero, path: Path) -> None:
+    """Draw what is left of the gain in RR@10 over zero-shot when something of the hint is another."""
+    found = {
+        kind: {label: gain(rows[name], zero, "RR@10") for name, label in labels.items() if name in rows}
+        for kind, labels in CONTROLS.items()
+    }
+    count = sum(map(len, found.values()))
+    drawing, axes = _drawing(8, 0.4 * count + 1.4)
+    names, place = [], 0
+    for colour, (kind, some) in zip((BLUE, ORANGE, GREEN), found.items(), strict=True):
+        for label, (mean, low, high) in some.items():
+            axes.barh(place, mean, color=colour, alpha=1.0 if label == "as it is" else 0.45)
+            axes.plot([low, high], [place, place], color="black", linewidth=1)
+            names.append(f"{kind}: {label}")
+            place += 1
+    axes.axvline(0, color="grey", linewidth=1)
+    axes.set_yticks(range(place), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"RR@10 on {zero.collection} minus zero-shot\nline: 95 % over queries")
+    drawing.savefig(path, dpi=130)
+
+
 def _drawing(width: float, height: float) -> tuple[Figure, Axes]:
     drawing = Figure(figsize=(width, height), layout="constrained")
     axes = drawing.add_subplot()

@@ -5,8 +5,9 @@ Every setting that could be chosen was chosen on dev (rates); test is read by th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 SEEDS = (1, 2, 3)
 RANKS = (1, 2, 8, 32)
@@ -16,10 +17,14 @@ CHOSEN = {("query_likelihood", "reddit-shift"): 1e-3, ("query_likelihood", "squa
 """(method, collection) → learning rate, where dev chose another than 3e-4."""
 COLLECTIONS = ("reddit-shift", "squad")
 LOSSES = {"query_likelihood": "both", "classifier": "softmax", "yes_no": "softmax"}
+COMPARED = {"yes_no": ("softmax", "cross_entropy", "sft")}
+"""method → losses that are compared: contrastive, of each pair by itself, and fine-tuning on the answer's token."""
+DTYPES = {"query_likelihood": "float32", "classifier": "bfloat16", "yes_no": "bfloat16"}
+"""method → numbers that the model computes in, in training and study, whatever is quicker on a machine."""
 TEMPLATES = {"classifier": "passage_first"}
 """method → template, where it is not the method's own: tiny-lm knows queries behind passages (docs/rerankers.md)."""
-EQUAL = {"attention": 18, "mlp": 14}
-"""Ranks at which tiny-lm's components have the budget of both at rank 8 (331,776): 331,776 and 322,560."""
+RANK = 8
+"""Of all trainings but those that ask for rank."""
 KEEP_EVERY = 20
 
 TRAINING = {
@@ -31,6 +36,8 @@ STEP_QUERIES = 8
 STUDY = {"limit-queries": 200, "depth": 20, "measure": "nDCG@10"}
 DETAIL = STUDY | {"depth": 10}
 """Of the studies with an ablation per layer or projection, which rank many times over."""
+GRID = STUDY | {"depth": 5, "limit-queries": 100}
+"""Of that with an ablation per layer and projection: 72 more than DETAIL's on tiny-lm, at a quarter of the pairs."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +47,12 @@ class Cell:
     collection: str
     method: str
     modules: str = "all"
-    rank: int = 8
+    rank: int = RANK
     seed: int = 1
     rate: float | None = None
     """A learning rate that is tried; by default the chosen one."""
+    another_loss: str | None = None
+    """One that is compared with the method's own."""
 
     @property
     def learning_rate(self) -> float:
@@ -53,72 +62,113 @@ class Cell:
     @property
     def name(self) -> str:
         """Name of its folder."""
-        rate = f"-lr{self.rate:g}" if self.rate else ""
-        return f"{self.collection}-{self.method}-{self.modules}-r{self.rank}{rate}-seed{self.seed}"
+        tried = (f"-lr{self.rate:g}" if self.rate else "") + (f"-{self.another_loss}" if self.another_loss else "")
+        return f"{self.collection}-{self.method}-{self.modules}-r{self.rank}{tried}-seed{self.seed}"
+
+    @property
+    def loss(self) -> str:
+        """What it is trained with."""
+        return self.another_loss or LOSSES[self.method]
 
     @property
     def kept(self) -> bool:
         """Whether states of several steps are kept, for the study of checkpoints."""
-        return self.rank == 8 and self.modules == "all" and self.rate is None
+        return self.rank == RANK and self.modules == "all" and self.rate is None and self.another_loss is None
 
 
 @dataclass(frozen=True)
 class Asked:
     """One study, of cells that are trained first."""
 
-    study: str
+    part: str
     cells: tuple[Cell, ...]
 
+    @property
+    def study(self) -> list[str]:
+        """The verb of `qpeft analyze`, and what it takes besides."""
+        return ["projections", "--grid"] if self.part == "grid" else [self.part]
 
-def rates(collection: str, method: str) -> Iterator[Cell | Asked]:
+    @property
+    def options(self) -> Mapping[str, object]:
+        """What is ranked."""
+        return {"layers": DETAIL, "projections": DETAIL, "grid": GRID}.get(self.part, STUDY)
+
+    @property
+    def name(self) -> str:
+        """Name of its folder and of its result."""
+        return f"{self.cells[0].collection}-{self.cells[0].method}-{self.part}"
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a part is asked of; `equal` are the ranks at which one component has the parameters of both at `RANK`."""
+
+    collection: str
+    method: str
+    equal: Mapping[str, int]
+
+
+def equal_ranks(model: str) -> dict[str, int]:
+    """Return these ranks for a model, from its shapes: tiny-lm's are 18 (attention) and 14 (MLP)."""
+    from qpeft.adapters import lora
+    from qpeft.loading import load_lm
+    from qpeft.model_config import ModelConfig
+
+    places = lora.build(lora.Config(r=1), load_lm(ModelConfig(model))).places()
+    parameters = {
+        component: sum(count for place, count in places.items() if place.component == component)
+        for component in ("attention", "mlp")
+    }
+    return {component: round(RANK * sum(parameters.values()) / own) for component, own in parameters.items()}
+
+
+def rates(scope: Scope) -> Iterator[Cell | Asked]:
     """Yield the learning rates that are compared on dev."""
     for rate in RATES:
-        yield Cell(collection, method, rate=rate)
+        yield Cell(scope.collection, scope.method, rate=rate)
 
 
-def ranks(collection: str, method: str) -> Iterator[Cell | Asked]:
+def ranks(scope: Scope) -> Iterator[Cell | Asked]:
     """Yield all ranks, and their study."""
-    cells = tuple(Cell(collection, method, rank=rank, seed=seed) for seed in SEEDS for rank in RANKS)
+    cells = tuple(Cell(scope.collection, scope.method, rank=rank, seed=seed) for seed in SEEDS for rank in RANKS)
     yield from cells
     yield Asked("ranks", cells)
 
 
-def components(collection: str, method: str) -> Iterator[Cell | Asked]:
+def components(scope: Scope) -> Iterator[Cell | Asked]:
     """Yield attention alone and the MLP alone, at one rank and at one budget, and their study beside both."""
-    cells = [Cell(collection, method, seed=seed) for seed in SEEDS]
+    cells = [Cell(scope.collection, scope.method, seed=seed) for seed in SEEDS]
     for seed in SEEDS:
-        for modules, equal in EQUAL.items():
-            cells += [Cell(collection, method, modules, rank, seed) for rank in (8, equal)]
+        for modules, equal in scope.equal.items():
+            cells += [Cell(scope.collection, scope.method, modules, rank, seed) for rank in (RANK, equal)]
     yield from cells
     yield Asked("components", tuple(cells))
 
 
-def _of_rank_8(study: str, collection: str, method: str) -> Iterator[Cell | Asked]:
-    cells = tuple(Cell(collection, method, seed=seed) for seed in SEEDS)
+def losses(scope: Scope) -> Iterator[Cell | Asked]:
+    """Yield the losses that a method's own is compared with, and their study; nothing where there are none."""
+    cells = []
+    for loss in COMPARED.get(scope.method, ()):
+        another = None if loss == LOSSES[scope.method] else loss
+        cells += [Cell(scope.collection, scope.method, seed=seed, another_loss=another) for seed in SEEDS]
+    if cells:
+        yield from cells
+        yield Asked("losses", tuple(cells))
+
+
+def _of_one_rank(part: str, scope: Scope) -> Iterator[Cell | Asked]:
+    cells = tuple(Cell(scope.collection, scope.method, seed=seed) for seed in SEEDS)
     yield from cells
-    yield Asked(study, cells)
-
-
-def layers(collection: str, method: str) -> Iterator[Cell | Asked]:
-    """Yield the study of layers."""
-    yield from _of_rank_8("layers", collection, method)
-
-
-def projections(collection: str, method: str) -> Iterator[Cell | Asked]:
-    """Yield the study of projections."""
-    yield from _of_rank_8("projections", collection, method)
-
-
-def checkpoints(collection: str, method: str) -> Iterator[Cell | Asked]:
-    """Yield the study of steps."""
-    yield from _of_rank_8("checkpoints", collection, method)
+    yield Asked(part, cells)
 
 
 PARTS = {
     "rates": rates,
     "components": components,
-    "layers": layers,
-    "projections": projections,
+    "layers": partial(_of_one_rank, "layers"),
+    "projections": partial(_of_one_rank, "projections"),
     "ranks": ranks,
-    "checkpoints": checkpoints,
+    "checkpoints": partial(_of_one_rank, "checkpoints"),
+    "losses": losses,
+    "grid": partial(_of_one_rank, "grid"),
 }

@@ -1,10 +1,12 @@
 """Train cells and run studies, each by the command line that anyone would use; what is done is not done again.
 
     python recipes/relevance-study/run.py DATA [PARTS…] [--method query_likelihood] [--collection squad] [--output DIR]
+    python recipes/relevance-study/run.py DATA --all
 
 DATA holds the BEIR folders of cells.COLLECTIONS. First all trainings are done, then all studies, with --jobs several at
 once. Adapters and studies stand in the output folder; what is worth keeping, the course of each training and each
-study's numbers, is copied to results/.
+study's numbers, is copied to results/, and the page written from it. Another --model than tiny-lm has folder and
+results of its own, in the output folder, and its tables are printed.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -22,21 +23,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import table
 from cells import (
     COLLECTIONS,
-    DETAIL,
+    DTYPES,
     KEEP_EVERY,
     LOSSES,
     PARTS,
     STEP_QUERIES,
-    STUDY,
     TEMPLATES,
     TRAINING,
     Asked,
     Cell,
+    Scope,
+    equal_ranks,
 )
 
-RESULTS = Path(__file__).parent / "results"
+from qpeft.model_config import EMBEDDED
 
 
 def flags(options: dict[str, Any]) -> list[str]:
@@ -56,14 +59,18 @@ class Work:
 
     data: Path
     output: Path
+    results: Path
+    model: str
     jobs: int
     accumulation: int
-    dtype: str
+    dtype: str | None
+    rate: float | None
 
-    def qpeft(self, name: str, *arguments: str) -> None:
+    def qpeft(self, name: str, method: str, *arguments: str) -> None:
         """Run a command; its failure is ours. Of several at once, each writes a log of its own."""
         print(f"{time.strftime('%H:%M:%S')} qpeft {' '.join(arguments)}", flush=True)
-        command = [sys.executable, "-m", "qpeft", *arguments, "--dtype", self.dtype]
+        opened = ["--model", self.model, "--dtype", self.dtype or DTYPES[method]]
+        command = [sys.executable, "-m", "qpeft", *arguments, *opened]
         if self.jobs == 1:
             subprocess.run(command, check=True)
             return
@@ -88,16 +95,17 @@ class Work:
             kept = ["--keep-every", str(KEEP_EVERY)] if cell.kept else []
             queries = STEP_QUERIES // self.accumulation
             self.qpeft(
-                cell.name,
+                cell.name, cell.method,
                 "train", "--adapter", "lora", *of_method(cell.method), "--collection", str(self.data / cell.collection),
                 *flags(TRAINING), "--batch-queries", str(queries), "--gradient-accumulation", str(self.accumulation),
-                "--loss", LOSSES[cell.method], "--learning-rate", f"{cell.learning_rate:g}",
+                "--loss", cell.loss, "--learning-rate", f"{cell.rate or self.rate or cell.learning_rate:g}",
                 "--modules", cell.modules, "--r", str(cell.rank), "--seed", str(cell.seed), *kept,
                 "--output", str(folder), "--resume",
             )  # fmt: skip
         made = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
         told = {name: made[name] for name in ("training", "dev", "history", "versions", "machine")}
-        write(RESULTS / "training" / f"{cell.name}.json", {"learning_rate": cell.learning_rate, **told})
+        options = {name: made["options"][name] for name in ("learning_rate", "loss")}
+        write(self.results / "training" / f"{cell.name}.json", {**options, "dtype": made["model"]["dtype"], **told})
 
     def first_stage(self, collection: str) -> Path:
         """Return BM25's run of a collection's test queries."""
@@ -113,27 +121,23 @@ class Work:
     def study(self, asked: Asked) -> None:
         """Run a study, unless that is done, and keep its numbers and pictures."""
         first = asked.cells[0]
-        name = f"{first.collection}-{first.method}-{asked.study}"
-        folder, target = self.output / "studies" / name, RESULTS / f"{name}.json"
-        suffix = ".steps" if asked.study == "checkpoints" else ""
+        folder = self.output / "studies" / asked.name
+        suffix = ".steps" if asked.part == "checkpoints" else ""
         folders = [self.output / "adapters" / f"{cell.name}{suffix}" for cell in asked.cells]
         if not (folder / "study.json").exists():
-            options = DETAIL if asked.study in ("layers", "projections") else STUDY
             self.qpeft(
-                name,
-                "analyze", asked.study, *(part for each in folders for part in ("--adapter", str(each))),
+                asked.name, first.method,
+                "analyze", *asked.study, *(part for each in folders for part in ("--adapter", str(each))),
                 "--collection", str(self.data / first.collection), "--run", str(self.first_stage(first.collection)),
-                *flags(options), "--output", str(folder), "--resume",
+                *flags(dict(asked.options)), "--output", str(folder), "--resume",
             )  # fmt: skip
-        RESULTS.mkdir(parents=True, exist_ok=True)
         found = json.loads((folder / "study.json").read_text(encoding="utf-8"))
         for subject, part in zip(found["subjects"], found["made"]["adapters"], strict=True):
             subject["folder"] = part["folder"] = Path(subject["folder"]).relative_to(folders[0].parent).as_posix()
         for option in ("collection", "run", "adapter"):
             found["made"]["options"].pop(option)  # paths of one machine
-        write(target, found)
-        for picture in folder.glob("*.png"):
-            shutil.copyfile(picture, RESULTS / f"{name}-{picture.name}")
+        write(self.results / f"{asked.name}.json", found)
+        table.renew(self.results / f"{asked.name}.json")
 
 
 def write(path: Path, value: Any) -> None:
@@ -148,34 +152,50 @@ def main() -> None:
     """Do the parts asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with the BEIR folders")
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; by default all but rates")
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; by default all but rates and grid")
+    parser.add_argument("--all", action="store_true", help="every part of every method on every collection")
     parser.add_argument("--method", choices=LOSSES, action="append", help="default: query_likelihood")
     parser.add_argument("--collection", choices=COLLECTIONS, action="append", help="default: all")
+    parser.add_argument("--model", default=EMBEDDED, help="as `qpeft train` takes it")
+    parser.add_argument("--learning-rate", type=float, help="by default what dev chose for tiny-lm (cells.py)")
     parser.add_argument("--jobs", type=int, default=1, help="trainings or studies at once")
     parser.add_argument(
         "--accumulation", type=int, default=4, choices=(1, 2, 4, 8), help="forward passes of a step; less memory"
     )
-    parser.add_argument("--dtype", default="auto", help="of the model, as `qpeft train` takes it")
+    parser.add_argument("--dtype", help="of the model, as `qpeft train` takes it; by default the method's (cells.py)")
     parser.add_argument("--output", type=Path, default=Path("out/relevance-study"))
     args = parser.parse_args()
-    parts = args.parts or [name for name in PARTS if name != "rates"]
+    if args.all and (args.parts or args.method or args.collection):
+        parser.error("--all is every part, method and collection")
+    parts = list(PARTS) if args.all else args.parts or [name for name in PARTS if name not in ("rates", "grid")]
+    methods = list(LOSSES) if args.all else args.method or ["query_likelihood"]
     unknown = sorted(set(parts) - PARTS.keys())
     if unknown:
         parser.error(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}")
-    work = Work(args.data, args.output, args.jobs, args.accumulation, args.dtype)
+    output, results = args.output, table.RESULTS
+    if args.model != EMBEDDED:
+        output = output / args.model.replace("/", "--").strip(".-")
+        results = output / "results"
+    work = Work(
+        args.data, output, results, args.model, args.jobs, args.accumulation, args.dtype, args.learning_rate
+    )  # fmt: skip
     collections = args.collection or COLLECTIONS
+    equal = equal_ranks(args.model) if "components" in parts else {}
     items = [
         item
         for part in parts
-        for method in args.method or ["query_likelihood"]
+        for method in methods
         for collection in collections
-        for item in PARTS[part](collection, method)
+        for item in PARTS[part](Scope(collection, method, equal))
     ]
-    work.all(work.train, dict.fromkeys(item for item in items if isinstance(item, Cell)))
+    cells = list(dict.fromkeys(item for item in items if isinstance(item, Cell)))
     studies = [item for item in items if isinstance(item, Asked)]
+    print(f"{len(cells)} trainings, {len(studies)} studies; what is done is not done again", flush=True)
+    work.all(work.train, cells)
     for collection in dict.fromkeys(asked.cells[0].collection for asked in studies):
         work.first_stage(collection)
     work.all(work.study, studies)
+    table.write() if args.model == EMBEDDED else print(table.tables(results))
 
 
 if __name__ == "__main__":

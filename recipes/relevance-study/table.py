@@ -1,23 +1,33 @@
 """Write results into docs/relevance-study.md: between its marks, from the files of results/ and nothing else.
 
-    python recipes/relevance-study/table.py
+    python recipes/relevance-study/table.py            fill the page
+    python recipes/relevance-study/table.py --check    fail where it says anything else
+    python recipes/relevance-study/table.py --again    before, draw, and take what follows from the lines' values, anew
 
-What has no file is "not measured yet".
+What has no file is "not measured yet". Differences, shares and intervals are always taken from each line's values for
+each query and each seed, so that they are what the present code says, whichever wrote the file.
 """
 
 from __future__ import annotations
 
+import argparse
+import difflib
+import functools
 import json
 import re
+import shutil
+import statistics
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-from cells import COLLECTIONS, EQUAL, LOSSES, RATES, Cell
+from cells import COLLECTIONS, COMPARED, LOSSES, PARTS, RANK, RATES, Cell
 
-from qpeft.analysis.study import Finding, Interval, Study
+from qpeft.analysis.ablation import NONE
+from qpeft.analysis.study import Finding, Study
+from qpeft.analysis.study_figures import write_figures
+from qpeft.analysis.study_intervals import Interval
 from qpeft.data.files import write_text
-from qpeft.evaluation.significance import bootstrap_interval
 from qpeft.evaluation.tables import interval, number
 
 HERE = Path(__file__).parent
@@ -26,10 +36,22 @@ MISSING = "not measured yet"
 Answer = Callable[[Study], str]
 
 
-def read(collection: str, method: str, study: str) -> Study | None:
+@functools.cache
+def read(path: Path) -> Study | None:
     """Return a finished study, if there is one."""
-    path = RESULTS / f"{collection}-{method}-{study}.json"
-    return Study.from_dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    return Study.from_dict(json.loads(path.read_text(encoding="utf-8"))).compared_again() if path.is_file() else None
+
+
+def renew(path: Path) -> None:
+    """Take what follows from the values of a study's lines anew, and draw its pictures beside it."""
+    read.cache_clear()
+    study = read(path)
+    assert study is not None
+    with write_text(path) as file:
+        file.write(json.dumps(study.as_dict()) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        for drawn in write_figures(study, Path(folder)):
+            shutil.copyfile(Path(folder) / f"{drawn.name}.png", path.with_name(f"{path.stem}-{drawn.name}.png"))
 
 
 def signed(value: float, bounds: Interval) -> str:
@@ -44,24 +66,39 @@ def share(value: float | None, bounds: Interval) -> str:
     return f"{100 * value:.0f} % [{100 * bounds[0]:.0f} … {100 * bounds[1]:.0f}]".replace("-", "−")
 
 
-def between(study: Study, one: str, other: str) -> str:
-    """Return the difference of two lines, paired over queries."""
-    pair = study.find(one), study.find(other)
-    if pair[0] is None or pair[1] is None:
-        return MISSING
-    difference = np.subtract(pair[0].per_query, pair[1].per_query)
-    return signed(float(difference.mean()), bootstrap_interval(difference))
+def reached(each: Finding) -> str:
+    """Return the measure of a line, and that of each seed where they differ."""
+    seeds = f" ({', '.join(number(mean, 3) for mean in each.means)})" if len(set(each.means)) > 1 else ""
+    return number(each.mean, 3) + seeds
 
 
-def trained(modules: str, rank: int) -> Answer:
+def alone(study: Study, modules: str, equal: bool) -> Finding | None:
+    """Return the line of a component trained alone: at one rank with both, or with as many parameters."""
+    name = f"trained: {modules}, rank {RANK}"
+    found = [each for each in study.of("trained with") if each.name.startswith(f"trained: {modules}, ")]
+    return next((each for each in found if (each.name != name) == equal), None)
+
+
+def apart(equal: bool) -> Answer:
+    """Return the MLP trained alone minus attention trained alone."""
+
+    def answer(study: Study) -> str:
+        lines = [alone(study, modules, equal) for modules in ("mlp", "attention")]
+        found = study.difference(*("" if each is None else each.name for each in lines))
+        return MISSING if found is None else signed(*found)
+
+    return answer
+
+
+def trained(modules: str, equal: bool = False) -> Answer:
     """Return what a component trained alone reaches."""
 
     def answer(study: Study) -> str:
-        found = study.find(f"trained: {modules}, rank {rank}")
+        found = alone(study, modules, equal)
         if found is None:
             return MISSING
         return (
-            f"{number(found.mean, 3)} with {found.parameters:,} parameters; "
+            f"{found.name.rpartition(', ')[2]}: {reached(found)} with {found.parameters:,} parameters; "
             f"of the gain {share(found.recovered, found.recovered_interval)}, "
             f"of the measure {share(found.share, found.share_interval)}"
         )
@@ -73,14 +110,33 @@ def afterwards(study: Study) -> str:
     """Return what each component of adapters trained with both does alone."""
     found = [study.find(f"{name} of both") for name in ("attention", "mlp")]
     return "; ".join(
-        f"{each.name.partition(' ')[0]} {signed(each.gain, each.gain_interval)}" for each in found if each is not None
+        f"{each.name.partition(' ')[0]} {reached(each)}, gain {signed(each.gain, each.gain_interval)}"
+        for each in found
+        if each is not None
     )
 
 
 def whole(study: Study) -> str:
     """Return what all additions reach."""
     full = study.find(study.full)
-    return MISSING if full is None else f"{number(full.mean, 3)}, gain {signed(full.gain, full.gain_interval)}"
+    none = study.find(NONE)
+    if full is None or none is None:
+        return MISSING
+    return f"{reached(full)}, none {reached(none)}: gain {signed(full.gain, full.gain_interval)}"
+
+
+def by_loss(study: Study) -> str:
+    """Return what each loss reaches, and how far the others are from the first."""
+    return "; ".join(
+        f"{each.name.removeprefix('loss ')} {reached(each)}"
+        + ("" if each.name == study.full else f", {signed(-each.drop, turned(each.drop_interval))}")
+        for each in reversed(study.of("loss"))
+    )
+
+
+def turned(bounds: Interval) -> Interval:
+    """Return the interval of the negative."""
+    return None if bounds is None else (-bounds[1], -bounds[0])
 
 
 def ordered(kind: str, of: Callable[[Finding], tuple[float, Interval]], count: int = 3) -> Answer:
@@ -104,11 +160,16 @@ def every(kind: str) -> Answer:
 
     def answer(study: Study) -> str:
         return "; ".join(
-            f"{each.name}: {number(each.mean, 3)}, gain {signed(each.gain, each.gain_interval)}"
+            f"{each.name}: {number(each.mean, 3)}{spread(each)}, gain {signed(each.gain, each.gain_interval)}"
             for each in study.of(kind)
         )
 
     return answer
+
+
+def spread(each: Finding) -> str:
+    """Return the standard deviation over seeds, where there are several."""
+    return f" ± {number(statistics.stdev(each.means), 3)}" if len(each.means) > 1 else ""
 
 
 def gain(each: Finding) -> tuple[float, Interval]:
@@ -118,26 +179,24 @@ def gain(each: Finding) -> tuple[float, Interval]:
 
 def drop(each: Finding) -> tuple[float, Interval]:
     """Return a drop and its interval."""
-    return each.drop or 0.0, each.drop_interval
+    return each.drop, each.drop_interval
 
 
 QUESTIONS: tuple[tuple[str, str, str, Answer], ...] = (
     ("components", "LoRA on both components", "", whole),
-    ("components", "LoRA on the MLP alone, rank 8", "up to 98 % of the performance with both", trained("mlp", 8)),
-    ("components", f"the same, rank {EQUAL['mlp']}: the budget of both", "", trained("mlp", EQUAL["mlp"])),
-    ("components", "LoRA on attention alone, rank 8", "helps more than the MLP (one summary)", trained("attention", 8)),
-    ("components", f"the same, rank {EQUAL['attention']}: the budget of both", "",
-     trained("attention", EQUAL["attention"])),
-    ("components", "MLP − attention at one rank", "the two summaries contradict each other",
-     lambda study: between(study, "trained: mlp, rank 8", "trained: attention, rank 8")),
-    ("components", "MLP − attention at one budget", "",
-     lambda study: between(
-         study, f"trained: mlp, rank {EQUAL['mlp']}", f"trained: attention, rank {EQUAL['attention']}")),
-    ("components", "gain of one component of adapters trained with both", "", afterwards),
+    ("components", "LoRA on the MLP alone", "up to 98 % of the performance with both", trained("mlp")),
+    ("components", "the same, with the budget of both", "", trained("mlp", equal=True)),
+    ("components", "LoRA on attention alone", "helps more than the MLP (one summary)", trained("attention")),
+    ("components", "the same, with the budget of both", "", trained("attention", equal=True)),
+    ("components", "MLP − attention at one rank", "the two summaries contradict each other", apart(equal=False)),
+    ("components", "MLP − attention at one budget", "", apart(equal=True)),
+    ("components", "one component acts of adapters trained with both", "", afterwards),
     ("projections", "largest gains of one projection alone",
      "up and gate far before down; another summary: q and k", ordered("one projection alone", gain, 6)),
     ("projections", "the same per 100,000 parameters", "", per_parameter),
     ("projections", "largest drops without one projection", "", ordered("all but one projection", drop, 6)),
+    ("grid", "largest gains of one projection of one layer alone", "", ordered("grid, one alone", gain)),
+    ("grid", "largest drops without one projection of one layer", "", ordered("grid, all but one", drop)),
     ("layers", "largest drops without one layer", "layers 5–15 of 32; another summary: middle blocks",
      ordered("all but one layer", drop)),
     ("layers", "largest gains of one layer alone", "", ordered("one layer alone", gain)),
@@ -145,66 +204,103 @@ QUESTIONS: tuple[tuple[str, str, str, Answer], ...] = (
     ("layers", "highest layers alone", "", every("from the top")),
     ("ranks", "ranks", "1, 2, 8 and 32 were compared", every("rank")),
     ("checkpoints", "steps", "a state at step 50 is named", every("step")),
+    ("losses", "losses, and how far from the first", "", by_loss),
 )  # fmt: skip
 
 
-def side_by_side(method: str) -> str:
+def side_by_side(results: Path, method: str) -> str:
     """Return the table of one method: what is said of the paper, and what is found."""
     lines = [["question", "said of the paper", *COLLECTIONS], ["---"] * (2 + len(COLLECTIONS))]
-    for study, question, said, answer in QUESTIONS:
+    for part, question, said, answer in QUESTIONS:
+        if part == "losses" and method not in COMPARED:
+            continue
         cells = []
         for collection in COLLECTIONS:
-            found = read(collection, method, study)
+            found = read(results / f"{collection}-{method}-{part}.json")
             cells.append(MISSING if found is None else answer(found) or MISSING)
         lines.append([question, said, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def scope(method: str) -> str:
+def scope(results: Path, method: str) -> str:
     """Return what the numbers of a method are of."""
     told = []
     for collection in COLLECTIONS:
-        for study in ("components", "layers", "projections", "ranks", "checkpoints"):
-            found = read(collection, method, study)
+        for part in PARTS:
+            found = read(results / f"{collection}-{method}-{part}.json")
             if found is not None:
                 told.append(
-                    f"{study}, {found.collection}: {len(found.queries)} queries × {found.depth} candidates, "
+                    f"{part}, {found.collection}: {len(found.queries)} queries × {found.depth} candidates, "
                     f"{len(found.subjects)} adapters"
                 )
     return "; ".join(told) + "." if told else f"{MISSING.capitalize()}."
 
 
-def rates() -> str:
+def rates(results: Path) -> str:
     """Return the learning rates that were tried on dev."""
     lines = [["method", "collection", "model alone", *(f"{rate:g}" for rate in RATES)], ["---"] * (3 + len(RATES))]
     for method in LOSSES:
         for collection in COLLECTIONS:
-            alone, values = "–", []
+            untrained, values = "–", []
             for rate in RATES:
-                path = RESULTS / "training" / f"{Cell(collection, method, rate=rate).name}.json"
+                path = results / "training" / f"{Cell(collection, method, rate=rate).name}.json"
                 if not path.is_file():
                     values.append(MISSING)
                     continue
                 dev = json.loads(path.read_text(encoding="utf-8"))["dev"]
-                alone = number(dev["zero_shot"], 4)
+                untrained = number(dev["zero_shot"], 4)
                 values.append(number(dev["trained"], 4))
-            lines.append([method, collection, alone, *values])
+            lines.append([method, collection, untrained, *values])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main() -> None:
-    """Fill the marks of the page."""
-    text = DOCS.read_text(encoding="utf-8")
-    parts = {"rates": rates()}
+def parts(results: Path) -> dict[str, str]:
+    """Return all that is written from results, by the mark that it stands under."""
+    found = {"rates": rates(results)}
     for method in LOSSES:
-        parts |= {method: side_by_side(method), f"{method} scope": scope(method)}
-    for name, part in parts.items():
+        found |= {f"{method} scope": scope(results, method), method: side_by_side(results, method)}
+    return found
+
+
+def tables(results: Path) -> str:
+    """Return the same as a page of its own."""
+    return "\n\n".join(f"## {name}\n\n{part}" for name, part in parts(results).items())
+
+
+def filled(text: str) -> str:
+    """Return the text of the page with its marks filled."""
+    for name, part in parts(RESULTS).items():
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not mark.search(text):
             raise SystemExit(f"{DOCS} has no mark {name!r}")
         text = mark.sub(lambda found, part=part: f"{found[1]}{part}\n{found[2]}", text)
+    return text
+
+
+def write() -> None:
+    """Fill the page."""
+    text = filled(DOCS.read_text(encoding="utf-8"))
     with write_text(DOCS) as file:
         file.write(text)
+
+
+def check() -> None:
+    """End with an error if the page differs from the results, and say where."""
+    text = DOCS.read_text(encoding="utf-8")
+    changes = list(difflib.unified_diff(text.splitlines(), filled(text).splitlines(), "page", "results", "", "", 0, ""))
+    if changes:
+        raise SystemExit("\n".join([*changes, f"{DOCS} differs from {RESULTS}: run {Path(__file__).name}"]))
+
+
+def main() -> None:
+    """Fill the page, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="fail if the page differs from the results")
+    parser.add_argument("--again", action="store_true", help="take differences, intervals and pictures anew")
+    args = parser.parse_args()
+    for path in sorted(RESULTS.glob("*.json")) if args.again else ():
+        renew(path)
+    check() if args.check else write()
 
 
 if __name__ == "__main__":

@@ -2,15 +2,39 @@
 
 * `bert`: the encoder itself, loaded as a causal language model. The head's transform starts as the identity.
 * `llama`: a Llama-style decoder (RoPE, gated MLP, RMSNorm) of about that size, random but for MiniLM's embeddings.
+
+And a variant, for experiments with mixtures of experts:
+
+* `mixtral`: the Llama-style decoder with four experts in place of each MLP, two of them chosen for every token.
+
+A trained Llama-style decoder becomes such a mixture by
+
+    python recipes/tiny-lm/start.py out/tiny-lm/llama/checkpoint.pt out/tiny-lm/moe
+
+which writes `initial.pt`, for `train.py --start mixtral --initial`, and the same as a model folder, `model/`.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, BertLMHeadModel, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertLMHeadModel,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+EXPERTS, CHOSEN = 4, 2
+PERTURBED = 0.1
+"""Spread of what is added to an expert's weights, as a share of theirs."""
 
 
 def encoder_folder() -> Path:
@@ -69,9 +93,60 @@ def llama() -> Any:
     return model
 
 
-STARTS = {"bert": bert, "llama": llama}
+def mixtral() -> Any:
+    """Return the Llama-style decoder with experts."""
+    return upcycled(llama())
+
+
+def upcycled(dense: Any) -> Any:
+    """Return a mixture of experts made of a Llama-style decoder.
+
+    Every expert is a copy of its layer's MLP, a little perturbed so that experts can part; the router is random. The
+    weights of the chosen experts sum to one, so the mixture starts near the dense model.
+
+    Source: sparse upcycling, Komatsuzaki et al. 2023, arXiv 2212.05055.
+    """
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
+            "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
+    same = {name: getattr(dense.config, name) for name in kept}
+    model = MixtralForCausalLM(MixtralConfig(**same, num_local_experts=EXPERTS, num_experts_per_tok=CHOSEN))
+    tensors = dense.state_dict()
+    model.load_state_dict({name: tensor for name, tensor in tensors.items() if ".mlp." not in name}, strict=False)
+    with torch.no_grad():
+        for layer, made in zip(dense.model.layers, model.model.layers, strict=True):
+            entry = torch.cat([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight])
+            for experts, weight in (
+                (made.mlp.experts.gate_up_proj, entry),
+                (made.mlp.experts.down_proj, layer.mlp.down_proj.weight),
+            ):
+                experts.copy_(weight + PERTURBED * weight.std() * torch.randn_like(experts))
+    return model
+
+
+STARTS = {"bert": bert, "llama": llama, "mixtral": mixtral}
 
 
 def body_and_head(model: Any) -> tuple[Any, Any]:
     """Return the part that makes hidden states, and the part that turns them into logits."""
     return (model.bert, model.cls) if hasattr(model, "bert") else (model.model, model.lm_head)
+
+
+def main() -> None:
+    """Make a mixture of experts of a trained Llama-style decoder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="of train.py --start llama")
+    parser.add_argument("output", type=Path)
+    args = parser.parse_args()
+    torch.manual_seed(1)
+    dense = llama()
+    dense.load_state_dict(torch.load(args.checkpoint, weights_only=True)["model"])
+    model = upcycled(dense)
+    args.output.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": model.state_dict()}, args.output / "initial.pt")
+    model.to(torch.bfloat16).save_pretrained(args.output / "model")
+    tokenizer().save_pretrained(args.output / "model")
+
+
+if __name__ == "__main__":
+    main()

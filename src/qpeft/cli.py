@@ -1,7 +1,8 @@
 """The command line: a verb, and options that are the fields of that verb's dataclasses.
 
 Every field becomes a flag (`--limit-queries`), a key of the YAML file behind `--config` (`limit_queries`), and a line
-of `--help`, whose text is the field's docstring. A field that is a list may be given several times.
+of `--help`, whose text is the field's docstring. A field that is a list may be given several times. A switch is on when
+it is given; `--in-batch false` turns one off that is on by default, or in the YAML file.
 
 Exit codes: 0 done, 2 bad input or usage, 130 interrupted.
 """
@@ -37,6 +38,7 @@ COMMANDS = {
     "analyze components": "attention against the MLP, trained apart or together",
     "analyze ranks": "LoRA adapters of several ranks",
     "analyze checkpoints": "LoRA adapters over the steps of their training",
+    "analyze losses": "LoRA adapters trained with several losses on the same data",
     "data info": "describe a collection",
     "data convert": "turn other formats into a BEIR folder",
     "push": "send an adapter folder to the model hub",
@@ -163,7 +165,7 @@ def _add_options(parser: Any, config: type[Any]) -> None:
             if not required:
                 options["default"] = list(options["default"])
         elif hint is bool:
-            options |= {"action": "store_true"}
+            options |= {"type": bool, "nargs": "?", "const": True, "metavar": "true|false"}
         else:
             options["type"] = hint
         group.add_argument(flag, **options)

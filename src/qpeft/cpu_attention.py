@@ -206,8 +206,8 @@ def _weights(query: Tensor, keys: Tensor, mask: Tensor | None, scaling: float, s
 class _OverContexts(torch.autograd.Function):
     """Attention over contexts, which need no gradient, and what follows them, which does.
 
-    Gradients of the contexts' keys and values, most of what is multiplied otherwise, are not computed, and contexts are
-    copied once.
+    Gradients of the contexts' keys and values, most of what is multiplied otherwise, are not computed; and contexts are
+    joined again for backpropagation, since to keep them joined until then would double what it keeps.
     """
 
     @staticmethod
@@ -217,20 +217,22 @@ class _OverContexts(torch.autograd.Function):
         ((_, keys, values),) = contexts.joined(key, value, None)
         keys, values = keys.flatten(0, 1), values.flatten(0, 1)
         weights = _weights(query, keys.mT, mask[..., -keys.shape[1] :], scaling, None)
-        ctx.save_for_backward(query, keys, values, weights)
-        ctx.scaling, ctx.shared = scaling, key.shape
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.contexts, ctx.scaling = contexts, scaling
         return torch.bmm(weights, values).view(query.shape).transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, keys, values, weights = ctx.saved_tensors
+        query, key, value, weights = ctx.saved_tensors
         width = query.shape[2]
+        ((_, keys, values),) = ctx.contexts.joined(key, value, None)
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
         above, queries = (each.reshape(len(keys), -1, each.shape[-1]) for each in (grad.transpose(1, 2), query))
         scores = torch.ops.aten._softmax_backward_data(torch.bmm(above, values.mT), weights, -1, weights.dtype)
         of_query = torch.bmm(scores, keys) * ctx.scaling
         of_key = torch.bmm(scores[..., -width:].mT, queries * ctx.scaling)
         of_value = torch.bmm(weights[..., -width:].mT, above)
-        return of_query.view(query.shape), of_key.view(ctx.shared), of_value.view(ctx.shared), None, None, None
+        return of_query.view(query.shape), of_key.view(key.shape), of_value.view(key.shape), None, None, None
 
 
 def mask_for(batch_size: int, **kwargs: Any) -> Tensor | None:

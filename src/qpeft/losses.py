@@ -70,6 +70,16 @@ def cross_entropy(scores: Tensor, mask: Tensor, *, labels: Tensor | None = None)
     return _mean(-nn.functional.logsigmoid(torch.where(relevant, real, -real)), mask)
 
 
+def sft(scores: Tensor, mask: Tensor, *, answered: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Return the mean over real columns of −ln P(the right answer), over the whole vocabulary; in nats.
+
+    Supervised fine-tuning on the answer, as a language model learns a text. `scores` are the log-odds of two answers,
+    `answered [B, G]` is ln(P(yes) + P(no)). Since P(right) = P(right | one of the two) · P(one of the two), the loss is
+    `cross_entropy` and a part that moves probability from all other words to the two.
+    """
+    return cross_entropy(scores, mask, labels=labels) - _mean(_real(answered, mask), mask)
+
+
 def plackett_luce(scores: Tensor, mask: Tensor, *, teacher: Tensor, scale: float = 1.0) -> Tensor:
     """Return the mean over groups of −ln P(the teacher's order), in nats, summed over the places of the order.
 
@@ -111,14 +121,15 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "ranknet": ranknet,
     "softmax": softmax,
     "cross_entropy": cross_entropy,
+    "sft": sft,
     "plackett_luce": plackett_luce,
     "margin_mse": margin_mse,
 }
 """By name. Besides scores and mask, each takes those of the options of `loss` that its signature names."""
 
 
-ScoreKind = Literal["log_likelihood", "log_odds"]
-"""Scores with a bound of 0, or with 0 in the middle."""
+ScoreKind = Literal["log_likelihood", "log_odds", "answers"]
+"""Scores with a bound of 0, or with 0 in the middle; of the latter, those that are the log-odds of two answers."""
 
 
 def check_loss(name: str, *, teacher: bool, scores: ScoreKind | None = None) -> None:
@@ -132,10 +143,12 @@ def check_loss(name: str, *, teacher: bool, scores: ScoreKind | None = None) -> 
         raise OptionError(f"unknown loss {name!r}{nearest(name, LOSSES)}")
     if "teacher" in _options(name) and not teacher:
         raise OptionError(f"the loss {name!r} learns from a teacher's scores, and there are none")
-    if scores == "log_odds" and name in ("point", "both"):
+    if scores in ("log_odds", "answers") and name in ("point", "both"):
         raise OptionError(f"--loss {name}: it makes a log-likelihood large; take softmax or cross_entropy")
     if scores == "log_likelihood" and name == "cross_entropy":
         raise OptionError("--loss cross_entropy: 0 must be the middle of the scores: --method classifier or yes_no")
+    if scores in ("log_likelihood", "log_odds") and name == "sft":
+        raise OptionError("--loss sft: it learns the tokens of two answers, which only --method yes_no has")
 
 
 def loss(
@@ -146,6 +159,7 @@ def loss(
     margin: float,
     scale: float,
     teacher: Tensor | None,
+    answered: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> Tensor:
     """Return the loss of this name, a scalar; options that it does not take are ignored.
@@ -157,13 +171,16 @@ def loss(
         margin: nats per query token; of `pair` and `both`.
         scale: factor on scores; of `ranknet`, `softmax` and `plackett_luce`.
         teacher: `[B, G]`; of `plackett_luce` and `margin_mse`.
+        answered: `[B, G]`, the log of both answers' probability; of `sft`.
         labels: `[B, G]` grades, where the positive is not simply column 0.
 
     Raises:
-        OptionError: no loss has this name, or it learns from a teacher and there is none.
+        OptionError: no loss has this name, or it learns from a teacher or from answers and there are none.
     """
     check_loss(name, teacher=teacher is not None)
-    given = {"margin": margin, "scale": scale, "teacher": teacher, "labels": labels}
+    if "answered" in _options(name) and answered is None:
+        raise OptionError(f"the loss {name!r} learns the tokens of two answers, and there are none")
+    given = {"margin": margin, "scale": scale, "teacher": teacher, "answered": answered, "labels": labels}
     return LOSSES[name](scores, mask, **{option: given[option] for option in given if option in _options(name)})
 
 

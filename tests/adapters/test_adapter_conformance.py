@@ -12,10 +12,21 @@ from qpeft.hints import Pairs, Slots
 from qpeft.template import Prompt, load_template
 from qpeft.types import Passage, Query
 from reference import naive_hinted_log_probs, naive_hints, naive_log_probs
-from tiny_adapters import BEFORE, CHANGES_THE_MODEL, NAMES, QUERIES, alike, build, rows_for, with_store
+from tiny_adapters import BEFORE, CHANGES_THE_MODEL, NAMES, QUERIES, alike, rows_for, with_store
+from tiny_adapters import build as build_adapter
 from tiny_models import FAMILIES
 
-READ_STATES = [name for name in NAMES if name == "qpeft_c"]
+CASES = {name: (name, {}) for name in NAMES} | {
+    "qpeft_a beside a soft prompt": ("qpeft_a", {"soft_length": 3}),
+    "qpeft_r beside a soft prompt": ("qpeft_r", {"soft_length": 3}),
+    "passage_prompt of all tokens": ("passage_prompt", {"form": "all", "most": 6}),
+}
+READ_STATES = {"qpeft_c"}
+
+
+def build(case, lm, **options):
+    name, own = CASES[case]
+    return build_adapter(name, lm, **(own | options))
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +35,7 @@ def models(make_lm):
     return {family: make_lm(family) for family in FAMILIES}
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=CASES)
 def name(request):
     return request.param
 
@@ -153,8 +164,9 @@ def padded(lm, adapter, seed):
     return Pairs(refill(*wide), wide[1], refill(passage, mask), mask, states)
 
 
-VARIANTS = [(name, {}) for name in NAMES] + [
+VARIANTS = [(name, {}) for name in CASES] + [
     ("qpeft_r", {"select": "random", "token_filter": "dq"}),
+    ("qpeft_r", {"select": "random", "select_seed": 2}),
     ("qpeft_r", {"token_filter": ""}),
     ("qpeft_a", {"token_filter": "qs"}),
     ("qpeft_a", {"attn_init": "default"}),
@@ -229,10 +241,10 @@ def test_save_and_load(name, family, make_lm, tmp_path):
     lm = make_lm(family)
     adapter = build(name, lm, seed=3, trained=True)
     rows = rows_for(lm, adapter)
-    save_adapter(tmp_path / "a", name, adapter, lm, load_template("plain"), max_passage_tokens=7)
+    save_adapter(tmp_path / "a", CASES[name][0], adapter, lm, load_template("plain"), max_passage_tokens=7)
     fresh = make_lm(family)
     opened = load_adapter(tmp_path / "a", fresh)
-    assert (opened.name, opened.template, opened.max_passage_tokens) == (name, load_template("plain"), 7)
+    assert (opened.name, opened.template, opened.max_passage_tokens) == (CASES[name][0], load_template("plain"), 7)
     assert opened.adapter.config == adapter.config
     assert not any(parameter.requires_grad for parameter in opened.adapter.parameters())
     found, expected = fresh.log_probs(rows, adapters=opened.adapter), lm.log_probs(rows, adapters=adapter)
@@ -242,7 +254,7 @@ def test_save_and_load(name, family, make_lm, tmp_path):
 @pytest.mark.parametrize("stored", [False, True])
 def test_a_batch_may_mix_adapters(models, stored):
     lm = models["qwen3"]
-    made = [build(name, lm, trained=True) for name in NAMES]
+    made = [build(name, lm, trained=True) for name in CASES]
     scorer = with_store(lm) if stored else lm
     widest = max(made, key=lambda adapter: adapter.hint_length(9))
     rows = rows_for(lm, widest)

@@ -54,6 +54,16 @@ def test_every_linear_layer_has_a_place(family):
     assert all(f".{place.layer}." in name for name, place in table.items())
 
 
+def test_scales_are_those_of_their_places(family, make_lm):
+    lm = make_lm(family)
+    adapter = trained(lm, alpha=6)
+    assert list(adapter.scales()) == list(adapter.places())
+    assert set(adapter.scales().values()) == {2.0}
+    some = half_of(adapter)
+    with adapter.only(some):
+        assert {place for place, scale in adapter.scales().items() if scale} == some
+
+
 def test_places_come_in_the_order_of_the_work(family):
     table = list(component_table(build_family(family)).values())
     assert table == sorted(table, key=lambda place: (place.layer, PROJECTIONS.index(place.projection)))

@@ -287,22 +287,60 @@ def test_options_of_the_soft_prompt(lm, options, message):
         build("soft_prompt", lm, **options)
 
 
+@pytest.mark.parametrize("name", ["qpeft_a", "qpeft_c", "qpeft_r"])
+def test_vectors_of_a_soft_prompt_stand_before_the_hint(lm, name):
+    alone, soft = build(name, lm), build("soft_prompt", lm, length=4)
+    both = build(name, lm, soft_length=4)
+    (row,) = rows_for(lm, alone, queries=[Query("q", "sky")], passages=PASSAGES[1:2])
+    states = None if both.reads_layer is None else [lm.encode(row.context[: row.hint], both.reads_layer).states]
+    given = lm.pairs([row], both, states)
+    made, expected, before = both(given), alone(given), soft(given)
+    assert torch.equal(made.vectors, torch.cat([before.vectors, expected.vectors], 1))
+    assert torch.equal(made.mask, torch.cat([before.mask, expected.mask], 1))
+    for own, other in ((made.chosen, expected.chosen), (made.attention, expected.attention)):
+        assert own is other is None or torch.equal(own, other)
+    assert both.hint_length(3) == alone.hint_length(3) + 4
+    assert both.count_parameters() == alone.count_parameters() + soft.count_parameters()
+    with pytest.raises(OptionError, match="--soft-length is -1; it must be at least 0"):
+        build(name, lm, soft_length=-1)
+
+
 @pytest.mark.parametrize("form", ["attend", "all"])
 def test_a_passage_prompt_does_not_know_the_query(lm, form):
-    adapter = build("passage_prompt", lm, form=form, k=6, trained=True)
+    adapter = build("passage_prompt", lm, form=form, trained=True)
     given = [adapter(pairs(lm, query, WORDS)).vectors for query in (["moon"], ["sky", "sea", "why"])]
     assert torch.equal(*given)
     assert not torch.equal(given[0], adapter(pairs(lm, ["moon"], WORDS[1:])).vectors)
 
 
 def test_the_form_all_passes_every_passage_token(lm):
-    adapter = build("passage_prompt", lm, form="all", k=6, instruction="red")
+    adapter = build("passage_prompt", lm, form="all", instruction="red")
     table = lm.embeddings.weight
+    for words in (WORDS[:3], WORDS, WORDS * 3):
+        hints = adapter(pairs(lm, ["moon"], words, width=50))
+        torch.testing.assert_close(hints.vectors[hints.mask], table[ids(lm, ["red", *words])])
+    assert adapter.hint_length(99) == lm.max_length // 2 + 1
+
+
+def test_the_form_all_leaves_room_for_a_vector_of_every_token(lm):
+    adapter = build("passage_prompt", lm, form="all", instruction="")
+    (row,) = rows_for(lm, adapter, queries=[Query("q", "moon")], passages=[Passage("p", "the sea " * 200)])
+    assert row.truncated
+    start, end = row.passage
+    hints = adapter(lm.pairs([row], adapter, None))
+    assert hints.mask.sum() == end - start > 40
+    assert torch.isfinite(lm.log_probs([row], adapters=adapter)[0].target).all()
+
+
+def test_the_form_all_may_be_bounded(lm):
+    adapter = build("passage_prompt", lm, form="all", most=6, instruction="red")
     for count in (3, 6, 9):
         hints = adapter(pairs(lm, ["moon"], WORDS[:count], width=10))
-        vectors = hints.vectors[hints.mask]
-        torch.testing.assert_close(vectors, table[ids(lm, ["red", *WORDS[: min(count, 6)]])])
+        expected = lm.embeddings.weight[ids(lm, ["red", *WORDS[: min(count, 6)]])]
+        torch.testing.assert_close(hints.vectors[hints.mask], expected)
     assert adapter.hint_length(99) == 7
+    with pytest.raises(OptionError, match="--most is 0; it must be at least 1"):
+        build("passage_prompt", lm, form="all", most=0)
 
 
 def test_the_form_attend_gives_k_vectors_of_the_passage(lm):

@@ -183,6 +183,38 @@ def test_random_tokens_are_spread_over_the_passage(lm):
     assert len(set(first)) >= 6
 
 
+def test_the_random_choice_of_finished_adapters_stays(lm):
+    adapter = build("qpeft_r", lm, k=4, token_filter="d", select="random")
+    text = "sky sea moon tide water cat dog river lake city"
+    assert chosen_words(lm, adapter, "why", text) == ["moon", "dog", "sea", "tide"]
+    assert chosen_words(lm, adapter, "sky king", text) == ["cat", "city", "moon", "dog"]
+
+
+def test_each_seed_has_random_tokens_of_its_own(lm):
+    text = "sky sea moon tide water cat dog river lake city king year people lion"
+    made = [build("qpeft_r", lm, k=14, token_filter="d", select="random", select_seed=seed) for seed in (0, 2, 3)]
+    orders = [chosen_words(lm, adapter, "why", text) for adapter in made]
+    assert all(sorted(order) == sorted(text.split()) for order in orders)
+    assert len(set(map(tuple, orders))) == 3
+    assert orders[1:] == [chosen_words(lm, adapter, "why", text) for adapter in made[1:]]
+
+
+def neighbours(order):
+    return set(zip(order, [*order[1:], order[0]], strict=True))
+
+
+def test_with_a_seed_the_query_does_more_than_turn_one_order(lm):
+    text = "sky sea moon tide water cat dog river lake city king year people lion"
+    asked = ["why", "sky king", "old lion", "who made the city"]
+    kept = {}
+    for seed in (0, 2):
+        adapter = build("qpeft_r", lm, k=14, token_filter="d", select="random", select_seed=seed)
+        rings = [neighbours(chosen_words(lm, adapter, query, text)) for query in asked]
+        kept[seed] = sum(len(ring & rings[0]) for ring in rings[1:]) / (3 * 14)
+    assert kept[0] > 0.9
+    assert kept[2] < 0.35
+
+
 def test_the_preset_authors_builds_and_trains(lm):
     adapter = build("qpeft_r", lm, authors=True).train()
     assert adapter.config == qpeft_r.Authors()

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -19,6 +20,7 @@ from qpeft.methods._pointwise import Pointwise
 from qpeft.replay import Replay
 from qpeft.template import load_template
 from qpeft.types import Candidates
+from test_lm import ForgetfulModel
 from tiny_adapters import PASSAGES, QUERIES
 from tiny_models import FAMILIES
 
@@ -224,6 +226,45 @@ def test_where_states_cannot_be_shared_all_is_computed(make_lm, monkeypatch):
     assert (shared.shares, shared.why_not) == (False, "shared states change scores")
     assert shared.rank(ITEMS) == expected
     assert vars(last)["forward"] is own
+
+
+class Crowded(ForgetfulModel):
+    """A machine on which, after so many calls, others take the memory."""
+
+    after = None
+
+    def forward(self, **inputs):
+        if self.after is not None:
+            self.after -= 1
+            if self.after < 0:
+                self.most = 1
+        return super().forward(**inputs)
+
+
+@pytest.mark.usefixtures("one_thread")  # so that calls come one after another
+def test_when_memory_runs_out_between_two_sets(make_lm, monkeypatch):
+    """Then batches change, and states that were kept are of no use to the candidates at hand; to the next they are."""
+    lm, adapter, reranker = opened(make_lm, monkeypatch, "llama")
+    sets = [each.active for each in of_layers(list(adapter.places()), 2)]
+    expected = [Ablated(lm, adapter, reranker, sets, share=False).rank([item]) for item in ITEMS]
+    lm.model = Crowded(lm.model, most=99)
+    shared = Ablated(lm, adapter, reranker, sets)
+    assert shared.rank(ITEMS[:1]) == expected[0]
+    assert (shared.shares, shared.why_not) == (True, "")
+    lm.model.after = 4
+    found = shared.rank(ITEMS[1:2])
+    assert lm.model.refused > 0
+    assert re.search("other inputs|was called", shared.why_not)
+    assert shared.shares
+    for active, (ranking,) in expected[1].items():
+        scores = {hit.passage_id: hit.score for hit in found[active][0].hits}
+        assert scores == pytest.approx({hit.passage_id: hit.score for hit in ranking.hits}, abs=1e-5)
+    spared = shared.work[1] - shared.work[0]
+    lm.model.after = None
+    lm.model.most = 1
+    shared.rank(ITEMS[:1])
+    assert shared.why_not == "", "batches of one row by now"
+    assert shared.work[1] - shared.work[0] > spared
 
 
 def test_models_whose_layers_cannot_be_told(make_lm, monkeypatch):

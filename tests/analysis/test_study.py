@@ -11,32 +11,24 @@ import pytest
 
 from qpeft.adapters._lora_targets import Place
 from qpeft.analysis.ablation import ALL, NONE, of_layers
-from qpeft.analysis.study import (
-    Study,
-    Subject,
-    bases,
-    checkpoints,
-    components,
-    findings,
-    layers,
-    projections,
-    ranks,
-)
+from qpeft.analysis.study import Study, Subject, bases, findings
+from qpeft.analysis.study_designs import checkpoints, components, layers, losses, projections, ranks
 from qpeft.analysis.study_figures import _around, _heat_maps
+from qpeft.analysis.study_intervals import draws, interval, ratio_interval
 from qpeft.analysis.study_report import sentences, summary, write_study
 from qpeft.errors import OptionError
-from qpeft.evaluation.significance import bootstrap_interval, ratio_interval
+from qpeft.evaluation.significance import bootstrap_interval
 
 QUERIES = 40
 
 
-def subject(name, *, rank=2, seed=1, step=None, names=("q", "up"), depth=3):
+def subject(name, *, rank=2, seed=1, step=None, names=("q", "up"), depth=3, **more):
     places = {
         Place(layer, each, "mlp" if each == "up" else "attention"): rank * (10 if each == "q" else 30)
         for layer in range(depth)
         for each in names
     }
-    return Subject(name, name * 8, rank, seed, places, step)
+    return Subject(name, name * 8, rank, seed, places, step, **more)
 
 
 def worth(index, active):
@@ -86,16 +78,18 @@ def designs():
     ]
     ranked = [subject(f"r{rank}{seed}", rank=rank, seed=seed) for rank in (8, 1, 2) for seed in (1, 2)]
     stepped = [subject(f"s{step}{seed}", step=step, seed=seed) for seed in (1, 2) for step in (0, 50, 100)]
+    taught = [subject(f"{loss}{seed}", loss=loss, seed=seed) for loss in ("softmax", "sft") for seed in (1, 2)]
     return {
         "layers": (layers(seeds, 2), seeds),
         "projections": (projections(seeds, True), seeds),
         "components": (components(trained), trained),
         "ranks": (ranks(ranked), ranked),
         "checkpoints": (checkpoints(stepped), stepped),
+        "losses": (losses(taught), taught),
     }
 
 
-NAMES = ["layers", "projections", "components", "ranks", "checkpoints"]
+NAMES = ["layers", "projections", "components", "ranks", "checkpoints", "losses"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,23 +97,104 @@ def test_findings_are_the_formulas(name):
     design, subjects = designs()[name]
     values, found = measured(design, subjects)
     full = next(each for each in found if each.name == design.full.ablation.name)
+    of_full = np.mean([values[i, design.full.ablation.active] for i in design.full.adapters], axis=0)
+    none = np.mean([values[i, frozenset()] for i in design.full.adapters], axis=0)
+    seeds = [[subjects[i].seed for i in line.adapters] for line in design.lines]
+    drawn = dict(
+        zip(
+            (each.name for each in found),
+            draws(np.array([each.per_query for each in found]), list(map(by_seed, seeds, found))),
+            strict=True,
+        )
+    )
     for line, each in zip(design.lines, found, strict=True):
         own = np.mean([values[i, line.ablation.active] for i in line.adapters], axis=0)
-        none = np.mean([values[i, frozenset()] for i in line.adapters], axis=0)
-        of_full = np.mean([values[i, design.full.ablation.active] for i in design.full.adapters], axis=0)
-        none_of_full = np.mean([values[i, frozenset()] for i in design.full.adapters], axis=0)
         assert each.mean == pytest.approx(own.mean())
-        assert np.mean(each.means) == pytest.approx(own.mean())
+        assert each.means == pytest.approx([values[i, line.ablation.active].mean() for i in line.adapters])
         assert (each.drop, each.gain) == pytest.approx(((of_full - own).mean(), (own - none).mean()))
-        assert each.drop_interval == pytest.approx(bootstrap_interval(of_full - own))
-        assert each.gain_interval == pytest.approx(bootstrap_interval(own - none))
         assert each.share == pytest.approx(own.mean() / of_full.mean())
-        assert each.recovered == pytest.approx((own - none).mean() / (of_full - none_of_full).mean())
-        assert each.recovered_interval == pytest.approx(ratio_interval(own - none, of_full - none_of_full))
+        assert each.recovered == pytest.approx((own - none).mean() / (of_full - none).mean())
         assert each.per_query == pytest.approx(own, abs=1e-6)
+        ours, gained = drawn[each.name], drawn[each.name] - drawn[NONE]
+        assert each.drop_interval == pytest.approx(interval(drawn[full.name] - ours))
+        assert each.gain_interval == pytest.approx(interval(gained))
+        assert each.share_interval == pytest.approx(interval(ours / drawn[full.name]))
+        assert each.recovered_interval == pytest.approx(interval(gained / (drawn[full.name] - drawn[NONE])))
         counted = subjects[line.adapters[0]].places
         assert each.parameters == sum(counted[place] for place in line.ablation.active)
     assert (full.drop, full.share, full.recovered) == pytest.approx((0, 1, 1))
+
+
+def by_seed(seeds, found):
+    return dict(zip(seeds, found.means, strict=True))
+
+
+def lines_of(values):
+    """Return means over seeds and over queries of `[lines, seeds, queries]`."""
+    return values.mean(1), [dict(enumerate(line.mean(1))) for line in values]
+
+
+def test_draws_vary_as_queries_and_seeds_do():
+    """The variance of a mean over both: of queries over n, and of seeds, estimated without bias, over S; 5 %."""
+    rng = np.random.default_rng(3)
+    values = rng.normal(0, 0.3, (1, 1, 200)) + rng.normal(0, 0.05, (1, 3, 1)) + rng.normal(0, 0.1, (1, 3, 200))
+    (drawn,) = draws(*lines_of(values))
+    expected = values.mean(1).var() / 200 + values.mean(2).var(ddof=1) / 3
+    assert drawn.mean() == pytest.approx(values.mean(), abs=4 * expected**0.5 / 100)
+    assert drawn.var() == pytest.approx(expected, rel=0.05)
+    assert drawn.var() > 1.5 * values.mean(1).var() / 200, "queries alone would vary less"
+    (alone,) = draws(*lines_of(values[:, :1]))
+    assert interval(alone) == pytest.approx(bootstrap_interval(values[0, 0]), abs=2e-3), "one seed does not vary"
+
+
+def test_draws_are_paired_in_queries_and_in_seeds():
+    rng = np.random.default_rng(4)
+    values = rng.normal(0, 0.3, (1, 3, 200)) + rng.normal(0, 0.1, (1, 3, 1))
+    per_query, seeds = lines_of(np.concatenate([values, values + 0.1, values + 0.1]))
+    apart = [seeds[0], dict(reversed(seeds[1].items())), {f"other {name}": mean for name, mean in seeds[2].items()}]
+    one, paired, unpaired = draws(per_query, apart)
+    assert interval(paired - one) == pytest.approx((0.1, 0.1))
+    assert (unpaired - one).var() == pytest.approx(2 * values.mean(2).var(ddof=1) / 3, rel=0.1)
+    assert np.array_equal(draws(per_query[1:], apart[1:])[0], paired), "whatever else is drawn"
+
+
+def test_ratios_of_what_may_be_zero():
+    rng = np.random.default_rng(5)
+    assert ratio_interval(rng.normal(1, 0.1, 1000), rng.normal(0.1, 0.1, 1000)) is None
+    low, high = ratio_interval(rng.normal(1, 0.1, 1000), rng.normal(2, 0.01, 1000))
+    assert 0.35 < low < 0.5 < high < 0.65
+
+
+def test_what_follows_can_be_taken_from_the_lines_again():
+    made = study(*designs()["components"])
+    stale = dataclasses.replace(
+        made, findings=tuple(dataclasses.replace(each, gain=9.0, gain_interval=(8, 9)) for each in made.findings)
+    )
+    assert stale.compared_again() == made == made.compared_again()
+    one, other = "trained: mlp, rank 2", "trained: attention, rank 6"
+    found, bounds = made.difference(one, other)
+    assert found == pytest.approx(made.find(one).mean - made.find(other).mean)
+    assert bounds[0] < found < bounds[1]
+    assert made.difference(one, "trained: attention, rank 7") is None
+
+
+def test_lines_are_paired_by_seed_where_it_is_known():
+    made = study(*designs()["components"])
+    lines = [
+        dataclasses.replace(each, adapters=adapters, means=(each.mean - 0.1, each.mean + 0.1))
+        for each, adapters in zip(made.findings[:2], [(0, 1), (2, 3)], strict=True)
+    ]
+
+    def width(*seeds):
+        subjects = tuple({"seed": seed} for seed in seeds)
+        found = dataclasses.replace(made, findings=tuple(lines), subjects=subjects)
+        low, high = found.difference(*(each.name for each in lines))[1]
+        return high - low
+
+    narrow = width(1, 2, 1, 2)
+    assert width(1, 2, 3, 4) > 2 * narrow
+    assert width(None, None, None, None) > 2 * narrow
+    assert width(1, 1, 1, 1) > 2 * narrow, "two trainings with one seed are two"
 
 
 def test_each_study_has_its_lines():
@@ -133,6 +208,8 @@ def test_each_study_has_its_lines():
     ]  # fmt: skip
     assert found["ranks"] == ["rank 1", "rank 2", "rank 8", NONE]
     assert found["checkpoints"] == ["step 0", "step 50", "step 100", NONE]
+    assert found["losses"] == ["loss sft", "loss softmax", NONE]
+    assert designs()["losses"][0].full.ablation.name == "loss softmax", "that of the adapter given first"
     adapters = {line.ablation.name: line.adapters for line in designs()["components"][0].lines}
     assert adapters["trained: both, rank 2"] == adapters["mlp of both"] == (0, 1)
     assert adapters["trained: attention, rank 6"] == (4,)
@@ -141,18 +218,19 @@ def test_each_study_has_its_lines():
 def test_what_is_needed_of_an_adapter():
     design, subjects = designs()["components"]
     both, attention = subjects[0].places, subjects[2].places
-    assert design.sets(2) == [frozenset(), frozenset(attention)]
+    assert design.sets(2) == [frozenset(attention)], "M(0) is that of the adapters with both"
     by_component = [frozenset(p for p in both if p.component == c) for c in ("attention", "mlp")]
-    assert design.sets(0) == [frozenset(), frozenset(both), *by_component]
+    assert design.sets(0) == [frozenset(both), *by_component, frozenset()]
     design, _ = designs()["layers"]
     assert len(design.sets(0)) == len(set(design.sets(0))) < len(design.lines), "the lowest one is layer 1 alone"
 
 
 def test_adapters_that_are_the_same_without_additions():
-    made = [subject(name) for name in "abcde"]
-    prompts = [None, "x", "y", "x", None]
-    made = [dataclasses.replace(each, prompt=prompt) for each, prompt in zip(made, prompts, strict=True)]
-    assert bases(made) == [0, 1, 2, 1, 4]
+    ranked = {"a": 1, "b": 2, "c": 2, "d": 2, "e": 2}
+    made = [subject(name, rank=rank, prompt="x", only_additions=True) for name, rank in ranked.items()]
+    assert bases(ranks(made), made) == {1: 1, 2: 1, 3: 1, 4: 1}, "of those that M(0) is taken of"
+    made = [dataclasses.replace(each, only_additions=each.folder in "bd") for each in made]
+    assert bases(ranks(made), made) == {1: 1, 2: 2, 3: 1, 4: 4}
 
 
 def test_a_gain_within_chance_has_no_shares():
@@ -174,6 +252,42 @@ def test_a_gain_within_chance_has_no_shares():
     ("make", "message"),
     [
         (lambda: layers([subject("a"), subject("b", names=("q",))], 1), "b has additions at other places than a"),
+        (
+            lambda: layers([subject("a"), subject("b", rank=4)], 1),
+            "b has another rank than a: they are not seeds of one",
+        ),
+        (lambda: projections([subject("a"), subject("b", rank=4)], False), "b has another rank than a"),
+        (
+            lambda: layers([subject("a", scales=(2.0,)), subject("b", scales=(4.0,))], 1),
+            "b has another scale (alpha / rank) than a",
+        ),
+        (lambda: layers([subject("a"), subject("b", method="yes_no")], 1), "b has another method than a"),
+        (
+            lambda: layers([subject("a", prompt="x"), subject("b", prompt="y")], 1),
+            "b has another template, answers or passage length than a",
+        ),
+        (lambda: layers([subject("a", loss="both"), subject("b", loss="pair")], 1), "b has another loss than a"),
+        (
+            lambda: layers([subject("a"), dataclasses.replace(subject("a"), folder="copy")], 1),
+            "copy has the weights of a; give each adapter once",
+        ),
+        (lambda: ranks([subject("a"), subject("b", rank=4), subject("b", rank=4)]), "b has the weights of b"),
+        (lambda: ranks([subject("a"), subject("b", rank=4, prompt="y")]), "b has another template"),
+        (
+            lambda: ranks([subject("a"), subject("b", rank=4, method="yes_no")]),
+            "b has another method than a: they are not",
+        ),
+        (lambda: components([subject("a"), subject("b", names=("q",), prompt="y")]), "b has another template"),
+        (
+            lambda: components(
+                [subject("a"), subject("b", names=("q",), scales=(1,)), subject("c", names=("q",), scales=(2,))]
+            ),
+            "c has another scale (alpha / rank) than b: they are not seeds of one training",
+        ),
+        (lambda: checkpoints([subject("a", step=0), subject("b", step=5, rank=4)]), "b has another rank than a"),
+        (lambda: losses([subject("a", loss="sft"), subject("b")]), "losses: b does not say with which loss"),
+        (lambda: losses([subject("a", loss="sft"), subject("b", loss="sft")]), "all adapters were trained with sft"),
+        (lambda: losses([subject("a", loss="sft"), subject("b", loss="pair", rank=4)]), "b has another rank than a"),
         (lambda: layers([subject("a")], 3), "--window is 3; the adapter has additions in 3 layers"),
         (lambda: projections([subject("a"), subject("b", depth=2)], False), "b has additions at other places"),
         (
@@ -201,6 +315,7 @@ FIGURES = {
     "components": {"components"},
     "ranks": {"ranks"},
     "checkpoints": {"checkpoints"},
+    "losses": {"losses"},
 }
 
 
@@ -274,7 +389,12 @@ def test_how_many_layers_suffice():
 def test_where_nothing_was_shared_the_reason_is_told():
     work = {"layers_run": 0, "layers_without_sharing": 0, "why_not": "shared states change scores"}
     made = study(*designs()["ranks"], work=work)
-    assert list(sentences(made))[-1] == "Nothing was shared between ablations: shared states change scores."
+    assert list(sentences(made))[-1] == "Nothing was shared: shared states change scores."
+    made = study(*designs()["ranks"], work=work | {"layers_run": 12, "layers_without_sharing": 20})
+    assert [words[:40] for words in sentences(made)][-2:] == [
+        "States that ablations have in common wer",
+        "For some queries nothing was shared: sha",
+    ]
 
 
 def test_one_query_has_no_intervals():

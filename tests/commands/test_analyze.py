@@ -30,6 +30,7 @@ def adapters(saved_model, tmp_path_factory):
         "all-1": {"r": 2}, "all-2": {"r": 2}, "attention": {"r": 2, "modules": "attention"},
         "mlp": {"r": 2, "modules": "mlp"}, "rank-1": {"r": 1}, "rank-4": {"r": 4},
         "steps/step-000000": {"r": 2}, "steps/step-000010": {"r": 2}, "steps/step-000020": {"r": 2},
+        "alpha": {"r": 2, "alpha": 3}, "short": {"r": 2}, "pair": {"r": 2}, "both-1": {"r": 2}, "both-2": {"r": 2},
     }  # fmt: skip
     for seed, (name, options) in enumerate(made.items()):
         lm = load_lm(ModelConfig(str(saved_model), dtype="float32"))
@@ -39,8 +40,10 @@ def adapters(saved_model, tmp_path_factory):
             with torch.no_grad():
                 for parameter in adapter.parameters():
                     parameter.copy_(torch.randn_like(parameter) * 0.1)
-        facts = {"options": {"seed": seed}}
-        save_adapter(root / name, "lora", adapter, lm, load_template("plain"), provenance=facts)
+        facts = {"options": {"seed": seed} | ({"loss": name[:4]} if name[:4] in ("pair", "both") else {})}
+        length = 5 if name == "short" else None
+        template = load_template("plain")
+        save_adapter(root / name, "lora", adapter, lm, template, max_passage_tokens=length, provenance=facts)
     own = {"yes": "new", "no": "old"}
     save_adapter(root / "yes-no", "lora", adapter, lm, load_template("yes_no"), method="yes_no", method_options=own)
     return root
@@ -128,22 +131,30 @@ def test_without_additions_the_model_is_ranked_once(arguments, adapters, saved_m
         for parameter in adapter.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1)
     save_adapter(tmp_path / "hinted", "lora", adapter, lm, load_template("plain"))
-    found = {}
+
+    def sets():
+        found = {}
+        for line in map(json.loads, (tmp_path / "ranks" / UNFINISHED).read_text().splitlines()[1:]):
+            found.setdefault(line["adapter"], set()).add(len(line["scores"]))
+        return found
+
     with monkeypatch.context() as patch:
         patch.setattr("qpeft.analysis.study_report.write_study", interrupted)
         more = ["--adapter", str(tmp_path / "hinted")]
         assert main(arguments("ranks", "rank-1", "rank-4", more=more)) == 130
-    for line in map(json.loads, (tmp_path / "ranks" / UNFINISHED).read_text().splitlines()[1:]):
-        found.setdefault(line["adapter"], set()).add(len(line["scores"]))
-    assert found == {0: {2}, 1: {1}, 2: {2}}
+    assert sets() == {0: {1}, 1: {1}, 2: {2}}, "M(0) is that of the highest rank"
     assert main(arguments("ranks", "rank-1", "rank-4", more=[*more, "--resume"])) == 0
-    study = result(tmp_path / "ranks")
-    gains = {each.x: each.mean - each.gain for each in study.of("rank")}
-    assert gains[1] == pytest.approx(gains[4])
-    assert gains[8] != pytest.approx(gains[4]), "the hint goes on acting"
+    hinted = result(tmp_path / "ranks").find("no additions").per_query
+    shutil.rmtree(tmp_path / "ranks")
+    with monkeypatch.context() as patch:
+        patch.setattr("qpeft.analysis.study_report.write_study", interrupted)
+        assert main(arguments("ranks", "rank-1", "all-1", "all-2")) == 130
+    assert sets() == {0: {1}, 1: {2}, 2: {1}}
+    assert main(arguments("ranks", "rank-1", "all-1", "all-2", more=["--resume"])) == 0
+    assert result(tmp_path / "ranks").find("no additions").per_query != hinted, "the hint goes on acting"
 
 
-def test_components_ranks_and_checkpoints(arguments, tmp_path):
+def test_components_ranks_losses_and_checkpoints(arguments, tmp_path):
     assert main(arguments("components", "attention", "all-1", "mlp", "all-2")) == 0
     found = result(tmp_path / "components")
     assert found.full == "trained: both, rank 2"
@@ -156,6 +167,12 @@ def test_components_ranks_and_checkpoints(arguments, tmp_path):
     assert main(arguments("ranks", "rank-4", "rank-1", "all-1")) == 0
     found = result(tmp_path / "ranks")
     assert [each.name for each in found.findings] == ["rank 1", "rank 2", "rank 4", "no additions"]
+
+    assert main(arguments("losses", "both-1", "pair", "both-2")) == 0
+    found = result(tmp_path / "losses")
+    assert [(each.name, each.adapters) for each in found.of("loss")] == [("loss pair", (1,)), ("loss both", (0, 2))]
+    assert (found.full, found.find("no additions").adapters) == ("loss both", (0, 2))
+    assert {subject["loss"] for subject in found.subjects} == {"both", "pair"}
 
     assert main(arguments("checkpoints", "steps")) == 0
     found = result(tmp_path / "checkpoints")
@@ -177,8 +194,10 @@ def test_states_that_training_kept(toy, toy_run, saved_model, tmp_path):
     found = result(tmp_path / "s")
     assert [each.x for each in found.of("step")] == [0, 2, 4, 6]
     assert {(subject["seed"], subject["method"]) for subject in found.subjects} == {(5, "classifier")}
-    gains = {each.x: each.gain for each in found.of("step")}
-    assert gains[0] == 0, "the head of each state acts without additions too"
+    assert {subject["loss"] for subject in found.subjects} == {"softmax"}
+    none, untrained = found.find("no additions"), found.find("step 0")
+    assert untrained.mean == pytest.approx(none.mean + untrained.gain)
+    assert untrained.per_query != none.per_query, "M(0) has the head of the last state"
 
 
 def groups(toy, folder):
@@ -301,7 +320,12 @@ def test_a_finished_study_is_replaced_and_nothing_else(arguments, tmp_path, caps
         ("components", ["mlp"], [], ["trained with both components", "ranks: none"]),
         ("ranks", ["all-1", "all-2"], [], ["all adapters have rank 2"]),
         ("checkpoints", ["all-1"], [], ["all-1: no folders of steps"]),
-        ("ranks", ["rank-1", "yes-no"], [], ["adapters of several methods: query_likelihood, yes_no"]),
+        ("ranks", ["rank-1", "yes-no"], [], ["yes-no has another method than", "rank-1", "not comparable"]),
+        ("layers", ["all-1", "rank-4"], ["--window", "1"], ["rank-4 has another rank than", "all-1"]),
+        ("layers", ["all-1", "alpha"], ["--window", "1"], ["alpha has another scale (alpha / rank) than", "all-1"]),
+        ("layers", ["all-1", "short"], ["--window", "1"], ["short has another template, answers or passage length"]),
+        ("layers", ["all-1", "all-1"], ["--window", "1"], ["all-1 has the weights of", "give each adapter once"]),
+        ("losses", ["all-1", "pair"], [], ["losses: ", "all-1 does not say with which loss"]),
     ],
 )
 def test_bad_input(arguments, tmp_path, capsys, study, names, more, words):

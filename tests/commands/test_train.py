@@ -1,16 +1,23 @@
+import errno
 import json
+import random
 import shutil
+import signal
+import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_bad_input import fails
 
 from qpeft.adapters._folder import WEIGHTS, load_adapter, read_config
 from qpeft.cli import main
+from qpeft.data.collection import open_collection
 from qpeft.data.trec import read_run, write_run
 from qpeft.loading import load_lm
 from qpeft.model_config import ModelConfig
-from qpeft.template import load_template
+from qpeft.template import Prompt, load_template
+from qpeft.training import trainer
 from qpeft.training.trainer import Collator
 from qpeft.types import Ranking, Run
 from tiny_adapters import NAMES, SMALL
@@ -162,6 +169,71 @@ def test_what_ended_before_its_first_checkpoint_starts_afresh(arguments, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
 
 
+def newest_step(checkpoints):
+    return max((int(path.name.partition("-")[2]) for path in checkpoints.glob("checkpoint-*")), default=0)
+
+
+def test_a_killed_training_resumes_to_the_same_bytes(arguments, start_process, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    whole, output, checkpoints = (tmp_path / name for name in ("whole", "mine", "mine.checkpoints"))
+    more = ("--epochs", "60", "--evaluations", "60", "--keep-every", "50")
+    assert main(arguments(whole, *more)) == 0
+    draw = random.Random(3)
+    for step in (draw.randrange(1, 50), draw.randrange(60, 120)):
+        process = start_process(arguments(output, *more, "--resume"), stdout=-3, stderr=-3)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and newest_step(checkpoints) < step and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.05))  # so that it falls into a step, an evaluation or a file
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert not output.exists()
+    assert main(arguments(output, *more, "--resume")) == 0
+    facts = [json.loads((folder / "provenance.json").read_text()) for folder in (output, whole)]
+    assert facts[0]["training"]["steps"] == facts[1]["training"]["steps"] == 180
+    assert facts[0]["history"] == facts[1]["history"]
+    for one in sorted(tmp_path.glob("whole*/**/" + WEIGHTS)):
+        other = tmp_path / str(one.relative_to(tmp_path)).replace("whole", "mine", 1)
+        assert other.read_bytes() == one.read_bytes()
+    assert (tmp_path / "mine.steps" / "step-000180").is_dir()
+
+
+def test_a_full_disk_costs_one_checkpoint(arguments, tmp_path, monkeypatch, capsys):
+    whole, output, write, written = tmp_path / "whole", tmp_path / "mine", trainer.save_file, []
+    assert main(arguments(whole)) == 0
+
+    def full(tensors, path):
+        written.append(path)
+        if len(written) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(tensors, path)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_file", full)
+        assert main(arguments(output)) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qpeft: error:")]
+    checkpoints = tmp_path / "mine.checkpoints"
+    assert said == [
+        f"qpeft: error: {checkpoints / 'checkpoint-4'} cannot be written: [Errno 28] No space left on device"
+    ]
+    assert [path.name for path in checkpoints.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert main(arguments(output, "--resume")) == 0
+    assert (output / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+
+
+def test_a_folder_that_cannot_be_written(arguments, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    command = arguments(tmp_path / "file" / "mine")
+    fails(command, capsys, tmp_path, "mine.checkpoints cannot be written: ", "Not a directory")
+
+
+def test_several_processes_are_refused_before_anything_is_read(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = arguments(tmp_path / "mine", data=["--collection", "nowhere"])
+    fails(command, capsys, tmp_path, "WORLD_SIZE is 2", "one process and one device")
+
+
 def test_a_file_of_groups(arguments, train_file, collection, tmp_path, capsys):
     assert main(arguments(tmp_path / "mine", data=["--train-file", str(train_file)])) == 0
     facts = json.loads((tmp_path / "mine" / "provenance.json").read_text())
@@ -192,6 +264,111 @@ def test_a_teacher(arguments, toy_run, tmp_path):
     more = ["--teacher", str(toy_run), "--loss", "margin_mse"]
     assert main(arguments(tmp_path / "mine", *more, adapter="soft_prompt")) == 0
     assert json.loads((tmp_path / "mine" / "provenance.json").read_text())["history"][0]["loss"] > 0
+
+
+def test_pairs_without_a_teachers_score(arguments, collection, toy_run, tmp_path, capsys):
+    run, qrels = read_run(toy_run), open_collection(str(collection)).qrels("train")
+
+    def write(path, keep):
+        kept = [
+            Ranking(query_id, tuple(hit for hit in ranking.hits if keep(query_id, hit)))
+            for query_id, ranking in run.items()
+        ]
+        write_run(Run(kept, "teacher"), path)
+        return ["--teacher", str(path), "--loss", "margin_mse", "--epochs", "1", "--run", str(toy_run)]
+
+    whole = write(tmp_path / "whole.trec", lambda query_id, hit: True)
+    assert main(arguments(tmp_path / "mine", *whole, adapter="soft_prompt")) == 0
+    assert "score of --teacher" not in capsys.readouterr().err
+    some = write(tmp_path / "some.trec", lambda query_id, hit: query_id != "q2" or hit.passage_id in qrels["q2"])
+    assert main(arguments(tmp_path / "mine", *some, adapter="soft_prompt")) == 0
+    missing = len(run["q2"].hits) - 1
+    assert f"note: {missing} negatives have no score of --teacher, and get its lowest" in capsys.readouterr().err
+    none = write(tmp_path / "none.trec", lambda query_id, hit: query_id != "q4" or hit.passage_id not in qrels["q4"])
+    words = ["none.trec: no score for the positives of 1 of 6 queries, first query 'q4', passage 'sea-0'"]
+    fails(arguments(tmp_path / "other", *none, adapter="soft_prompt"), capsys, tmp_path, *words)
+
+
+def test_dev_queries_without_a_relevant_candidate(arguments, tmp_path, capsys):
+    (tmp_path / "dev.trec").write_text("q1 Q0 king-0 1 2.0 t\nq2 Q0 sea-0 1 1.0 t\n")
+    given = ["--dev-run", str(tmp_path / "dev.trec")]
+    words = ["dev.trec: no query of split 'dev' has a relevant passage among its first 6"]
+    fails(arguments(tmp_path / "mine", *given), capsys, tmp_path, *words)
+
+
+def test_training_without_dev_says_so(arguments, collection, tmp_path, capsys):
+    folder = tmp_path / "collection"
+    shutil.copytree(collection, folder)
+    (folder / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq3\tking-1\t1\n")
+    assert main(arguments(tmp_path / "mine", data=["--collection", str(folder)])) == 0
+    said = capsys.readouterr().err
+    assert said.count("no query of split 'dev' has a relevant passage among its first 6 of BM25") == 1
+    assert json.loads((tmp_path / "mine" / "provenance.json").read_text())["dev"] is None
+
+
+def test_shuffled_hint_queries_are_read_in_training_and_on_dev(arguments, tmp_path, monkeypatch):
+    seen, rows = [], Prompt.rows
+
+    def watched(self, query, passage, **options):
+        other = options.get("hint_query")
+        seen.append((query.id, other and other.id))
+        return rows(self, query, passage, **options)
+
+    def measured(name, *more):
+        seen.clear()
+        assert main(arguments(tmp_path / name, "--seed", "2", *more)) == 0
+        return json.loads((tmp_path / name / "provenance.json").read_text())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Prompt, "rows", watched)
+        own = measured("own")
+        assert {read for _, read in seen} == {None}
+        shuffled = measured("shuffled", "--hint-queries", "shuffled")
+        pairs = {pair for pair in seen if pair[1]}
+        assert {query for query, _ in pairs} == {read for _, read in pairs} == {f"q{i}" for i in range(1, 7)}
+        assert len(seen) > 100
+        assert all(query != read for query, read in seen)
+    assert (own["options"]["hint_queries"], shuffled["options"]["hint_queries"]) == ("own", "shuffled")
+    assert (tmp_path / "own" / WEIGHTS).read_bytes() != (tmp_path / "shuffled" / WEIGHTS).read_bytes()
+    assert own["dev"]["zero_shot"] == shuffled["dev"]["zero_shot"]
+
+
+def test_shuffled_hint_queries_need_hints_and_queries(arguments, train_file, tmp_path, capsys):
+    shuffled = ["--hint-queries", "shuffled"]
+    words = ["--hint-queries shuffled is for --method query_likelihood"]
+    fails(arguments(tmp_path / "mine", *shuffled, "--method", "yes_no"), capsys, tmp_path, *words)
+    train_file.write_text(json.dumps(GROUPS[0]) + "\n")
+    command = arguments(tmp_path / "mine", *shuffled, data=["--train-file", str(train_file)])
+    fails(command, capsys, tmp_path, "--hint-queries shuffled needs two queries")
+    command = ["train", "--adapter", "lora", "--train-file", str(train_file), "--output", str(tmp_path / "mine")]
+    train_file.write_text("".join(json.dumps(group) + "\n" for group in GROUPS))
+    model = command_model(arguments(tmp_path / "mine"))
+    fails([*command, *shuffled, *model], capsys, tmp_path, "--hint-queries: this adapter writes no hints")
+
+
+def command_model(command):
+    """Return the model's options of a command."""
+    return command[command.index("--model") : command.index("--model") + 4]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--split", "train"], ["--split: --train-file has"]),
+        (["--run", "some.trec"], ["--run: --train-file has"]),
+        (["--negative-depth", "50"], ["--negative-depth: --train-file has"]),
+        (["--dev-run", "some.trec"], ["--dev-run needs --collection"]),
+        (["--teacher", "some.trec"], ["--teacher: --loss both has none; take margin_mse or plackett_luce"]),
+    ],
+)
+def test_options_that_would_have_no_effect(arguments, train_file, tmp_path, capsys, more, words):
+    fails(arguments(tmp_path / "mine", *more, data=["--train-file", str(train_file)]), capsys, tmp_path, *words)
+
+
+def test_defaults_that_hang_on_others_are_kept(arguments, tmp_path):
+    assert main(arguments(tmp_path / "mine", "--epochs", "0")) == 0
+    options = json.loads((tmp_path / "mine" / "provenance.json").read_text())["options"]
+    assert (options["split"], options["negative_depth"]) == ("train", 50)
 
 
 def test_negatives_and_dev_candidates_from_runs(arguments, toy_run, tmp_path):
@@ -234,6 +411,7 @@ def test_a_report(arguments, tmp_path):
         ("soft_prompt", ["--loss", "margin_mse"], ["'margin_mse' learns from a teacher"]),
         ("soft_prompt", ["--loss", "hinge"], ["loss", "hinge"]),
         ("soft_prompt", ["--teacher", "nowhere.trec", "--loss", "margin_mse"], ["nowhere.trec"]),
+        ("soft_prompt", ["--report-to", "tensorbord"], ["--report-to tensorbord", "did you mean 'tensorboard'"]),
         ("soft_prompt", ["--measure", "nDGC@10"], ["nDGC", "did you mean 'nDCG'"]),
         ("soft_prompt", ["--measure", "RR@10 R@5"], ["one measure decides"]),
         ("soft_prompt", ["--split", "trian"], ["trian"]),
@@ -304,3 +482,14 @@ def test_an_adapter_of_another_model(arguments, rerank_arguments, saved_model, t
     command = rerank_arguments(tmp_path / "ql.trec", "--adapter", str(output))
     fails(command, capsys, tmp_path, "was trained for", "with weights 000000000000", str(saved_model))
     fails([*command[:-1], str(tmp_path)], capsys, tmp_path, "no adapter in")
+
+
+def test_contexts_that_do_not_all_fit_are_encoded_every_time(arguments, tmp_path, capsys):
+    folders = {cache: tmp_path / cache for cache in ("1", "0.0000001")}
+    for cache, folder in folders.items():
+        assert main(arguments(folder, "--passage-cache", cache)) == 0
+        told = "encoded contexts would take about 0.0 GiB" in capsys.readouterr().err
+        assert told == (cache != "1")
+    kept, encoded = (load_file(folder / WEIGHTS) for folder in folders.values())
+    for name, tensor in kept.items():
+        torch.testing.assert_close(encoded[name], tensor, atol=1e-3, rtol=1e-3)

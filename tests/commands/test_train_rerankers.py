@@ -1,5 +1,6 @@
 """Training of the methods that read the last token, from the command line."""
 
+import itertools
 import json
 
 import pytest
@@ -120,8 +121,10 @@ def test_gradient_checkpointing_changes_nothing(method, arguments, tmp_path):
         torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("loss", ["softmax", "cross_entropy", "ranknet", "pair"])
-@pytest.mark.parametrize("method", ["classifier", "yes_no"])
+@pytest.mark.parametrize(
+    ("method", "loss"),
+    [*itertools.product(["classifier", "yes_no"], ["softmax", "cross_entropy", "ranknet", "pair"]), ("yes_no", "sft")],
+)
 def test_losses(loss, method, arguments, tmp_path):
     assert main(arguments(tmp_path / "mine", "--loss", loss, method=method)) == 0
     facts = json.loads((tmp_path / "mine" / "provenance.json").read_text())
@@ -136,6 +139,8 @@ def test_losses(loss, method, arguments, tmp_path):
     [
         ("classifier", ["--loss", "both"], ["--loss both", "take softmax or cross_entropy"]),
         ("query_likelihood", ["--loss", "cross_entropy"], ["--loss cross_entropy", "--method classifier or yes_no"]),
+        ("classifier", ["--loss", "sft"], ["--loss sft", "only --method yes_no has"]),
+        ("query_likelihood", ["--loss", "sft"], ["--loss sft", "only --method yes_no has"]),
         ("classifier", ["--anchor", "0.1"], ["--anchor", "the model alone has no scores"]),
         ("classifier", ["--template", "plain"], ["--template plain", "the query is its target"]),
         ("query_likelihood", ["--template", "rankllama"], ["--template rankllama", "no target"]),

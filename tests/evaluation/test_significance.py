@@ -15,7 +15,6 @@ from qpeft.evaluation.significance import (
     holm,
     paired_t,
     permutation,
-    ratio_interval,
     wilcoxon,
 )
 
@@ -170,23 +169,3 @@ def test_permutation_of_thousands_of_queries_is_sampled():
     assert permutation(differences, resamples=500, seed=1) == pytest.approx(
         float(stats.ttest_1samp(differences, 0.0).pvalue), abs=0.1
     )
-
-
-def test_ratio_interval_is_that_of_resampled_ratios():
-    above, below = np.array(scores(4, queries=200)), np.array(scores(5, queries=200, gain=0.2))
-    low, high = ratio_interval(above, below, resamples=4000, seed=1)
-    rng = np.random.default_rng(99)
-    drawn = [rng.integers(0, 200, 200) for _ in range(4000)]
-    ratios = [above[some].mean() / below[some].mean() for some in drawn]
-    assert (low, high) == pytest.approx(np.percentile(ratios, [2.5, 97.5]), abs=0.006)
-    assert (low, high) == ratio_interval(above, below, resamples=4000, seed=1)
-    assert ratio_interval(below, below) == pytest.approx((1.0, 1.0)), "drawn together"
-    assert ratio_interval(2 * below, below) == pytest.approx((2.0, 2.0))
-
-
-def test_ratios_to_what_may_be_zero_have_no_interval():
-    below = np.array([0.2, -0.2] * 50)
-    assert ratio_interval(np.ones(100), below) is None
-    assert ratio_interval(np.ones(100), np.full(100, -1.0)) is None
-    assert ratio_interval(np.ones(1), np.ones(1)) is None
-    assert ratio_interval(np.ones(100), below + 1.0) is not None

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from qpeft import methods
 from qpeft.adapters import lora
@@ -9,8 +10,11 @@ from qpeft.adapters._folder import save_adapter
 from qpeft.errors import OptionError
 from qpeft.methods.yes_no import Config, build, build_scorer
 from qpeft.template import Prompt, Template, load_template
+from qpeft.training.config import ReadOut
+from qpeft.training.trainer import Collator, Learner
 from reference import naive_read
 from tiny_adapters import PASSAGES, QUERIES
+from tiny_training import GROUPS
 
 PAIRS = [(query, passage) for query in QUERIES for passage in PASSAGES]
 
@@ -52,6 +56,34 @@ def test_training_and_scoring_agree(family, make_lm, short):
     assert scores.tolist() == pytest.approx(scorer.score(PAIRS), abs=1e-4)
     scores.sum().backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in scorer.adapter.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("name", ["sft", "cross_entropy", "softmax"])
+def test_losses_equal_those_on_the_model_s_own_logits(name, family, make_lm, short):
+    """What the trainer learns, against transformers' logits and torch's cross-entropy, row by row; 1e-4 in float32."""
+    lm = make_lm(family)
+    scorer = build_scorer(Config(template=short), lm)
+    adapter = trained(lm)
+    config = ReadOut(loss=name)
+    batch = Collator(scorer.prompt, config, 0)([(0, group) for group in GROUPS])["batch"]
+    answers = torch.tensor(lm.tokenizer.convert_tokens_to_ids(["yes", "no"]))
+    with adapter.applied():
+        logits = torch.stack([lm.model(torch.tensor([row.context])).logits[0, -1] for row in batch.rows])
+    right = torch.where(torch.arange(len(batch.rows)) % batch.mask.shape[1] == 0, 0, 1)
+    if name == "sft":
+        expected = cross_entropy(logits, answers[right])
+    elif name == "cross_entropy":
+        expected = cross_entropy(logits[:, answers], right)
+    else:
+        odds = (logits[:, answers[0]] - logits[:, answers[1]]).view(batch.mask.shape)
+        expected = cross_entropy(odds, torch.zeros(len(odds), dtype=torch.long))
+    wanted = torch.autograd.grad(expected, list(adapter.parameters()))
+    found = Learner(adapter, lm, config, scorer)(batch)["loss"]
+    assert found.item() == pytest.approx(expected.item(), abs=1e-4)
+    for one, other in zip(torch.autograd.grad(found, list(adapter.parameters())), wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+        assert other.abs().max() > 1e-3
 
 
 def trained(lm):

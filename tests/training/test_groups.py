@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qpeft.data.beir import BeirCollection, write_beir
 from qpeft.errors import FormatError, InputError, OptionError, QueryError, UnknownIdError
 from qpeft.evaluation.answers import has_answer
-from qpeft.training.groups import MiningCounts, draw, groups_from_collection, groups_from_jsonl
+from qpeft.training.groups import MiningCounts, draw, groups_from_collection, groups_from_jsonl, next_queries, unscored
 from qpeft.types import Group, Passage, Query, Ranking, Run
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -323,6 +323,23 @@ def test_files_without_a_group(tmp_path, content):
         groups_from_jsonl(path)
     with pytest.raises(InputError, match=r"none\.jsonl: No such file"):
         groups_from_jsonl(tmp_path / "none.jsonl")
+
+
+def test_what_a_teacher_did_not_score():
+    one, two, three, four = (Passage(name, name) for name in ("one", "two", "three", "four"))
+    groups = [Group(Query("a", "a"), (one, two), (three, four)), Group(Query("b", "b"), (three,), (one,))]
+    teacher = {("a", "one"): 0.0, ("a", "four"): -1.0, ("b", "one"): 2.0, ("c", "three"): 1.0}
+    assert unscored(groups, teacher) == ([("b", "three")], [("a", "three")]), "a second positive is never drawn"
+    assert unscored(groups, {}) == ([("a", "one"), ("b", "three")], [("a", "three"), ("a", "four"), ("b", "one")])
+
+
+def test_the_next_query_of_a_list():
+    a, b, c = (Query(name, name) for name in "abc")
+    assert next_queries([a, b, c]) == {"a": b, "b": c, "c": a}
+    assert next_queries([a, a, b, a]) == {"a": b, "b": a}
+    assert next_queries([]) == {}
+    with pytest.raises(OptionError, match="needs two queries"):
+        next_queries([a, a])
 
 
 @pytest.mark.collections

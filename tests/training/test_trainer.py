@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
+import resource
+from contextlib import nullcontext
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from qpeft import losses
-from qpeft.errors import OptionError, QueryError, ScoreError
+from qpeft import cpu_attention, losses
+from qpeft.errors import OptionError, QueryError, ScoreError, StateError
 from qpeft.training import config as training_config
 from qpeft.training.config import TrainingConfig
 from qpeft.training.dev import DevRanking
-from qpeft.training.trainer import Collator, Learner, fit
+from qpeft.training.trainer import Collator, KeepSteps, Learner, fit
 from tiny_adapters import NAMES, build, with_store
 from tiny_training import FAST, GROUPS, PASSAGES, batch_for, dev_for, prompt_for
 
@@ -51,11 +53,13 @@ def assert_equal(one, other):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mistral"])
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_over_stored_contexts_equal_plain_ones(name, family, make_lm):
+@pytest.mark.parametrize("kernel", ["eager", cpu_attention.NAME])
+def test_gradients_over_encoded_contexts_equal_plain_ones(name, family, kernel, make_lm):
     plain = make_lm(family)
     adapter = build(name, plain, trained=True)
     found = []
-    for lm in (plain, with_store(plain)):
+    for lm in (plain, with_store(plain), with_store(plain, 0)):
+        lm.model.set_attn_implementation(kernel)
         batch, config = batch_for(lm, adapter, anchor=0.1)
         for _ in range(2):  # the second time, contexts come from the store
             adapter.zero_grad()
@@ -64,8 +68,9 @@ def test_gradients_over_stored_contexts_equal_plain_ones(name, family, make_lm):
         gradients = torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
         found.append((out["loss"].detach(), out["scores"], gradients))
     assert found[0][2].abs().max() > 1e-4
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    for whole, kept, encoded in zip(*found, strict=True):
+        torch.testing.assert_close(kept, whole, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(encoded, whole, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -124,7 +129,7 @@ def test_the_anchor_keeps_scores_near_zero_shot(lm, tmp_path):
         batch, config = batch_for(lm, adapter)
         with torch.no_grad():
             scores = Learner(adapter, lm, config)(batch)["scores"]
-            zero_shot = Learner(adapter, lm, config)._scores(batch, None)
+            zero_shot = Learner(adapter, lm, config)._learned(batch, None)[0]
         distances.append(losses.anchor(scores, zero_shot, batch.mask).item())
     assert distances[1] < 0.5 * distances[0]
 
@@ -386,3 +391,70 @@ def test_a_loss_that_is_no_number_ends_the_training(lm, tmp_path):
         adapter.vectors.fill_(torch.nan)
     with pytest.raises(ScoreError, match="the loss became nan"):
         train(lm, adapter, tmp_path)
+
+
+@pytest.mark.parametrize("full", ["adapter.safetensors", "optimizer.pt", "rng_state.pth"])
+def test_a_full_disk_leaves_the_checkpoint_before_it(full, lm, tmp_path):
+    whole, adapter, again = (build("soft_prompt", lm) for _ in range(3))
+    fitted = train(lm, whole, tmp_path / "whole", dev=True)
+    folder, limits = tmp_path / "full", resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class FillDisk(TrainerCallback):
+        """Lets no file grow as large as this one of the checkpoint before; what is written ahead of it is smaller."""
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                size = (folder / "checkpoint-3" / full).stat().st_size
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limits[1]))
+
+    try:
+        with pytest.raises(StateError, match=r"full/checkpoint-4 cannot be written: ."):
+            train(lm, adapter, folder, dev=True, callbacks=[FillDisk()])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (folder / "checkpoint-4").exists()
+    resumed = train(lm, again, folder, dev=True, resume=True)
+    assert_equal(state(again), state(whole))
+    assert (resumed.history, resumed.dev) == (fitted.history, fitted.dev)
+
+
+def test_a_folder_that_cannot_be_made_is_named(lm, tmp_path):
+    (tmp_path / "checkpoint-1").write_text("in the way")
+    with pytest.raises(StateError, match="checkpoint-1 cannot be written: "):
+        train(lm, build("soft_prompt", lm), tmp_path)
+
+
+def kept_steps(lm, folder, values, *, every, kill=None, **options):
+    """Train, in two parts if it is killed, and return the steps that were kept, with what was kept of them."""
+    kept = {}
+    for resume in (False, True) if kill else (False,):
+        adapter = build("soft_prompt", lm)
+        keeping = KeepSteps(every, lambda step, adapter=adapter: kept.update({step: state(adapter)}))
+        dev = Scripted(values[kill or 0 :] if resume else values) if values else None
+        kills = [KillAt(kill)] if kill and not resume else []
+        with pytest.raises(KilledError) if kills else nullcontext():
+            train(lm, adapter, folder, dev=dev, resume=resume, callbacks=[keeping, *kills], **options)
+    return kept
+
+
+@pytest.mark.parametrize("kill", [None, 3])
+def test_the_last_step_is_kept_too(kill, lm, tmp_path):
+    kept = kept_steps(lm, tmp_path / "a", None, every=4, kill=kill)
+    assert sorted(kept) == [0, 4, 6]
+    values = [0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
+    stopped = kept_steps(lm, tmp_path / "b", values, every=3, kill=kill, patience=4)
+    assert sorted(stopped) == [0, 3, 5]
+    assert not torch.equal(stopped[5]["vectors"], kept[6]["vectors"])
+    best = build("soft_prompt", lm)
+    train(lm, best, tmp_path / "c", dev=Scripted(values), patience=4)
+    assert not torch.equal(stopped[5]["vectors"], best.vectors), "the last, and not the best"
+
+
+def test_a_training_that_patience_ended_stays_ended(lm, tmp_path):
+    values = [0.5, 0.4, 0.3, 0.9, 0.9, 0.9]
+    adapter, again = build("soft_prompt", lm), build("soft_prompt", lm)
+    fitted = train(lm, adapter, tmp_path, dev=Scripted(values), patience=2)
+    finished = train(lm, again, tmp_path, dev=Scripted(values[3:]), patience=2, resume=True)
+    assert finished.steps == fitted.steps == 3
+    assert (finished.history, finished.dev) == (fitted.history, fitted.dev)
+    assert_equal(state(again), state(adapter))

@@ -68,7 +68,7 @@ class CosineAttention(nn.Module):
             states: `[B, m, context]`, for an attention that was built with `context`.
         """
         q, k = self._centred(query) @ self.query.T, self._centred(passage) @ self.key.T
-        v = self.value(passage / self._scale)
+        v = self.value(passage) / self._scale
         if states is not None and self.context_key is not None and self.context_value is not None:
             states = nn.functional.layer_norm(states.float(), states.shape[-1:])
             k, v = k + self.context_key(states), v + self.context_value(states)

@@ -116,6 +116,11 @@ class LoraAdapter(Adapter):
         }
         return {place: counts[place] for place in component_table(self._frozen[0]).values() if place in counts}
 
+    def scales(self) -> dict[Place, float]:
+        """Return what the product of each addition's matrices is multiplied with, alpha / r; places as `places`."""
+        found = {place: float(layer.scaling[self.label]) for place, layer in self._placed}
+        return {place: found[place] for place in self.places()}
+
     @contextmanager
     def only(self, active: Collection[Place]) -> Iterator[None]:
         """Let only the additions at these places act, within this context; the others are scaled to zero.

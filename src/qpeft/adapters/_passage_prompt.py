@@ -21,12 +21,16 @@ class PassagePrompt(PromptAdapter):
     def __init__(self, config: Config, lm: CausalLM) -> None:
         if config.k < 1:
             raise OptionError(f"--k is {config.k}; it must be at least 1")
+        if config.most is not None and config.most < 1:
+            raise OptionError(f"--most is {config.most}; it must be at least 1")
         table = whole_table(lm)
         super().__init__(lm, table)
         self.config = config
         ids = lm.tokenizer(config.instruction, add_special_tokens=False)["input_ids"] if config.instruction else []
         self.instruction = nn.Parameter(table[torch.tensor(ids, dtype=torch.long)] / self.scale)
         self.attention = None
+        # Where half of the context is kept for hints, the passage has no more tokens than that.
+        self.most = config.k if config.form == "attend" else config.most or -(-lm.max_length // 2)
         if config.form == "attend":
             draw = torch.randint(len(table), (config.k,), generator=torch.Generator().manual_seed(config.init_seed))
             self.readers = nn.Parameter(table[draw.to(table.device)] / self.scale)
@@ -35,8 +39,8 @@ class PassagePrompt(PromptAdapter):
         self.to(lm.device)
 
     def hint_length(self, query_tokens: int) -> int:
-        """Return k and the instruction."""
-        return self.config.k + len(self.instruction)
+        """Return the most vectors that there can be, and the instruction."""
+        return self.most + len(self.instruction)
 
     def forward(self, pairs: Pairs) -> Hints:
         """Read the passage and write."""
@@ -44,7 +48,7 @@ class PassagePrompt(PromptAdapter):
         passage = self.look_up_frozen(pairs.passage)
         weights = None
         if self.attention is None:
-            content, mask = passage[:, : self.config.k], pairs.passage_mask[:, : self.config.k]
+            content, mask = passage[:, : self.most], pairs.passage_mask[:, : self.most]
         else:
             readers = (self.scale * self.readers).expand(rows, -1, -1)
             content, weights = self.attention(readers, passage, pairs.passage_mask)

@@ -6,6 +6,7 @@ from torch import nn
 
 from qpeft.adapters._attention import CosineAttention, DefaultAttention
 from qpeft.adapters._base import HintNetwork, Markers, PromptAdapter, whole_table
+from qpeft.adapters._soft_prompt import beside_a_hint
 from qpeft.adapters._token_filter import TokenFilter
 from qpeft.adapters.qpeft_a import Config
 from qpeft.hints import Hints, Pairs
@@ -20,6 +21,8 @@ class QPeftA(PromptAdapter):
         lm: the frozen model.
         reads_layer: hidden states that keys and values read besides embeddings, for `qpeft_c`.
     """
+
+    config: Config
 
     def __init__(self, config: Config, lm: CausalLM, reads_layer: int | None = None) -> None:
         table = whole_table(lm)
@@ -43,11 +46,12 @@ class QPeftA(PromptAdapter):
                 context=0 if reads_layer is None else lm.model.config.get_text_config().hidden_size,
             )
         self.network = HintNetwork(self.width, config.mlp_hidden, config.mlp_layers, config.mlp_init, self.scale)
+        self.soft = beside_a_hint(config.soft_length, lm)
         self.to(lm.device)
 
     def hint_length(self, query_tokens: int) -> int:
-        """Return the query's tokens and the markers."""
-        return query_tokens + len(self.markers)
+        """Return the query's tokens, the markers, and the vectors before them."""
+        return self.config.soft_length + query_tokens + len(self.markers)
 
     def forward(self, pairs: Pairs) -> Hints:
         """Attend and write."""
@@ -56,4 +60,5 @@ class QPeftA(PromptAdapter):
             self.look_up(pairs.query), self.look_up_frozen(pairs.passage), allowed, pairs.states
         )
         vectors, mask = self.markers.around(read, pairs.query_mask, self)
-        return Hints(self.network(vectors), mask, attention=weights)
+        hints = Hints(self.network(vectors), mask, attention=weights)
+        return hints if self.soft is None else self.soft.before(pairs, hints)

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from qpeft.adapters._base import HintNetwork, Markers, PromptAdapter, whole_table
+from qpeft.adapters._soft_prompt import beside_a_hint
 from qpeft.adapters._token_filter import TokenFilter, first_occurrences
 from qpeft.adapters.qpeft_r import Config
 from qpeft.errors import OptionError
 from qpeft.hints import Hints, Pairs
 from qpeft.lm import CausalLM
+
+PRIME = 2**31 - 1
 
 
 class QPeftR(PromptAdapter):
@@ -29,24 +32,29 @@ class QPeftR(PromptAdapter):
         self.markers = Markers(lm.tokenizer, config.hint_prefix, config.hint_suffix, lm.device)
         self.filter = TokenFilter(config.token_filter, lm.tokenizer, lm.embeddings.weight.shape[0], lm.device)
         self.network = HintNetwork(self.width, config.mlp_hidden, config.mlp_layers, config.mlp_init, self.scale)
+        self.soft = beside_a_hint(config.soft_length, lm)
         self.to(lm.device)
 
     def hint_length(self, query_tokens: int) -> int:
-        """Return k and the markers."""
-        return self.config.k + len(self.markers)
+        """Return k, the markers, and the vectors before them."""
+        return self.config.soft_length + self.config.k + len(self.markers)
 
     def forward(self, pairs: Pairs) -> Hints:
         """Choose tokens and write them."""
         chosen = self.choose(pairs)
         ids = pairs.passage.gather(1, chosen.clamp(min=0))
         vectors, mask = self.markers.around(self.look_up(ids), chosen >= 0, self)
-        return Hints(self.network(vectors), mask, chosen=chosen)
+        hints = Hints(self.network(vectors), mask, chosen=chosen)
+        return hints if self.soft is None else self.soft.before(pairs, hints)
 
     @torch.no_grad()
     def choose(self, pairs: Pairs) -> Tensor:
         """Return the positions of the chosen passage tokens, best first, `[B, k]`; −1 where there are no more."""
         allowed = self.filter(pairs.query, pairs.query_mask, pairs.passage, pairs.passage_mask)
-        scores = _scatter(pairs)[:, None] if self.config.select == "random" else self._similarities(pairs)
+        if self.config.select == "random":
+            scores = _scatter(pairs, self.config.select_seed)[:, None]
+        else:
+            scores = self._similarities(pairs)
         if self.filter.distinct:
             allowed = first_occurrences(pairs.passage, allowed)
             scores = scores.amax(1, keepdim=True)
@@ -69,7 +77,16 @@ class QPeftR(PromptAdapter):
         return scores.masked_fill(~pairs.query_mask[:, :, None], -torch.inf)
 
 
-def _scatter(pairs: Pairs) -> Tensor:
-    """Return a pseudo-random number for each passage token, `[B, m]`, that depends on token and query alone."""
+def _scatter(pairs: Pairs, seed: int) -> Tensor:
+    """Return a pseudo-random number for each passage token, `[B, m]`, that depends on token, query and seed alone.
+
+    Adding what belongs to the query only turns one order of all tokens, which is what seed 0 does. With other seeds
+    x → x^5 comes after it, twice: a permutation, so that no two tokens meet, and far from linear.
+    """
     salt = (pairs.query * pairs.query_mask * 7919).sum(1, keepdim=True)
-    return ((pairs.passage * 1_103_515_245 + salt * 12_345) % 2_147_483_647 * 48_271 % 2_147_483_647).float()
+    mixed = (pairs.passage * 1_103_515_245 + salt * 12_345) % PRIME
+    for turn in (1, 2) if seed else ():
+        mixed = (mixed + turn * seed * 69_621) % PRIME
+        squared = mixed * mixed % PRIME
+        mixed = squared * squared % PRIME * mixed % PRIME
+    return (mixed * 48_271 % PRIME).float()

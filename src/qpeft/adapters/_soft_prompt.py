@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -43,3 +45,20 @@ class SoftPrompt(PromptAdapter):
         """Return the same vectors for every row."""
         vectors = (self.scale * self.vectors).expand(len(pairs.query), -1, -1)
         return Hints(vectors, torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device))
+
+    def before(self, pairs: Pairs, hints: Hints) -> Hints:
+        """Return hints `[B, L, d]` with these vectors before them, `[B, T + L, d]`."""
+        own = self(pairs)
+        vectors, mask = torch.cat([own.vectors, hints.vectors], 1), torch.cat([own.mask, hints.mask], 1)
+        return replace(hints, vectors=vectors, mask=mask)
+
+
+def beside_a_hint(length: int, lm: CausalLM) -> SoftPrompt | None:
+    """Return a soft prompt of so many vectors, for an adapter that is trained together with one; None of none.
+
+    Raises:
+        OptionError: fewer than none.
+    """
+    if length < 0:
+        raise OptionError(f"--soft-length is {length}; it must be at least 0")
+    return SoftPrompt(Config(length), lm) if length else None

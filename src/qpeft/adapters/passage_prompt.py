@@ -23,7 +23,9 @@ class Config:
     form: Literal["attend", "all"] = "attend"
     """What of the passage becomes a hint."""
     k: int = 10
-    """Vectors (attend), or passage tokens at most (all)."""
+    """Vectors (attend)."""
+    most: int | None = None
+    """Passage tokens that become hints at most (all); by default every one, for which half of the context is kept."""
     instruction: str = "hints:"
     """What the trained vectors before the hint start as."""
     num_heads: int = 2

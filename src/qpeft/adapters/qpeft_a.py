@@ -5,6 +5,8 @@
 
 The query acts through the attention weights alone, the content is the passage's: a passage that lacks the matter
 cannot supply it.
+
+With `soft_length`, vectors of a soft prompt (`soft_prompt`) stand before the hint and are trained together with it.
 """
 
 from __future__ import annotations
@@ -49,6 +51,8 @@ class Config:
     """residual_zero: changes nothing at the start; default: full width, PyTorch's initialisation."""
     token_table: Table = "frozen"
     """Whether query and markers are looked up in a trainable copy of the embedding table."""
+    soft_length: int = 0
+    """Vectors of a soft prompt before the hint, trained together with it and the same for every pair."""
 
 
 @dataclass(frozen=True)

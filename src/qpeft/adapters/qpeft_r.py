@@ -5,9 +5,10 @@
     s = MLP( E[ prefix ; tokens 1 … k ; suffix ] )
 
 Choosing is not differentiable: what learns is the MLP, and the table where it is trainable. A passage with fewer than k
-tokens gives fewer hints.
+tokens gives fewer hints. With `soft_length`, vectors of a soft prompt (`soft_prompt`) stand before the hint and are
+trained together with it.
 
-The control `select: random` takes k pseudo-random tokens instead, a fixed function of query and passage.
+The control `select: random` takes k pseudo-random tokens instead, a fixed function of query, passage and `select_seed`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Config:
     """Passage tokens in the hint."""
     select: Literal["similar", "random"] = "similar"
     """Tokens like the query's; random ones are a control."""
+    select_seed: int = 0
+    """Of the random choice; 0: one order of all tokens, which the query only turns."""
     similarity: Literal["cosine", "dot"] = "cosine"
     """How token vectors are compared."""
     similarity_table: Table = "frozen"
@@ -50,6 +53,8 @@ class Config:
     """residual_zero: an untrained hint is plain text; default: full width, PyTorch's initialisation."""
     token_table: Table = "frozen"
     """Whether hint tokens are looked up in a trainable copy of the embedding table."""
+    soft_length: int = 0
+    """Vectors of a soft prompt before the hint, trained together with it and the same for every pair."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ class Ablated:
     """Ranks candidates under several sets of active additions.
 
     The first candidates are ranked both ways, with shared states and without. If any score differs by a bit, or states
-    cannot be shared, all is done without; `why_not` says why.
+    cannot be shared, all is done without. Where batches change from one set to the next, as when memory runs out, that
+    is so for the candidates at hand alone. `why_not` says why the last ones were ranked without; it is empty if not.
 
     Args:
         lm: the model.
@@ -66,7 +67,13 @@ class Ablated:
         if self._replay is None:
             return self._plain(items)
         if self._checked:
-            return self._shared(items, self._replay)
+            try:
+                found = self._shared(items, self._replay)
+            except ModelError as error:
+                self.why_not = str(error)
+                return self._plain(items)
+            self.why_not = ""
+            return found
         self._checked = True
         expected = self._plain(items)
         try:

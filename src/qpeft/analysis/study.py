@@ -1,30 +1,30 @@
 """Studies of where relevance is learned: what is compared, and what was found.
 
 A study asks what a measure is when only some additions of some adapters act, on the same candidates. Adapters that
-differ by seed alone are averaged, query by query; intervals are 95 % bootstrap intervals over queries, of paired
-differences. With M(0) for no additions, M(c) for some and M(full) for all:
+differ by seed alone are averaged, query by query; intervals are over queries and seeds (`study_intervals.py`). With
+M(c) for some additions, M(full) for those that others are compared with, M(0) for the adapters of M(full) without any:
 
     drop M(full) − M(c)      gain M(c) − M(0)      share M(c) / M(full)      recovered (M(c) − M(0)) / (M(full) − M(0))
 
 The share of the measure flatters: M(0) is seldom near 0. The share of the gain does not. M(0) keeps whatever else an
-adapter has, such as a score head, and is taken of the same adapters as M(c).
+adapter has, such as a score head. A study has one M(0), so that gains of any two lines can be compared: what other
+adapters would be without their additions, with heads of their own, enters none of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from qpeft.adapters._lora_targets import Place
-from qpeft.analysis.ablation import ALL, NONE, Ablation, Places, of_components, of_layers, of_projections
-from qpeft.errors import OptionError
-from qpeft.evaluation.significance import Floats, bootstrap_interval, ratio_interval
+from qpeft.analysis.ablation import NONE, Ablation, Places
+from qpeft.analysis.study_intervals import Interval, draws, interval, ratio_interval
+from qpeft.evaluation.significance import Floats
 
-Interval = tuple[float, float] | None
 Values = Mapping[tuple[int, Places], Floats]
 """Values of the measure, one for each query, by adapter (its index) and the additions that act."""
 
@@ -40,9 +40,12 @@ class Subject:
         seed: of its training, where that is known.
         places: parameters of each addition.
         step: of a checkpoint.
-        prompt: fingerprint of how input is written, if the adapter has nothing but additions: then two that agree in it
-            are the same without additions. None otherwise.
+        scales: what each addition is multiplied with, in the order of `places`.
         method: that it was trained for.
+        loss: that it was trained with, where that is known.
+        prompt: fingerprint of how input is written.
+        only_additions: whether it has nothing else, such as a head: then two that agree in how input is written are the
+            same without additions.
     """
 
     folder: str
@@ -51,8 +54,11 @@ class Subject:
     seed: int | None
     places: Mapping[Place, int]
     step: int | None = None
-    prompt: str | None = None
+    scales: tuple[float, ...] = ()
     method: str = "query_likelihood"
+    loss: str | None = None
+    prompt: str = ""
+    only_additions: bool = False
 
     @property
     def parameters(self) -> int:
@@ -76,21 +82,20 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Design:
-    """What a study measures; `full` is the line that the others are compared with, where there is one."""
+    """What a study measures; `full` is the line that the others are compared with, and whose adapters have M(0)."""
 
     study: str
     lines: tuple[Line, ...]
-    full: Line | None
+    full: Line
 
     def sets(self, adapter: int) -> list[Places]:
-        """Return the sets of additions that are needed of one adapter, each once; the empty one always is."""
-        active = (line.ablation.active for line in self.lines if adapter in line.adapters)
-        return list(dict.fromkeys([frozenset(), *active]))
+        """Return the sets of additions that are needed of one adapter, each once."""
+        return list(dict.fromkeys(line.ablation.active for line in self.lines if adapter in line.adapters))
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was found for one line; see the formulas above. What does not apply, or is not defined, is None.
+    """What was found for one line; see the formulas above. What is not defined is None.
 
     Attributes:
         kind: the question.
@@ -101,8 +106,8 @@ class Finding:
         adapters: by index.
         mean: of the measure.
         means: the same for each adapter.
-        drop: and the others as above, each with its interval.
         per_query: mean over the adapters, in the order of the study's queries.
+        drop: and the others as above, each with its interval; those have none where there is a single query.
     """
 
     kind: str
@@ -113,15 +118,15 @@ class Finding:
     adapters: tuple[int, ...]
     mean: float
     means: tuple[float, ...]
-    drop: float | None
-    drop_interval: Interval
-    gain: float
-    gain_interval: Interval
-    share: float | None
-    share_interval: Interval
-    recovered: float | None
-    recovered_interval: Interval
     per_query: tuple[float, ...] = field(repr=False)
+    drop: float = 0.0
+    drop_interval: Interval = None
+    gain: float = 0.0
+    gain_interval: Interval = None
+    share: float | None = None
+    share_interval: Interval = None
+    recovered: float | None = None
+    recovered_interval: Interval = None
 
 
 @dataclass(frozen=True)
@@ -129,15 +134,15 @@ class Study:
     """A finished study.
 
     Attributes:
-        study: layers, projections, components, ranks or checkpoints.
+        study: layers, projections, components, ranks, checkpoints or losses.
         measure: its notation.
         collection: name of the collection and its split.
         depth: candidates of a query.
         queries: ids.
         subjects: the adapters, without their additions one by one.
         findings: line by line.
-        full: name of the line that others are compared with; empty where there is none.
-        work: layers run, layers that would have been run without sharing states, and why there was none.
+        full: name of the line that others are compared with.
+        work: layers run, layers that would have been run without sharing states, and why some, or all, were not shared.
         made: provenance.
     """
 
@@ -160,6 +165,19 @@ class Study:
         """Return the finding of that name, where there is one."""
         return next((each for each in self.findings if each.name == name), None)
 
+    def difference(self, one: str, other: str) -> tuple[float, Interval] | None:
+        """Return the difference of two lines' measures with its interval; None where a line is missing."""
+        pair = [found for found in (self.find(one), self.find(other)) if found is not None]
+        if len(pair) < 2:
+            return None
+        _, found = compared(pair, [each["seed"] for each in self.subjects], full=one, none=one)
+        return found.drop, found.drop_interval
+
+    def compared_again(self) -> Study:
+        """Return the study with all that follows from its lines' values taken from these anew."""
+        seeds = [each["seed"] for each in self.subjects]
+        return dataclasses.replace(self, findings=compared(self.findings, seeds, self.full))
+
     def as_dict(self) -> dict[str, Any]:
         """Return what JSON can hold."""
         return dataclasses.asdict(self)
@@ -175,93 +193,13 @@ class Study:
         return cls(**(found | {"findings": tuple(Finding(**tuples(each)) for each in facts["findings"])}))
 
 
-def bases(subjects: Sequence[Subject]) -> list[int]:
-    """Return for each adapter the first one that is the same without additions; itself, if no other is."""
+def bases(design: Design, subjects: Sequence[Subject]) -> dict[int, int]:
+    """Return, of each adapter whose M(0) is needed, the first of them that is the same without additions."""
     first: dict[str, int] = {}
-    return [
-        index if subject.prompt is None else first.setdefault(subject.prompt, index)
-        for index, subject in enumerate(subjects)
-    ]
-
-
-def layers(subjects: Sequence[Subject], window: int) -> Design:
-    """Return the study of layers; all adapters are seeds of one.
-
-    Raises:
-        OptionError: adapters with additions in different places, or a window that is too large.
-    """
-    every = _alike(subjects, range(len(subjects)))
-    places = subjects[0].places
-    return _ablations("layers", [Line(each, every) for each in of_layers(places, window)], subjects[0], every)
-
-
-def projections(subjects: Sequence[Subject], grid: bool) -> Design:
-    """Return the study of projections; all adapters are seeds of one.
-
-    Raises:
-        OptionError: adapters with additions in different places.
-    """
-    every = _alike(subjects, range(len(subjects)))
-    lines = [Line(each, every) for each in of_projections(subjects[0].places, grid=grid)]
-    return _ablations("projections", lines, subjects[0], every)
-
-
-def components(subjects: Sequence[Subject]) -> Design:
-    """Return the study of components: adapters trained with attention, the MLP or both, grouped by that and by rank.
-
-    Of those trained with both, the two components are also measured alone.
-
-    Raises:
-        OptionError: adapters with both components of several ranks, or none; or places differ within a group.
-    """
-    groups = _groups(subjects, lambda each: (each.component, each.rank))
-    full = [key for key in groups if key[0] == "both"]
-    if len(full) != 1:
-        found = ", ".join(str(rank) for _, rank in full) or "none"
-        raise OptionError(f"components: give adapters trained with both components, all of one rank; ranks: {found}")
-    lines = []
-    order = {"both": 0, "attention": 1, "mlp": 2}
-    for x, (key, members) in enumerate(sorted(groups.items(), key=lambda item: (order[item[0][0]], item[0][1]))):
-        component, rank = key
-        places = frozenset(subjects[members[0]].places)
-        lines.append(Line(Ablation("trained with", f"trained: {component}, rank {rank}", places, x), members))
-    both = groups[full[0]]
-    lines += [Line(each, both) for each in of_components(subjects[both[0]].places)]
-    return Design("components", (*lines, Line(Ablation("reference", NONE, frozenset()), both)), lines[0])
-
-
-def ranks(subjects: Sequence[Subject]) -> Design:
-    """Return the study of ranks; they are compared with the highest.
-
-    Raises:
-        OptionError: fewer than two ranks, or adapters with additions in different places.
-    """
-    _alike(subjects, range(len(subjects)))
-    groups = _groups(subjects, lambda each: each.rank)
-    if len(groups) < 2:
-        raise OptionError(f"ranks: all adapters have rank {subjects[0].rank}; give --adapter of several")
-    places = frozenset(subjects[0].places)
-    lines = [Line(Ablation("rank", f"rank {rank}", places, rank), members) for rank, members in sorted(groups.items())]
-    return _with_none("ranks", lines, lines[-1])
-
-
-def checkpoints(subjects: Sequence[Subject]) -> Design:
-    """Return the study of steps; they are compared with the last.
-
-    Raises:
-        OptionError: fewer than two steps, adapters whose steps differ, or additions in different places.
-    """
-    _alike(subjects, range(len(subjects)))
-    groups = _groups(subjects, lambda each: -1 if each.step is None else each.step)
-    if len(groups) < 2:
-        raise OptionError("checkpoints: give folders with the states of several steps (qpeft train --keep-every)")
-    sizes = {step: len(members) for step, members in groups.items()}
-    if len(set(sizes.values())) > 1:
-        odd = min(sizes, key=lambda step: (sizes[step], step))
-        raise OptionError(f"checkpoints: step {odd} is not there for every adapter")
-    places = frozenset(subjects[0].places)
-    lines = [Line(Ablation("step", f"step {step}", places, step), members) for step, members in sorted(groups.items())]
-    return _with_none("checkpoints", lines, lines[-1])
+    return {
+        index: first.setdefault(subjects[index].prompt, index) if subjects[index].only_additions else index
+        for index in design.full.adapters
+    }
 
 
 def findings(design: Design, subjects: Sequence[Subject], values: Values) -> tuple[Finding, ...]:
@@ -272,70 +210,65 @@ def findings(design: Design, subjects: Sequence[Subject], values: Values) -> tup
         subjects: the adapters.
         values: by adapter and active additions, `[queries]`.
     """
-    full = None if design.full is None else _mean(values, design.full.adapters, design.full.ablation.active)
-    full_gain = None
-    if design.full is not None and full is not None:
-        full_gain = full - _mean(values, design.full.adapters, frozenset())
-    return tuple(_finding(line, subjects, values, full, full_gain) for line in design.lines)
+    measured = [_measured(line, subjects, values) for line in design.lines]
+    return compared(measured, [each.seed for each in subjects], design.full.ablation.name)
 
 
-def _finding(
-    line: Line, subjects: Sequence[Subject], values: Values, full: Floats | None, full_gain: Floats | None
-) -> Finding:
+def compared(lines: Sequence[Finding], seeds: Sequence[int | None], full: str, none: str = NONE) -> tuple[Finding, ...]:
+    """Return lines with all that follows from their measures: differences, shares and intervals.
+
+    Args:
+        lines: measured.
+        seeds: of all adapters.
+        full: name of the line of M(full).
+        none: name of that of M(0).
+    """
+    places = {each.name: place for place, each in enumerate(lines)}
+    per_query = np.array([each.per_query for each in lines])
+    drawn = draws(per_query, [_by_seed(each, seeds) for each in lines])
+    of_full, of_none = lines[places[full]].mean, lines[places[none]].mean
+    drawn_full, drawn_none = drawn[places[full]], drawn[places[none]]
+    several = per_query.shape[1] > 1
+    return tuple(
+        dataclasses.replace(
+            line,
+            drop=of_full - line.mean,
+            drop_interval=interval(drawn_full - own) if several else None,
+            gain=line.mean - of_none,
+            gain_interval=interval(own - drawn_none) if several else None,
+            share=_ratio(line.mean, of_full),
+            share_interval=ratio_interval(own, drawn_full) if several else None,
+            recovered=_ratio(line.mean - of_none, of_full - of_none),
+            recovered_interval=ratio_interval(own - drawn_none, drawn_full - drawn_none) if several else None,
+        )
+        for line, own in zip(lines, drawn, strict=True)
+    )
+
+
+def _measured(line: Line, subjects: Sequence[Subject], values: Values) -> Finding:
     ablation = line.ablation
-    own = _mean(values, line.adapters, ablation.active)
-    gain = own - _mean(values, line.adapters, frozenset())
-    drop = None if full is None else full - own
-    places = subjects[line.adapters[0]].places
+    own = np.array([values[index, ablation.active] for index in line.adapters])
     return Finding(
         kind=ablation.kind,
         name=ablation.name,
         x=ablation.x,
         projection=ablation.projection,
-        parameters=sum(count for place, count in places.items() if place in ablation.active),
+        parameters=sum(n for place, n in subjects[line.adapters[0]].places.items() if place in ablation.active),
         adapters=line.adapters,
         mean=float(own.mean()),
-        means=tuple(float(values[index, ablation.active].mean()) for index in line.adapters),
-        drop=None if drop is None else float(drop.mean()),
-        drop_interval=None if drop is None else bootstrap_interval(drop),
-        gain=float(gain.mean()),
-        gain_interval=bootstrap_interval(gain),
-        share=_ratio(own, full),
-        share_interval=None if full is None else ratio_interval(own, full),
-        recovered=_ratio(gain, full_gain),
-        recovered_interval=None if full_gain is None else ratio_interval(gain, full_gain),
-        per_query=tuple(round(float(value), 6) for value in own),
+        means=tuple(float(mean) for mean in own.mean(axis=1)),
+        per_query=tuple(round(float(value), 6) for value in own.mean(axis=0)),
     )
 
 
-def _ratio(above: Floats, below: Floats | None) -> float | None:
-    return None if below is None or below.mean() <= 0 else float(above.mean() / below.mean())
+def _by_seed(line: Finding, seeds: Sequence[int | None]) -> dict[Hashable, float]:
+    """Return means by seed; by adapter, where seeds are not known or one stands twice."""
+    own = [seeds[index] for index in line.adapters]
+    names: Sequence[Hashable] = (
+        own if None not in own and len(set(own)) == len(own) else [f"#{i}" for i in line.adapters]
+    )
+    return dict(zip(names, line.means, strict=True))
 
 
-def _mean(values: Values, adapters: Sequence[int], active: Places) -> Floats:
-    mean: Floats = np.mean([values[index, active] for index in adapters], axis=0)
-    return mean
-
-
-def _ablations(study: str, lines: Sequence[Line], subject: Subject, every: tuple[int, ...]) -> Design:
-    full = Line(Ablation("reference", ALL, frozenset(subject.places)), every)
-    return _with_none(study, [full, *lines], full)
-
-
-def _with_none(study: str, lines: Sequence[Line], full: Line) -> Design:
-    return Design(study, (*lines, Line(Ablation("reference", NONE, frozenset()), full.adapters)), full)
-
-
-def _groups(subjects: Sequence[Subject], key: Any) -> dict[Any, tuple[int, ...]]:
-    groups: dict[Any, list[int]] = {}
-    for index, subject in enumerate(subjects):
-        groups.setdefault(key(subject), []).append(index)
-    return {name: _alike(subjects, members) for name, members in groups.items()}
-
-
-def _alike(subjects: Sequence[Subject], members: Sequence[int]) -> tuple[int, ...]:
-    first = subjects[members[0]]
-    for index in members:
-        if set(subjects[index].places) != set(first.places):
-            raise OptionError(f"{subjects[index].folder} has additions at other places than {first.folder}")
-    return tuple(members)
+def _ratio(above: float, below: float) -> float | None:
+    return above / below if below > 0 else None

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from qpeft.adapters._lora_targets import PROJECTIONS
 from qpeft.analysis.ablation import NONE
 from qpeft.analysis.plots import INK, SERIES, STYLE, grid, svg
-from qpeft.analysis.study import Finding, Interval, Study
+from qpeft.analysis.study import Finding, Study
+from qpeft.analysis.study_intervals import Interval
 from qpeft.data.files import replacing, write_text
 
 From = Literal["full", "none"]
@@ -61,6 +62,7 @@ def _figures(study: Study) -> Iterator[tuple[str, str, Figure]]:
         "components": _components,
         "ranks": _ranks,
         "checkpoints": _checkpoints,
+        "losses": _losses,
     }
     yield from draw[study.study](study)
 
@@ -94,19 +96,27 @@ def _projections(study: Study) -> Iterator[tuple[str, str, Figure]]:
 
 
 def _components(study: Study) -> Iterator[tuple[str, str, Figure]]:
-    ordered = [*study.of("one component acts"), *reversed(study.of("trained with"))]
+    yield "components", "Attention and the MLP", _gains(study, ("one component acts", "trained with"))
+
+
+def _losses(study: Study) -> Iterator[tuple[str, str, Figure]]:
+    yield "losses", "By loss", _gains(study, ("loss",))
+
+
+def _gains(study: Study, kinds: Sequence[str]) -> Figure:
+    ordered = [each for kind in kinds for each in reversed(study.of(kind))]
     figure = Figure(figsize=(7.2, 0.5 * len(ordered) + 1.1), layout="constrained")
     axes = figure.add_subplot()
     for y, each in enumerate(ordered):
         low, high = each.gain_interval or (each.gain, each.gain)
-        colour, marker, _ = SERIES[0 if each.kind == "trained with" else 1]
+        colour, marker, _ = SERIES[1 if each.kind == "one component acts" else 0]
         axes.plot([low, high], [y, y], color=colour, linewidth=1.6)
         axes.plot([each.gain], [y], marker, color=colour, markersize=7)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(ordered)), [each.name for each in ordered])
     axes.set(xlabel=f"gain in {study.measure} over no additions", ylim=(-0.6, len(ordered) - 0.4))
     axes.grid(axis="x", color=INK, alpha=0.15, linewidth=0.8)
-    yield "components", "Attention and the MLP", figure
+    return figure
 
 
 def _ranks(study: Study) -> Iterator[tuple[str, str, Figure]]:
@@ -153,7 +163,7 @@ def _series(axes: Axes, found: Sequence[Finding], place: int, label: str, read_f
 
 def _around(each: Finding, read_from: From) -> tuple[float, float]:
     """Return an interval around a mean, as wide as that of its difference to what it is read from."""
-    if read_from == "full" and each.drop is not None:
+    if read_from == "full":
         low, high = each.drop_interval or (each.drop, each.drop)
         full = each.mean + each.drop
         return full - high, full - low
@@ -184,7 +194,7 @@ def _heat_maps(study: Study) -> Figure:
     figure = Figure(figsize=(7.6, 0.36 * len(rows) + 1.6), layout="constrained")
     panels: tuple[tuple[str, list[Finding], Callable[[Finding], tuple[float, Interval]]], ...] = (
         ("gain of one alone", alone, lambda each: (each.gain, each.gain_interval)),
-        ("drop without it", without, lambda each: (each.drop or 0.0, each.drop_interval)),
+        ("drop without it", without, lambda each: (each.drop, each.drop_interval)),
     )
     for place, (title, found, value) in enumerate(panels, start=1):
         axes = figure.add_subplot(1, 2, place)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from qpeft.analysis.ablation import NONE
 from qpeft.analysis.pages import render
-from qpeft.analysis.study import Finding, Interval, Study
+from qpeft.analysis.study import Finding, Study
 from qpeft.analysis.study_figures import Drawn, write_figures
+from qpeft.analysis.study_intervals import Interval
 from qpeft.data.files import make_folder, write_text
 from qpeft.evaluation.tables import Cell, Table, interval, number
 
@@ -19,6 +20,7 @@ TITLES = {
     "components": "Attention or the MLP",
     "ranks": "How much rank relevance needs",
     "checkpoints": "How relevance comes in training",
+    "losses": "What trained relevance best",
 }
 _PER = 100_000
 
@@ -90,12 +92,13 @@ def sentences(study: Study) -> Iterator[str]:
         "components": _of_components,
         "ranks": _of_order,
         "checkpoints": _of_order,
+        "losses": _of_losses,
     }[study.study](study)
     run, would = study.work["layers_run"], study.work["layers_without_sharing"]
     if would:
         yield f"States that ablations have in common were computed once: {run:,} layer runs instead of {would:,}."
-    elif study.work["why_not"]:
-        yield f"Nothing was shared between ablations: {study.work['why_not']}."
+    if study.work["why_not"]:
+        yield f"{'Nothing' if not would else 'For some queries nothing'} was shared: {study.work['why_not']}."
 
 
 def _of_layers(study: Study) -> Iterator[str]:
@@ -161,11 +164,20 @@ def _of_order(study: Study) -> Iterator[str]:
         )
 
 
+def _of_losses(study: Study) -> Iterator[str]:
+    for each in study.of("loss"):
+        if each.name != study.full:
+            yield (
+                f"{_capital(each.name)}: {number(each.mean, 3)}, {study.full} minus it "
+                f"{_signed(each.drop, each.drop_interval)}."
+            )
+
+
 def _worst(found: Sequence[Finding], words: str) -> Iterator[str]:
     if not found:
         return
-    worst = max(found, key=lambda each: each.drop or 0.0)
-    clear = [each for each in found if _clear(each.drop_interval) and (each.drop or 0) > 0]
+    worst = max(found, key=lambda each: each.drop)
+    clear = [each for each in found if _clear(each.drop_interval) and each.drop > 0]
     told = f"{worst.name}: a drop of {_signed(worst.drop, worst.drop_interval)}"
     if clear:
         count = f"{len(clear)} of {len(found)} drops are clear of chance{_named(clear)}"
@@ -210,10 +222,9 @@ def table(study: Study) -> Table:
         "question", "what acts", "parameters", study.measure, "drop", "gain", f"gain per {_PER:,}", "share of measure",
         "share of gain",
     )  # fmt: skip
-    compared = f"drop: from {study.full}; " if study.full else ""
     note = (
-        f"{compared}gain: over no additions; in brackets 95 % bootstrap intervals of paired differences over queries, "
-        "not corrected for the number of lines"
+        f"drop: from {study.full}; gain: over the adapters of that line without additions; in brackets 95 % bootstrap "
+        "intervals over queries and seeds, not corrected for the number of lines"
     )
     spread = "; ±: standard deviation over seeds" if any(len(each.means) > 1 for each in study.findings) else ""
     return Table(header, rows, (note + spread,), names=2)
@@ -244,9 +255,7 @@ def _clear(bounds: Interval) -> bool:
     return bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
 
 
-def _signed(value: float | None, bounds: Interval) -> str:
-    if value is None:
-        return "–"
+def _signed(value: float, bounds: Interval) -> str:
     return number(value, 3, signed=True) + (f" [{interval(bounds, 3, signed=True)}]" if bounds else "")
 
 

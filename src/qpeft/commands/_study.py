@@ -153,8 +153,6 @@ def run_study(
     lm: Any = load_lm(dataclasses.replace(model, dtype=unfinished.settings.get("dtype", model.dtype)))
     torch.set_num_threads(unfinished.settings.get("threads", torch.get_num_threads()))
     subjects = [_subject(folder, lm) for folder in folders]
-    if len({each.method for each in subjects}) > 1:
-        raise OptionError(f"adapters of several methods: {', '.join(sorted({each.method for each in subjects}))}")
     design = design_of(subjects)
     facts: dict[str, Any] = {
         "command": f"analyze {design.study}",
@@ -166,7 +164,15 @@ def run_study(
         },
         "collection": {"name": collection.name, "split": config.split, "fingerprint": collection.fingerprint()},
         "first_stage": {"tag": first.tag, "sha256": file_fingerprint(Path(config.run))},
-        "adapters": [{"folder": each.folder, "sha256": each.sha256, "method": each.method} for each in subjects],
+        "adapters": [
+            {
+                "folder": each.folder,
+                "sha256": each.sha256,
+                "method": each.method,
+                "sets": len(_sets(design, subjects, i)),
+            }
+            for i, each in enumerate(subjects)
+        ],
         "model": describe_lm(lm, model),
     }
     settings = {"dtype": lm.dtype, "threads": torch.get_num_threads()}
@@ -192,7 +198,7 @@ def run_study(
         queries=tuple(judged),
         subjects=tuple(_described(each) for each in subjects),
         findings=findings(design, subjects, values),
-        full="" if design.full is None else design.full.ablation.name,
+        full=design.full.ablation.name,
         work=work,
         made=provenance(**facts),
     )
@@ -225,21 +231,24 @@ def _subject(folder: str, lm: Any) -> Subject:
         "template": opened.template.fingerprint,
         "max_passage_tokens": opened.max_passage_tokens,
     }
-    prompt = fingerprint(read) if adapter.count_parameters() == sum(places.values()) else None
+    scales = tuple(adapter.scales().values())
     adapter.withdraw()
     step = re.fullmatch(r"step-(\d+)", Path(folder).name)
     made = Path(folder) / "provenance.json"
     told = read_json(made) if made.is_file() else {}
-    seed = told.get("options", {}).get("seed") if isinstance(told, dict) else None
+    options = told.get("options", {}) if isinstance(told, dict) else {}
     return Subject(
         folder,
         opened.sha256,
         adapter.config.r,
-        seed,
+        options.get("seed"),
         places,
         step=int(step[1]) if step else None,
-        prompt=prompt,
+        scales=scales,
         method=opened.method,
+        loss=options.get("loss"),
+        prompt=fingerprint(read),
+        only_additions=True,
     )
 
 
@@ -247,7 +256,7 @@ def _sets(design: Design, subjects: Sequence[Subject], index: int) -> list[Any]:
     """Return the sets of additions that are ranked with; none at all only where no earlier adapter stands for it."""
     from qpeft.analysis.study import bases
 
-    return [active for active in design.sets(index) if active or bases(subjects)[index] == index]
+    return [active for active in design.sets(index) if active or bases(design, subjects)[index] == index]
 
 
 def _rank(
@@ -318,7 +327,7 @@ def _values(
             ]
             ((_, of_queries),) = evaluate(Run(rankings, "ablation"), qrels, measure).per_query.items()
             values[index, active] = np.array([of_queries[item.query.id] for item in items])
-    for index, base in enumerate(bases(subjects)):
+    for index, base in bases(design, subjects).items():
         values[index, frozenset()] = values[base, frozenset()]
     return values
 
@@ -329,6 +338,7 @@ def _described(subject: Subject) -> dict[str, Any]:
         "sha256": subject.sha256,
         "rank": subject.rank,
         "method": subject.method,
+        "loss": subject.loss,
         "seed": subject.seed,
         "step": subject.step,
         "component": subject.component,

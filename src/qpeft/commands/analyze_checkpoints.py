@@ -28,7 +28,7 @@ def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
 
 def run(config: Config, model: ModelConfig) -> None:
     """Measure and write the folder."""
-    from qpeft.analysis.study import checkpoints
+    from qpeft.analysis.study_designs import checkpoints
 
     run_study(config, model, [step for folder in config.adapter for step in _steps(Path(folder))], checkpoints)
 

@@ -26,6 +26,6 @@ def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
 
 def run(config: Config, model: ModelConfig) -> None:
     """Measure and write the folder."""
-    from qpeft.analysis.study import components
+    from qpeft.analysis.study_designs import components
 
     run_study(config, model, config.adapter, components)

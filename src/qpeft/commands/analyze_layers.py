@@ -29,6 +29,6 @@ def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
 
 def run(config: Config, model: ModelConfig) -> None:
     """Measure and write the folder."""
-    from qpeft.analysis.study import layers
+    from qpeft.analysis.study_designs import layers
 
     run_study(config, model, config.adapter, lambda subjects: layers(subjects, config.window))

@@ -28,6 +28,6 @@ def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
 
 def run(config: Config, model: ModelConfig) -> None:
     """Measure and write the folder."""
-    from qpeft.analysis.study import projections
+    from qpeft.analysis.study_designs import projections
 
     run_study(config, model, config.adapter, lambda subjects: projections(subjects, config.grid))

@@ -22,6 +22,6 @@ def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
 
 def run(config: Config, model: ModelConfig) -> None:
     """Measure and write the folder."""
-    from qpeft.analysis.study import ranks
+    from qpeft.analysis.study_designs import ranks
 
     run_study(config, model, config.adapter, ranks)

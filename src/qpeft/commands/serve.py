@@ -38,7 +38,7 @@ def run(config: Config, model: ModelConfig) -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(error.name or "fastapi", "server") from error
-    from qpeft.server import memory
+    from qpeft import memory
     from qpeft.server.app import create_app
     from qpeft.server.guard import read_keys
     from qpeft.server.logs import on_stderr

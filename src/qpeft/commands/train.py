@@ -9,29 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
-import random
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from qpeft import adapters, methods
+from qpeft import adapters, memory, methods
 from qpeft.commands._peek import peek
-from qpeft.data.candidates import candidates_from_run
-from qpeft.data.collection import Collection, open_collection
-from qpeft.data.trec import read_run
+from qpeft.commands._training_data import find_dev_candidates, read_teacher, read_training_groups, say, say_counts
+from qpeft.data.collection import open_collection
 from qpeft.errors import OptionError, StateError, nearest
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import file_fingerprint, fingerprint, provenance
-from qpeft.retrieval.bm25 import BM25
 from qpeft.template import Prompt, Template, load_template
 from qpeft.training import config as training_config
-from qpeft.training.config import TrainingConfig
-from qpeft.training.groups import MiningCounts, groups_from_collection, groups_from_jsonl
-from qpeft.types import Candidates, Group, Passage, Query, Run
+from qpeft.training.config import TrainingConfig, check_alone
+from qpeft.training.groups import next_queries
+from qpeft.types import Passage, Query
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
     from qpeft.adapters._folder import AdapterFolder
@@ -55,24 +53,24 @@ class Config:
     """stable, or authors: the defaults of the published code."""
     collection: str | None = None
     """A BEIR folder, mini (embedded), or ir_datasets:ID."""
-    split: str = "train"
-    """Whose queries are trained on."""
+    split: str | None = None
+    """Whose queries are trained on; by default train."""
     dev_split: str | None = "dev"
     """Whose queries decide which state is kept."""
     train_file: str | None = None
-    """A file of groups, instead of the collection's training split."""
+    """A file of groups with their own negatives, instead of the collection's training split."""
     run: str | None = None
     """Where negatives are taken from; by default BM25 on the collection."""
     dev_run: str | None = None
-    """Candidates of the dev queries; by default BM25 on the collection."""
+    """Candidates of the dev queries of --collection; by default BM25's."""
     train_queries: int | None = None
     """Train on a random sample of so many queries."""
     dev_queries: int = 100
     """Dev queries that are ranked at each evaluation."""
     dev_depth: int = 20
     """Their candidates."""
-    negative_depth: int = 50
-    """Negatives are drawn from so many of the first candidates."""
+    negative_depth: int | None = None
+    """Negatives are drawn from so many of the first candidates; by default 50."""
     seed: int = 0
     """Of samples, order and initialisation."""
     template: str | None = None
@@ -80,11 +78,13 @@ class Config:
     max_passage_tokens: int | None = None
     """Cut passages to this many tokens, in training and later."""
     teacher: str | None = None
-    """A run whose scores are learned by margin_mse and plackett_luce."""
+    """A run whose scores are learned by margin_mse and plackett_luce; it must score every positive."""
+    hint_queries: Literal["own", "shuffled"] = "own"
+    """shuffled, a control: adapters read the next query in place of their own, in training and on dev."""
     resume: bool = False
     """Continue an interrupted training."""
     keep_every: int | None = None
-    """Keep the adapter every so many steps, and untrained, as folders OUTPUT.steps/step-000050 and so on."""
+    """Keep the adapter every so many steps, untrained and at the end, as folders OUTPUT.steps/step-000050 and so on."""
     report: bool = False
     """Write curves of loss and dev measure as a picture."""
 
@@ -123,22 +123,23 @@ def _method(name: str) -> Any:
 
 def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_config: Any, own: Any = None) -> None:
     """Train, keep the best state, write the adapter folder."""
+    check_alone()
+    config = _with_defaults(config, training)
     output = Path(config.output)
     checkpoints = output.with_name(output.name + ".checkpoints")
     begun = _begun(output, checkpoints, config)
     collection = open_collection(config.collection) if config.collection else None
-    if collection is None and config.train_file is None:
-        raise OptionError("give --collection, or --train-file")
-    groups, counts = _groups(config, training, collection)
-    dev = _dev_candidates(config, collection)
+    groups, counts = read_training_groups(config, training, collection)
+    dev = find_dev_candidates(config, collection)
     method = _method(config.method)
     template = load_template(config.template or ("qpeft_authors" if config.preset == "authors" else method.TEMPLATE))
-    teacher = _teacher(config)
+    teacher = read_teacher(config, groups)
 
     import torch
 
     from qpeft.adapters._folder import base_identity, save_adapter
     from qpeft.losses import check_loss
+    from qpeft.training.contexts import contexts_bytes
     from qpeft.training.dev import DevRanking
     from qpeft.training.trainer import Collator, KeepSteps, fit
 
@@ -146,32 +147,25 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
     lm = _open_lm(config, model, begun)
     opened = _build(config, template, adapter_config, own, lm)
     adapter = opened.adapter
-    _say_counts(counts)
+    say_counts(counts)
     scorer = method.build_scorer(method.Config(**opened.method_options), lm, opened)
-    if training.anchor and not scorer.using(None).ready:
-        raise OptionError(f"--anchor: with --method {config.method}, the model alone has no scores to hold on to")
+    _check_anchor(training, scorer)
+    asked, on_dev = [group.query for group in groups], [item.query for item in dev]
+    read, read_on_dev = ({} if config.hint_queries == "own" else next_queries(queries) for queries in (asked, on_dev))
+    _check_queries(scorer.prompt, adapter, asked, read)
+    _check_queries(scorer.prompt, adapter, on_dev, read_on_dev)
     facts = {
-        "command": "train",
-        "options": {
-            name: value
-            for part in (config, training, model, adapter_config, own)
-            if part is not None
-            for name, value in dataclasses.asdict(part).items()
-            if name not in ("resume", "output", "report")
-        },
+        **_facts(config, training, model, adapter_config, own),
         "collection": collection and {"name": collection.name, "fingerprint": collection.fingerprint()},
-        "files": {
-            name: file_fingerprint(Path(path))
-            for name in ("train_file", "run", "dev_run", "teacher")
-            if (path := getattr(config, name)) is not None
-        },
         "model": {**base_identity(lm), "dtype": lm.dtype},
         "template": template.fingerprint,
     }
     qrels = collection.qrels(config.dev_split) if collection and config.dev_split and dev else {}
-    ranking = DevRanking(lm, scorer.prompt, dev, qrels, training.measure, scorer=scorer) if dev else None
-    collator = Collator(scorer.prompt, training, config.seed, teacher)
-    _check_queries(scorer.prompt, adapter, [*(group.query for group in groups), *(item.query for item in dev)])
+    # Query likelihood alone can read other queries, and is what DevRanking scores with by default.
+    ranker = None if read_on_dev else scorer
+    ranking = DevRanking(lm, scorer.prompt, dev, qrels, training.measure, read_on_dev, ranker) if dev else None
+    collator = Collator(scorer.prompt, training, config.seed, teacher, read)
+    _keep_all_or_none(lm, adapter, lambda: contexts_bytes(lm, scorer.prompt, groups, training, dev))
     mark = {"options": fingerprint(facts), "dtype": lm.dtype, "threads": torch.get_num_threads()}
     _claim(checkpoints, mark, begun)
     save = functools.partial(
@@ -186,13 +180,7 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
     )
     keeping = []
     if config.keep_every is not None:
-        steps = output.with_name(output.name + ".steps")
-        _claim(steps, mark, _mark(steps) if steps.exists() else {})
-
-        def keep(step: int) -> None:
-            save(steps / f"step-{step:06d}", provenance=provenance(**facts, training={"steps": step}))
-
-        keeping = [KeepSteps(config.keep_every, keep)]
+        keeping = [KeepSteps(config.keep_every, _keeper(output.with_name(output.name + ".steps"), mark, facts, save))]
     fitted = fit(
         lm,
         adapter,
@@ -221,13 +209,74 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
     )
     save(output, provenance=made)
     if config.report:
-        from qpeft.analysis.plots import training_curves
-
-        training_curves(fitted.history, ranking.name if ranking else "", fitted.dev, output / "training.png")
+        _draw(fitted, ranking.name if ranking else "", output)
     shutil.rmtree(checkpoints, ignore_errors=True)
-    _say(f"{output}: trained on {len(groups):,} queries in {fitted.seconds:,.0f} s, {fitted.steps:,} steps")
+    say(f"{output}: trained on {len(groups):,} queries in {fitted.seconds:,.0f} s, {fitted.steps:,} steps")
     if ranking:
-        _say(f"  dev {ranking.name}, {len(dev)} queries × {config.dev_depth}: {_values(fitted.dev)}")
+        say(f"  dev {ranking.name}, {len(dev)} queries × {config.dev_depth}: {_values(fitted.dev)}")
+
+
+def _with_defaults(config: Config, training: TrainingConfig) -> Config:
+    """Return the options with those defaults that hang on others, or raise an error if one would have no effect."""
+    if config.train_file is not None:
+        for name in ("split", "run", "negative_depth"):
+            if getattr(config, name) is not None:
+                raise OptionError(f"--{name.replace('_', '-')}: --train-file has queries and negatives of its own")
+    elif config.collection is None:
+        raise OptionError("give --collection, or --train-file")
+    else:
+        config = dataclasses.replace(
+            config,
+            split=config.split or "train",
+            negative_depth=50 if config.negative_depth is None else config.negative_depth,
+        )
+    if config.dev_run is not None and (config.collection is None or config.dev_split is None):
+        raise OptionError("--dev-run needs --collection and --dev-split: queries and judgements are theirs")
+    if config.hint_queries != "own" and config.method != "query_likelihood":
+        raise OptionError(f"--hint-queries {config.hint_queries} is for --method query_likelihood")
+    if config.teacher is not None:
+        from qpeft.losses import LOSSES
+
+        if "teacher" not in inspect.signature(LOSSES[training.loss]).parameters:
+            raise OptionError(f"--teacher: --loss {training.loss} has none; take margin_mse or plackett_luce")
+    return config
+
+
+def _facts(config: Config, *others: Any) -> dict[str, Any]:
+    """Return what provenance says of the options, and of the files that they name."""
+    return {
+        "command": "train",
+        "options": {
+            name: value
+            for part in (config, *others)
+            if part is not None
+            for name, value in dataclasses.asdict(part).items()
+            if name not in ("resume", "output", "report")
+        },
+        "files": {
+            name: file_fingerprint(Path(path))
+            for name in ("train_file", "run", "dev_run", "teacher")
+            if (path := getattr(config, name)) is not None
+        },
+    }
+
+
+def _keeper(
+    steps: Path, mark: dict[str, Any], facts: Mapping[str, Any], save: Callable[..., None]
+) -> Callable[[int], None]:
+    """Return a function that keeps the adapter after so many steps."""
+    _claim(steps, mark, _mark(steps) if steps.exists() else {})
+
+    def keep(step: int) -> None:
+        save(steps / f"step-{step:06d}", provenance=provenance(**facts, training={"steps": step}))
+
+    return keep
+
+
+def _draw(fitted: Any, measure: str, output: Path) -> None:
+    from qpeft.analysis.plots import training_curves
+
+    training_curves(fitted.history, measure, fitted.dev, output / "training.png")
 
 
 def _values(measured: Mapping[str, float | None]) -> str:
@@ -247,9 +296,26 @@ def _open_lm(config: Config, model: ModelConfig, begun: Mapping[str, Any]) -> An
     lm: Any = load_lm(dataclasses.replace(model, dtype=begun.get("dtype", model.dtype)))
     # As in reranking: the last bits depend on the number type, which may be chosen by measurement, and on the threads.
     torch.set_num_threads(begun.get("threads", torch.get_num_threads()))
+    memory.hold()
     if lm.has_encoder:
         raise OptionError("training needs a decoder-only model")
     return lm
+
+
+def _keep_all_or_none(lm: Any, adapter: HintWriter, needed: Callable[[], int]) -> None:
+    """Keep no contexts if they do not all fit; see `training.contexts`."""
+    from qpeft.context_store import ContextStore
+
+    if adapter.changes_lm or lm.store.folder is not None or (size := needed()) <= lm.store.capacity:
+        return
+    gib = [f"{some / 2**30:,.1f}" for some in (size, lm.store.capacity)]
+    say(f"encoded contexts would take about {gib[0]} GiB, --passage-cache is {gib[1]}: they are encoded every time")
+    lm.store = ContextStore(0)
+
+
+def _check_anchor(training: TrainingConfig, scorer: Any) -> None:
+    if training.anchor and not scorer.using(None).ready:
+        raise OptionError("--anchor: with this --method, the model alone has no scores to hold on to")
 
 
 def _build(config: Config, template: Template, adapter_config: Any, own: Any, lm: Any) -> AdapterFolder:
@@ -264,7 +330,7 @@ def _build(config: Config, template: Template, adapter_config: Any, own: Any, lm
     if getattr(methods.load(config.method), "HEAD", False):
         adapter.add_head(lm)
     parameters = adapter.count_parameters()
-    _say(f"{config.adapter}: {parameters:,} trained parameters, {100 * parameters / total:.2f} % of {lm.name}")
+    say(f"{config.adapter}: {parameters:,} trained parameters, {100 * parameters / total:.2f} % of {lm.name}")
     options = {} if own is None else dataclasses.asdict(own)
     return AdapterFolder(
         config.adapter,
@@ -303,80 +369,18 @@ def _claim(checkpoints: Path, mark: dict[str, Any], begun: dict[str, Any]) -> No
     """Leave a mark beside the checkpoints, or compare with the one that is there."""
     if begun and begun != mark:
         raise StateError(f"{checkpoints} was made with other options, data or model; delete it to start afresh")
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    (checkpoints / BEGUN).write_text(json.dumps(mark) + "\n", encoding="utf-8")
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        (checkpoints / BEGUN).write_text(json.dumps(mark) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StateError(f"{checkpoints} cannot be written: {error}") from error
 
 
-def _check_queries(prompt: Prompt, adapter: HintWriter, queries: Sequence[Query]) -> None:
+def _check_queries(prompt: Prompt, adapter: HintWriter, queries: Sequence[Query], read: Mapping[str, Query]) -> None:
     """Raise the error that training would end in, so that it shows before the work and not in its midst."""
+    if read and not adapter.hint_length(1):
+        raise OptionError("--hint-queries: this adapter writes no hints")
     for query in queries:
-        (row,) = prompt.rows(query, Passage("", ""))
+        (row,) = prompt.rows(query, Passage("", ""), hint_query=read.get(query.id))
         if adapter.reads_layer is not None and (row.hint or 0) < row.passage[0]:
             raise OptionError("an adapter that reads states of the passage needs its hint after the passage")
-
-
-def _groups(
-    config: Config, training: TrainingConfig, collection: Collection | None
-) -> tuple[list[Group], MiningCounts]:
-    if config.train_file is None:
-        assert collection is not None
-        return groups_from_collection(
-            collection,
-            config.split,
-            negatives=training.negatives,
-            seed=config.seed,
-            queries=config.train_queries,
-            run=read_run(config.run) if config.run else None,
-            depth=config.negative_depth,
-        )
-    groups, counts = groups_from_jsonl(config.train_file)
-    if config.train_queries is not None and config.train_queries < len(groups):
-        groups = random.Random(config.seed).sample(groups, config.train_queries)
-    return groups, counts
-
-
-def _dev_candidates(config: Config, collection: Collection | None) -> list[Candidates]:
-    """Return the dev queries with their candidates, those first of a seeded order that have a relevant one."""
-    if collection is None or config.dev_split is None:
-        return []
-    queries, qrels = collection.queries(config.dev_split), collection.qrels(config.dev_split)
-    if config.dev_run:
-        run = read_run(config.dev_run)
-    else:
-        ordered = sorted(queries)
-        random.Random(config.seed).shuffle(ordered)
-        chosen = [queries[query_id] for query_id in ordered[: 2 * config.dev_queries]]
-        index = BM25(collection.passages.values())
-        run = Run(index.retrieve(chosen, config.dev_depth), "bm25")
-    found = [
-        item
-        for item in candidates_from_run(run, queries, collection.passages, config.dev_depth)
-        if any(qrels[item.query.id].get(passage.id, 0) > 0 for passage in item.passages)
-    ]
-    return found[: config.dev_queries]
-
-
-def _teacher(config: Config) -> dict[tuple[str, str], float] | None:
-    if config.teacher is None:
-        return None
-    return {
-        (ranking.query_id, hit.passage_id): hit.score
-        for ranking in read_run(config.teacher).values()
-        for hit in ranking.hits
-    }
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _say_counts(counts: MiningCounts) -> None:
-    notes = {
-        "queries have no positive passage and were left out": counts.without_positive,
-        "queries have no negatives of their own": counts.without_negative,
-        "candidates hold an answer and were not taken as negatives": counts.dropped_as_answer,
-        "negatives say the same as a positive and were dropped": counts.dropped_as_positive,
-    }
-    for what, count in notes.items():
-        if count:
-            _say(f"  note: {count:,} {what}")

@@ -170,30 +170,6 @@ def bootstrap_interval(
     return float(found.low), float(found.high)
 
 
-def ratio_interval(
-    numerators: Floats, denominators: Floats, *, resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
-) -> tuple[float, float] | None:
-    """Percentile interval of mean(numerators) / mean(denominators) over queries drawn with replacement.
-
-    Both have a value for each query, and are drawn together. None for fewer than two queries, and where the mean of the
-    denominators is not clearly above 0: then the ratio could be anything.
-    """
-    bounds = bootstrap_interval(denominators, resamples=resamples, seed=seed, confidence=confidence)
-    if bounds is None or bounds[0] <= 0:
-        return None
-    rng = np.random.default_rng(seed)
-    drawn = np.concatenate(
-        [
-            rng.multinomial(numerators.size, np.full(numerators.size, 1 / numerators.size), size=1000)
-            for _ in range(math.ceil(resamples / 1000))
-        ]
-    )[:resamples]
-    above, below = drawn @ numerators, drawn @ denominators
-    ratios = above[below > 0] / below[below > 0]
-    low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
-
-
 def _compare(
     pairs: Sequence[tuple[Evaluation, Evaluation]], resamples: int, seed: int, confidence: float
 ) -> list[Comparison]:

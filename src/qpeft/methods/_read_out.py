@@ -36,8 +36,8 @@ class Config:
     """Tokens that consecutive windows share."""
     window_pool: Literal["max", "mean"] = "max"
     """How the scores of a passage's windows become one."""
-    queries_per_batch: int = 1
-    """Queries whose candidates are batched together; more fills a large GPU better."""
+    queries_per_batch: int | None = None
+    """Queries whose candidates are batched together; by default as many as have 256 candidates together."""
 
 
 def check_template(prompt: Prompt) -> None:
@@ -58,6 +58,10 @@ class Reading(Protocol):
 
     def scores(self, values: Tensor) -> Tensor:
         """Return the scores `[B]` of what was read, `[B, k]`."""
+        ...
+
+    def answered(self, values: Tensor) -> Tensor | None:
+        """Return the log-probability `[B]` that any answer is given at all; None where there are no answers."""
         ...
 
 
@@ -109,9 +113,14 @@ class ReadOutScorer(RowScorer):
 
     def batch_scores(self, rows: Sequence[Row]) -> Tensor:
         """Return the scores of rows in one forward pass, `[N]`, differentiable; for decoder-only models."""
+        return self.batch_learned(rows)[0]
+
+    def batch_learned(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor | None]:
+        """Return these scores, and the log-probability `[N]` that any answer is given, if there are answers."""
         lm: Any = self.lm
         adapters = None if self.adapter is None else [self.adapter] * len(rows)
-        return self._reading.scores(lm.read_batch(rows, self._reading.read_out(self.adapter), adapters))
+        values = lm.read_batch(rows, self._reading.read_out(self.adapter), adapters)
+        return self._reading.scores(values), self._reading.answered(values)
 
     def using(self, adapter: HintWriter | None) -> ReadOutScorer:
         """Return the same scorer with another adapter, or with none."""

@@ -40,7 +40,7 @@ class Options(Protocol):
     @property
     def window_pool(self) -> str: ...
     @property
-    def queries_per_batch(self) -> int: ...
+    def queries_per_batch(self) -> int | None: ...
 
 
 class RowScorer(abc.ABC):
@@ -77,6 +77,10 @@ class RowScorer(abc.ABC):
     @abc.abstractmethod
     def batch_scores(self, rows: Sequence[Row]) -> Tensor:
         """Return the scores of rows in one forward pass, `[N]` float32, differentiable in adapter and head."""
+
+    def batch_learned(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor | None]:
+        """Return these scores, and what else a loss may learn from; see `losses.sft`."""
+        return self.batch_scores(rows), None
 
     @abc.abstractmethod
     def using(self, adapter: HintWriter | None) -> RowScorer:

@@ -88,3 +88,6 @@ class HeadReading:
     def scores(self, values: Tensor) -> Tensor:
         """Return `[B]` of `[B, 1]`."""
         return values[:, 0]
+
+    def answered(self, values: Tensor) -> None:
+        """Return None: a head gives no answers."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # so that options can be listed without importing torch
     from qpeft.read_out import Answers
 
 TEMPLATE = "yes_no"
-SCORES: Literal["log_odds"] = "log_odds"
+SCORES: Literal["answers"] = "answers"
 
 
 @dataclass(frozen=True)
@@ -110,3 +110,7 @@ class AnswerReading:
     def scores(self, values: Tensor) -> Tensor:
         """Return the log-odds `[B]` of `[B, 2]`."""
         return values[:, 0] - values[:, 1]
+
+    def answered(self, values: Tensor) -> Tensor:
+        """Return the log of both answers' probability `[B]`, in nats: how sure it is that one of them follows."""
+        return values.logsumexp(-1)

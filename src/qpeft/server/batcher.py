@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from qpeft import memory
 from qpeft.methods._rows import RowScorer, Work
-from qpeft.server import memory
 from qpeft.server.metrics import Metrics
 from qpeft.types import Passage, Query
 

@@ -1,13 +1,18 @@
-"""Options of training; apart from the trainer, so that they can be listed without importing torch."""
+"""Options of training, and where it can run; apart from the trainer, so that neither asks for torch."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from qpeft.errors import OptionError
+from qpeft.errors import OptionError, nearest
 
-Loss = Literal["both", "point", "pair", "softmax", "cross_entropy", "ranknet", "plackett_luce", "margin_mse"]
+Loss = Literal["both", "point", "pair", "softmax", "cross_entropy", "sft", "ranknet", "plackett_luce", "margin_mse"]
+
+WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""By these a launcher tells a process how many there are; accelerate reads the same."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,21 @@ class TrainingConfig:
             raise OptionError(f"--learning-rate is {self.learning_rate}; it must be above 0")
         if self.warmup > 1:
             raise OptionError(f"--warmup is {self.warmup}; it is a share of the steps, at most 1")
+        if self.report_to and self.report_to not in (("all",), ("none",)):
+            _check_trackers(self.report_to)
+
+
+def _check_trackers(names: Iterable[str]) -> None:
+    """Raise OptionError for a tracker that transformers does not know, or that is not installed."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise OptionError(f"--report-to {name}: no such tracker{nearest(name, INTEGRATION_TO_CALLBACK)}")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            raise OptionError(f"--report-to {name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -73,7 +93,7 @@ class ReadOut(TrainingConfig):
     """Training of methods that read the last token."""
 
     loss: Loss = "softmax"
-    """softmax: the positive against the negatives of its group; cross_entropy: each pair by itself; or another."""
+    """softmax: the positive against its group; cross_entropy: each pair by itself; sft: yes_no's answer as a word; …"""
     loss_scale: float = 1.0
 
 
@@ -93,3 +113,16 @@ class Authors(TrainingConfig):
     batch_queries: int = 4
     evaluations: int = 20
     patience: int = 6
+
+
+def check_alone() -> None:
+    """Raise an error in one of several processes: each would train all by itself, and write over the others.
+
+    Raises:
+        OptionError: a launcher such as torchrun started more than one.
+    """
+    for name in WORLD_SIZES:
+        if (count := os.environ.get(name, "")).isdigit() and int(count) > 1:
+            raise OptionError(
+                f"{name} is {count}: training takes one process and one device (--device); start it without a launcher"
+            )

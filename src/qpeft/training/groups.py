@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -156,6 +156,29 @@ def in_batch_negatives(group: Group, drawn: Sequence[Passage], others: Iterable[
             ids.add(passage.id)
             contents.add(_content(passage))
     return tuple(found)
+
+
+def unscored(
+    groups: Iterable[Group], teacher: Container[tuple[str, str]]
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Return the (query id, passage id) that a teacher has no score for: of positives that are drawn, of negatives."""
+    positives, negatives = [], []
+    for group in groups:
+        positives.append((group.query.id, group.positives[0].id))
+        negatives += [(group.query.id, passage.id) for passage in group.negatives]
+    return [pair for pair in positives if pair not in teacher], [pair for pair in negatives if pair not in teacher]
+
+
+def next_queries(queries: Sequence[Query]) -> dict[str, Query]:
+    """Return for each query id another query of the list: the next, and for the last the first.
+
+    Raises:
+        OptionError: there is no other query.
+    """
+    distinct = list({query.id: query for query in queries}.values())
+    if len(distinct) == 1:
+        raise OptionError("--hint-queries shuffled needs two queries, in training and on dev")
+    return {query.id: other for query, other in zip(distinct, distinct[1:] + distinct[:1], strict=True)}
 
 
 class _Tally:

@@ -1,7 +1,8 @@
 """Training of adapters on groups of passages, with `transformers.Trainer` underneath.
 
-From the Trainer come checkpoints, resume, schedules, accumulation, clipping, early stopping, logging and several GPUs.
-Ours are the rows, the losses, the frozen model beside the trained one, and the measure: dev is *ranked*.
+From the Trainer come checkpoints, resume, schedules, accumulation, clipping, early stopping and logging. Ours are the
+rows, the losses, the frozen model beside the trained one, and the measure: dev is *ranked*. Training takes one process
+and one device, the frozen model's; several processes are refused.
 
 A step's rows are a function of the seed and the number of the step alone, and encoded contexts do not depend on when
 they were encoded; so a run that was killed and resumed equals an uninterrupted one, to the bit on a CPU.
@@ -12,8 +13,8 @@ Shapes: `B` queries of a batch, `G` passages of each, `N` = B · G rows.
 from __future__ import annotations
 
 import json
-import math
 import random
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,20 +23,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from qpeft import losses
 from qpeft.adapters._base import Adapter
-from qpeft.errors import OptionError, ScoreError
+from qpeft.errors import OptionError, ScoreError, StateError
 from qpeft.lm import CausalLM
 from qpeft.methods import query_likelihood
 from qpeft.methods._rows import RowScorer
 from qpeft.template import Prompt, Row
+from qpeft.training.arguments import trainer_arguments
 from qpeft.training.checkpointing import checkpointed
-from qpeft.training.config import TrainingConfig
+from qpeft.training.config import TrainingConfig, check_alone
 from qpeft.training.dev import DevRanking
 from qpeft.training.groups import draw, in_batch_negatives
 from qpeft.types import Group, Passage, Query
@@ -80,7 +83,7 @@ class Collator:
         prompt: template and tokenizer.
         config: how many negatives, and whether other queries' positives join them.
         seed: of the draw.
-        teacher: scores by (query id, passage id), for distillation.
+        teacher: scores by (query id, passage id), for distillation; a pair that has none gets the lowest of all.
         hint_queries: what adapters read instead of a query, by query id (a control).
 
     Raises:
@@ -147,27 +150,32 @@ class Learner(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss and the scores `[B, G]`, of query likelihood in nats per query token."""
-        scores = self._scores(batch, self.adapter)
+        scores, answered = self._learned(batch, self.adapter)
         mask = batch.mask.to(scores.device)
         teacher = None if batch.teacher is None else batch.teacher.to(scores.device)
         config = self._config
-        loss = losses.loss(config.loss, scores, mask, margin=config.margin, scale=config.loss_scale, teacher=teacher)
+        given = {"teacher": teacher, "answered": answered}
+        loss = losses.loss(config.loss, scores, mask, margin=config.margin, scale=config.loss_scale, **given)
         if config.anchor:
             with torch.no_grad():
-                zero_shot = self._scores(batch, None)
+                zero_shot, _ = self._learned(batch, None)
             loss = loss + config.anchor * losses.anchor(scores, zero_shot, mask)
         if not torch.isfinite(loss):
             # The Trainer would leave such losses out of its log, and save what came of them.
             raise ScoreError(f"the loss became {float(loss.detach())}: lower --learning-rate, or set --max-grad-norm")
         return {"loss": loss, "scores": scores.detach()}
 
-    def _scores(self, batch: Batch, adapter: Adapter | None) -> Tensor:
+    def _learned(self, batch: Batch, adapter: Adapter | None) -> tuple[Tensor, Tensor | None]:
         scorer = self._scorer[0]
         if scorer is None:
-            scores = query_likelihood.batch_scores(self._lm[0], batch.rows, adapter)
+            scores, answered = query_likelihood.batch_scores(self._lm[0], batch.rows, adapter), None
         else:
-            scores = scorer.using(adapter).batch_scores(batch.rows)
-        return scores.new_zeros(batch.mask.shape).masked_scatter(batch.mask.to(scores.device), scores)
+            scores, answered = scorer.using(adapter).batch_learned(batch.rows)
+
+        def by_group(values: Tensor) -> Tensor:
+            return values.new_zeros(batch.mask.shape).masked_scatter(batch.mask.to(values.device), values)
+
+        return by_group(scores), None if answered is None else by_group(answered)
 
 
 class AdapterTrainer(Trainer):
@@ -180,6 +188,12 @@ class AdapterTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         data: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(data)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        begun = super()._init_training_state(*args, **kwargs)
+        # On resume the Trainer puts EarlyStoppingCallback last, and forgets that it had ended the training.
+        self.callback_handler.callbacks.sort(key=lambda each: isinstance(each, KeepSteps))
+        return (1, 0) if self.control.should_training_stop else begun
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Token tables are not decayed: decay would shrink every token that training never touches."""
@@ -195,6 +209,14 @@ class AdapterTrainer(Trainer):
         self.log(dict(measured))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, measured)
         return measured
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch.save's
+            shutil.rmtree(folder, ignore_errors=True)
+            raise StateError(f"{folder} cannot be written: {' '.join(str(error).split())[:200]}") from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
@@ -217,7 +239,7 @@ class AdapterTrainer(Trainer):
 
 
 class KeepSteps(TrainerCallback):
-    """Keeps the adapter as it is every so many steps, and before the first.
+    """Keeps the adapter as it is every so many steps, before the first, and after the last.
 
     Args:
         every: steps.
@@ -234,7 +256,12 @@ class KeepSteps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep what was trained so far."""
-        if state.global_step % self._every == 0:
+        if state.global_step % self._every == 0 or control.should_training_stop:
+            self._save(state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the last step of a training whose patience is at its end, before the best state comes back."""
+        if state.global_step % self._every and control.should_training_stop and state.global_step < state.max_steps:
             self._save(state.global_step)
 
 
@@ -285,8 +312,10 @@ def fit(
         scorer: of the method; by default query likelihood.
 
     Raises:
-        OptionError: options out of range, or nothing to train.
+        OptionError: options out of range, nothing to train, or one of several processes.
+        StateError: a checkpoint cannot be written; the one before it is whole.
     """
+    check_alone()
     started = time.perf_counter()
     found: dict[str, float | None] = {"zero_shot": None, "untrained": None, "trained": None}
 
@@ -341,39 +370,11 @@ def _trainer(
     if not any(parameter.requires_grad for parameter in adapter.parameters()):
         raise OptionError("nothing of this adapter is trainable; for R, raise --mlp-layers or --token-table trainable")
     data = TrainingSet(groups, config.epochs, seed)
-    steps = math.ceil(math.ceil(len(data) / config.batch_queries) / config.gradient_accumulation)
-    every = max(1, steps // max(1, config.evaluations))
     stopping: list[TrainerCallback] = [EarlyStoppingCallback(config.patience)] if config.patience and dev else []
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        per_device_train_batch_size=config.batch_queries,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        num_train_epochs=1,  # the data set holds all epochs, so that its order does not depend on where one resumes
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.scheduler,
-        warmup_steps=int(config.warmup * steps),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        # What is logged is a mean since the last time, so a checkpoint must not fall between two.
-        logging_steps=max(n for n in range(1, max(1, steps // 50) + 1) if every % n == 0),
-        eval_strategy="steps" if dev else "no",
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        load_best_model_at_end=dev is not None,
-        metric_for_best_model=dev.name if dev else None,
-        greater_is_better=True,
-        report_to=list(config.report_to) or "none",
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
-        use_cpu=lm.device.type == "cpu",
-        seed=seed,
-        disable_tqdm=not progress,
-        save_only_model=False,
-        restore_callback_states_from_checkpoint=True,  # the patience that is left
-    )
+    arguments = trainer_arguments(
+        config, len(data), checkpoints=checkpoints, device=lm.device, seed=seed,
+        measure=dev.name if dev else None, progress=progress,
+    )  # fmt: skip
     return AdapterTrainer(
         dev,
         model=Learner(adapter, lm, config, scorer),

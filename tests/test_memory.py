@@ -9,7 +9,7 @@ import pytest
 
 HOLES = """
 import psutil
-from qpeft.server.memory import give_back
+from qpeft.memory import give_back
 
 def resident():
     return psutil.Process().memory_info().rss // 2**20
@@ -24,6 +24,24 @@ print(before, give_back(), resident())
 """
 
 
+FAULTS = """
+import resource, torch
+from qpeft.memory import hold
+
+def faults():
+    torch.ones(30_000_000 // 4)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(30_000_000 // 4)
+        torch.ones(20_000_000 // 4)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+usual = faults()
+hold()
+print(usual, faults())
+"""
+
+
 @pytest.mark.skipif(not Path("/lib64/ld-linux-x86-64.so.2").exists(), reason="needs glibc")
 def test_memory_between_what_is_kept_goes_back() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
@@ -32,3 +50,12 @@ def test_memory_between_what_is_kept_goes_back() -> None:
     ).stdout.split()
     assert told[1] == "True"
     assert int(told[0]) - int(told[2]) > 70  # of 95 MiB that are free between blocks in use
+
+
+@pytest.mark.skipif(not Path("/lib64/ld-linux-x86-64.so.2").exists(), reason="needs glibc")
+def test_memory_is_held_for_what_comes() -> None:
+    """A tensor that is freed and made again takes no fresh pages."""
+    told = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True).stdout.split()
+    before, after = map(int, told)
+    assert before > 10_000
+    assert after < before / 20

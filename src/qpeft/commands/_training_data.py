@@ -1,0 +1,117 @@
+"""What `qpeft train` learns from: groups, dev candidates and a teacher, and a word on what is missing of them."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from qpeft.data.candidates import candidates_from_run
+from qpeft.data.collection import Collection
+from qpeft.data.trec import read_run
+from qpeft.errors import InputError
+from qpeft.retrieval.bm25 import BM25
+from qpeft.training.config import TrainingConfig
+from qpeft.training.groups import MiningCounts, groups_from_collection, groups_from_jsonl, unscored
+from qpeft.types import Candidates, Group, Run
+
+if TYPE_CHECKING:
+    from qpeft.commands.train import Config
+
+
+def say(text: str) -> None:
+    """Print a line for the user, apart from any output."""
+    print(text, file=sys.stderr)
+
+
+def read_training_groups(
+    config: Config, training: TrainingConfig, collection: Collection | None
+) -> tuple[list[Group], MiningCounts]:
+    """Return the groups to train on: of the collection, or of the file where one is given."""
+    if config.train_file is None:
+        assert collection is not None
+        assert config.split is not None
+        assert config.negative_depth is not None
+        return groups_from_collection(
+            collection,
+            config.split,
+            negatives=training.negatives,
+            seed=config.seed,
+            queries=config.train_queries,
+            run=read_run(config.run) if config.run else None,
+            depth=config.negative_depth,
+        )
+    groups, counts = groups_from_jsonl(config.train_file)
+    if config.train_queries is not None and config.train_queries < len(groups):
+        groups = random.Random(config.seed).sample(groups, config.train_queries)
+    return groups, counts
+
+
+def find_dev_candidates(config: Config, collection: Collection | None) -> list[Candidates]:
+    """Return the dev queries with their candidates, those first of a seeded order that have a relevant one.
+
+    Raises:
+        InputError: there is none in `--dev-run`. Where BM25 finds none, this is said, and training does without dev.
+    """
+    if collection is None or config.dev_split is None:
+        return []
+    queries, qrels = collection.queries(config.dev_split), collection.qrels(config.dev_split)
+    if config.dev_run:
+        run = read_run(config.dev_run)
+    else:
+        ordered = sorted(queries)
+        random.Random(config.seed).shuffle(ordered)
+        chosen = [queries[query_id] for query_id in ordered[: 2 * config.dev_queries]]
+        index = BM25(collection.passages.values())
+        run = Run(index.retrieve(chosen, config.dev_depth), "bm25")
+    found = [
+        item
+        for item in candidates_from_run(run, queries, collection.passages, config.dev_depth)
+        if any(qrels[item.query.id].get(passage.id, 0) > 0 for passage in item.passages)
+    ]
+    if not found:
+        missing = f"no query of split {config.dev_split!r} has a relevant passage among its first {config.dev_depth}"
+        if config.dev_run:
+            raise InputError(f"{config.dev_run}: {missing}")
+        say(f"  note: {missing} of BM25, so nothing is measured on dev, and the last state is kept")
+    return found[: config.dev_queries]
+
+
+def read_teacher(config: Config, groups: Sequence[Group]) -> Mapping[tuple[str, str], float] | None:
+    """Return the teacher's scores by (query id, passage id), and say how many negatives have none.
+
+    Raises:
+        InputError: a positive has none; the lowest score, which stands for those that are missing, would teach that
+            it is the worst passage.
+    """
+    if config.teacher is None:
+        return None
+    teacher = {
+        (ranking.query_id, hit.passage_id): hit.score
+        for ranking in read_run(config.teacher).values()
+        for hit in ranking.hits
+    }
+    positives, negatives = unscored(groups, teacher)
+    if positives:
+        query_id, passage_id = positives[0]
+        raise InputError(
+            f"{config.teacher}: no score for the positives of {len(positives):,} of {len(groups):,} queries, first "
+            f"query {query_id!r}, passage {passage_id!r}; score them too, or leave the queries out"
+        )
+    if negatives:
+        say(f"  note: {len(negatives):,} negatives have no score of --teacher, and get its lowest")
+    return teacher
+
+
+def say_counts(counts: MiningCounts) -> None:
+    """Say what was left out while groups were made."""
+    notes = {
+        "queries have no positive passage and were left out": counts.without_positive,
+        "queries have no negatives of their own": counts.without_negative,
+        "candidates hold an answer and were not taken as negatives": counts.dropped_as_answer,
+        "negatives say the same as a positive and were dropped": counts.dropped_as_positive,
+    }
+    for what, count in notes.items():
+        if count:
+            say(f"  note: {count:,} {what}")

@@ -1,0 +1,30 @@
+"""Compare LoRA adapters trained with several losses on the same data; those of one loss are seeds, and averaged.
+
+They are compared with the loss of the adapter that is given first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qpeft.commands._study import StudyConfig, run_study
+from qpeft.model_config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Config(StudyConfig):
+    """Study of losses."""
+
+
+def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
+    """Return this command's options, and those of the model."""
+    return Config, ModelConfig
+
+
+def run(config: Config, model: ModelConfig) -> None:
+    """Measure and write the folder."""
+    from qpeft.analysis.study_designs import losses
+
+    run_study(config, model, config.adapter, losses)
