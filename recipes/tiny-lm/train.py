@@ -13,6 +13,7 @@ any point, the same command continues. Progress goes to `log.jsonl` in the outpu
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -251,9 +252,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 def export(model: Any, encoder: Encoder, folder: Path) -> None:
     """Write the model in bf16 in the standard folder form."""
     folder.mkdir(parents=True, exist_ok=True)
-    copy = STARTS["bert" if hasattr(model, "bert") else "llama"]()
-    copy.load_state_dict(model.state_dict())
-    copy.to(torch.bfloat16).save_pretrained(folder)
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
     encoder.tokenizer.save_pretrained(folder)
 
 

@@ -248,7 +248,7 @@ def _subject(folder: str, lm: Any) -> Subject:
         method=opened.method,
         loss=options.get("loss"),
         prompt=fingerprint(read),
-        only_additions=True,
+        only_additions=adapter.count_parameters() == sum(places.values()),
     )
 
 
