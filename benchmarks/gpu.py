@@ -4,9 +4,10 @@
     python benchmarks/gpu.py --device cpu --shape tiny --pairs 8       # the same code, to see that it runs
 
 For each shape (random bfloat16 weights, made on the device): pairs per second of ours without a passage cache, with an
-empty one and with a filled one; of the plain loop; of other attention kernels; of rows that are packed into one
-sequence instead of padded, and of batches of equal length; the bare matrix products that the pairs need; training rows
-per second; and peak memory above the weights. What scores is compared with the plain loop in float32 on the first rows:
+empty one and with a filled one; of the plain loop; of other sizes of batches and attention kernels; of rows that are
+packed into one sequence instead of padded, and of batches of equal length; of the bare matrix products that the pairs
+need; training rows per second, of hints in three ways (`training.py`) and of LoRA; and peak memory above the weights.
+Then what was wanted, and whether it is met. What scores is compared with the plain loop in float32 on the first rows:
 a way that is more than twice as far from it as the plain loop in bfloat16 is void, and the script fails at its end.
 What cannot run here, or for which no time is left, is named with the reason.
 """
@@ -18,6 +19,7 @@ import gc
 import json
 import math
 import random
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,10 +37,10 @@ from qpeft.lm import CausalLM
 from qpeft.model_config import EMBEDDED
 from qpeft.pretrained import token_log_probs
 from qpeft.template import Row
-from rounds import Case, interleave, made, set_up, synchronize
+from rounds import Case, interleave, made, ratio, set_up, synchronize
 from shapes import SHAPES, open_lm
 
-DEFAULT = ("llama-3.1-8b", "mistral-7b")
+DEFAULT = ("qwen3-0.6b", "mistral-7b", "llama-3.1-8b")
 VOID = "void"
 TOLERANCE = 2.0
 """How many times as far from float32 a way may be as the plain loop in bfloat16."""
@@ -53,7 +55,11 @@ PACKED = ("flash_attention_2", "sdpa")
 COMPILED = "flex_attention"
 """A kernel for both, which is compiled for each new shape: measured last, and on GPUs alone."""
 LOOP_ROWS = (16, 64)
-TRAINING = {"passage_tokens": 150, "query_tokens": 18, "batch": 8, "store": 8.0}
+BUDGETS = (8_192, 65_536)
+"""Tokens of a batch that are measured beside the usual number."""
+WANTED = ((OURS, BARE, 0.6), (OURS, "plain loop", 3.0), (WARM, OURS, 4.0))
+"""Times as many pairs a second; of several plain loops, the quicker."""
+TRAINING_BATCH, TRAINING_STORE = 8, 8 * 2**30
 
 
 def varied_rows(count: int, passages: int) -> list[Row]:
@@ -156,25 +162,37 @@ class Bench:
         self.scores: dict[str, list[float]] = {}
         self.peaks: dict[str, float] = {}
         self.found: list[dict[str, Any]] = []
+        self.targets: list[dict[str, Any]] = []
+        self.flops = 0
 
     def ways(self) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
         """Return what is to be measured: what sets it up, and what does the work."""
         lm, rows, budget = self.lm, self.rows, self.args.packed_tokens
 
-        def using(kernel: str, store: Callable[[], ContextStore | None] = lambda: None) -> Callable[[], None]:
+        usual_tokens = lm.batch_tokens
+
+        def using(
+            kernel: str, store: Callable[[], ContextStore | None] = lambda: None, tokens: int = usual_tokens
+        ) -> Callable[[], None]:
             def use() -> None:
                 lm.model.set_attn_implementation(kernel)
-                lm.store = store()
+                lm.store, lm.batch_tokens = store(), tokens
 
             return use
 
         usual = using(self.kernel)
+        bare = Ceiling(*needed(lm, rows), torch.bfloat16, self.args.device)
+        self.flops = bare.flops
         ways = {
             OURS: (usual, lambda: means(lm, rows)),
             COLD: (using(self.kernel, lambda: ContextStore(STORE)), lambda: means(lm, rows)),
             WARM: (using(self.kernel, lambda: self.filled), lambda: means(lm, rows)),
-            BARE: (usual, Ceiling(*needed(lm, rows), torch.bfloat16, self.args.device)),
+            BARE: (usual, bare),
             **{f"plain loop, {n} rows": (usual, lambda n=n: loop(lm, rows, n)) for n in LOOP_ROWS},
+            **{
+                f"qpeft, batches of {n:,} tokens": (using(self.kernel, tokens=n), lambda: means(lm, rows))
+                for n in BUDGETS
+            },
             "qpeft, batches of equal length": (usual, lambda: equal_lengths(lm, rows)),
             **{f"qpeft, attention {kernel}": (using(kernel), lambda: means(lm, rows)) for kernel in KERNELS},
             **{f"packed rows, {kernel}": (using(kernel), lambda: packed(lm, rows, budget)) for kernel in PACKED},
@@ -208,9 +226,17 @@ class Bench:
                 self.absent(name, f"{VOID}: {off:.3g} nats off float32, {self.allowed:.3g} allowed")
                 continue
             self.note(name, case.result()["pairs/s"], "pairs/s", self.peaks[name], seconds=case.seconds, off=off)
-        if OURS in cases and BARE in cases:
-            share = min(cases[BARE].seconds) / min(cases[OURS].seconds)
-            self.note("qpeft, share of the bare products", round(share, 4), "")
+        if OURS in cases:
+            self.note("qpeft, products done", self.flops / statistics.median(cases[OURS].seconds) / 1e12, "TFLOP/s")
+        usual_loop = min(
+            (name for name in cases if name.startswith("plain loop")), key=lambda n: sum(cases[n].seconds), default=None
+        )
+        for case, against, wanted in WANTED:
+            pair = [cases.get(case), cases.get(usual_loop if against == "plain loop" else against)]
+            found = ratio(*pair)["median"] if all(pair) else None
+            self.targets.append(
+                {"case": f"{case} / {against}", "wanted": wanted, "measured": found, "met": found and found >= wanted}
+            )
 
     def off(self, scores: Sequence[float]) -> float:
         """Return how far scores are from those in float32: root mean square over the first rows, nats per token."""
@@ -218,21 +244,27 @@ class Bench:
         return math.sqrt(sum(gap**2 for gap in gaps) / len(gaps))
 
     def train(self, until: float) -> None:
-        """Measure training as `training.py` does."""
+        """Measure training of hints as `training.py` does, and of LoRA on whole rows."""
         count = self.args.training_rows
-        settings = argparse.Namespace(rows=count, passages=max(1, count // 2), **TRAINING)
+        rows = training.make_rows(count, max(1, count // 2), 150, 18)
         self.lm.model.set_attn_implementation(self.kernel)
-        for mode in training.MODES:
-            name = f"training, contexts {mode}" if mode != "plain" else "training, plain"
+        for adapter in ("qpeft_a", "lora"):
             if time.monotonic() > until:
-                self.absent(name, "no time left")
+                self.absent(f"training, {adapter}", "no time left")
                 continue
+            modes = training.MODES if adapter == "qpeft_a" else (training.PLAIN,)
             try:
-                seen = training.measure(self.lm, mode, "qpeft_a", settings)
-            except torch.OutOfMemoryError:
-                self.absent(name, "out of memory")
+                measured = training.Training(self.lm, adapter, rows, TRAINING_BATCH, TRAINING_STORE)
+                seen = training.measure(measured, min(2, self.args.rounds), modes)
+            except Exception as error:
+                self.absent(f"training, {adapter}", f"{type(error).__name__}: {error}"[:120])
                 continue
-            self.note(name, seen["rows/s"], "rows/s", peak=seen["peak MiB"] / 1024)
+            for mode, case in seen["modes"].items():
+                self.note(f"training, {adapter}, {mode}", case["pairs/s"], "rows/s", peak=case["peak MiB"] / 1024)
+            for mode, why in seen["absent"].items():
+                self.absent(f"training, {adapter}, {mode}", why)
+            if adapter == "qpeft_a":
+                self.targets += seen["targets"]
 
     def note(self, what: str, value: float, unit: str, peak: float | None = None, **more: Any) -> None:
         """Keep a finding."""
@@ -273,25 +305,34 @@ def peak_gib(work: Callable[[], Any]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def measure(shape: str, args: argparse.Namespace, until: float) -> list[dict[str, Any]]:
+def measure(shape: str, args: argparse.Namespace, until: float) -> dict[str, Any]:
     """Return the findings of one shape, and free its memory."""
-    bench = Bench(shape, args)
-    bench.note("one large bf16 product", round(product_rate(args.device), 2), "TFLOP/s")
-    started = time.monotonic()
-    bench.score(started + 0.7 * (until - started))
-    bench.train(until)
-    found = bench.found
+    bench = None
+    found: list[dict[str, Any]] = []
+    try:
+        bench = Bench(shape, args)
+        found = bench.found
+        bench.note("one large bf16 product", round(product_rate(args.device), 2), "TFLOP/s")
+        started = time.monotonic()
+        bench.score(started + 0.7 * (until - started))
+        bench.train(until)
+    except Exception as error:  # what was measured before must not be lost with it
+        found.append({"what": "the rest", "absent": f"{type(error).__name__}: {error}"[:200]})
+    targets = bench.targets if bench else []
     del bench
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return found
+    return {"found": found, "targets": targets}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--shape", action="append", choices=[EMBEDDED, *sorted(SHAPES)], help="default: llama-3.1-8b and mistral-7b"
+        "--shape",
+        action="append",
+        choices=[EMBEDDED, *sorted(SHAPES)],
+        help="default: qwen3-0.6b, mistral-7b and llama-3.1-8b",
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--pairs", type=int, default=256)
@@ -307,12 +348,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     result: dict[str, Any] = {"kind": "gpu", "device": args.device, "pairs": args.pairs, "shapes": {}}
     for place, shape in enumerate(shapes, start=1):
+        print(f"{shape}: {time.monotonic() - started:.0f} s", file=sys.stderr)
         result["shapes"][shape] = measure(shape, args, started + args.minutes * 60 * place / len(shapes))
         result["made"] = made(seconds=round(time.monotonic() - started))
         if args.output:  # after each shape, so that an interruption costs one
             args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(tables.render(result))
-    if any(each.get("absent", "").startswith(VOID) for found in result["shapes"].values() for each in found):
+    if any(each.get("absent", "").startswith(VOID) for shape in result["shapes"].values() for each in shape["found"]):
         sys.exit("some ways disagree with ours")
 
 

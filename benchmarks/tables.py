@@ -121,9 +121,9 @@ def gpu(result: dict[str, Any]) -> str:
         rows = [
             [each["what"], number(each["value"]) if "value" in each else each["absent"], each.get("unit", ""),
              number(each["peak GiB"]) if "peak GiB" in each else ""]
-            for each in found
+            for each in found["found"]
         ]  # fmt: skip
-        parts.append(f"**{shape}**\n\n" + table(["what", "measured", "unit", "peak GiB"], rows))
+        parts += [f"**{shape}**", table(["what", "measured", "unit", "peak GiB"], rows), wanted(found["targets"])]
     return "\n\n".join([*parts, _made(result)])
 
 

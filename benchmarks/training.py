@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,12 @@ class Training:
         return -self.lm.score(rows, [self.adapter] * len(rows))[0].mean()
 
 
-def measure(training: Training, rounds: int) -> dict[str, Any]:
+def measure(training: Training, rounds: int, modes: Sequence[str] = MODES) -> dict[str, Any]:
     """Return what each way came to, how they compare, and which ran out of memory."""
     cases: dict[str, Case] = {}
     space: dict[str, dict[str, float]] = {}
     absent: dict[str, str] = {}
-    for mode in MODES:
+    for mode in modes:
         training.use(mode)
         try:
             training.epoch()

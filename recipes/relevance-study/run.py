@@ -176,9 +176,7 @@ def main() -> None:
     if args.model != EMBEDDED:
         output = output / args.model.replace("/", "--").strip(".-")
         results = output / "results"
-    work = Work(
-        args.data, output, results, args.model, args.jobs, args.accumulation, args.dtype, args.learning_rate
-    )  # fmt: skip
+    work = Work(args.data, output, results, args.model, args.jobs, args.accumulation, args.dtype, args.learning_rate)
     collections = args.collection or COLLECTIONS
     equal = equal_ranks(args.model) if "components" in parts else {}
     items = [
@@ -195,7 +193,10 @@ def main() -> None:
     for collection in dict.fromkeys(asked.cells[0].collection for asked in studies):
         work.first_stage(collection)
     work.all(work.study, studies)
-    table.write() if args.model == EMBEDDED else print(table.tables(results))
+    if args.model == EMBEDDED:
+        table.write()
+    else:
+        print(table.tables(results))
 
 
 if __name__ == "__main__":

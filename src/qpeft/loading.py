@@ -235,9 +235,12 @@ def cpu_matmul_seconds(dtype: torch.dtype) -> float:
 
 
 def _batch_tokens(device: torch.device, config: ModelConfig) -> int:
-    """Return what keeps a GPU busy, and what a CPU's cache memory holds: larger batches are slower there."""
+    """Return what keeps a GPU busy, and what a CPU's cache memory holds: larger batches are slower there.
+
+    More would keep a GPU no busier, and pad more: rows of one batch differ the more in length, the more there are.
+    """
     if device.type != "cpu":
-        return 65_536
+        return 16_384
     whole = 2_048 if cpu_attention.TILES else 1_024
     # Over encoded contexts, few of the tokens are computed.
     return torch.get_num_threads() * (8_192 if config.passage_cache or config.passage_cache_folder else whole)

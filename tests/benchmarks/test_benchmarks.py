@@ -20,6 +20,7 @@ import rounds
 import scaling
 import scoring
 import tables
+import training
 from ceiling import needed
 from qpeft.loading import load_lm
 from qpeft.model_config import ModelConfig
@@ -192,6 +193,38 @@ class TestSameScores:
         assert exact != rounded
         lm.model.float()
         assert exact == pytest.approx(gpu.loop(lm, rows, 5), abs=1e-4)
+
+
+class TestWholeScripts:
+    """On little work: every way runs, agrees, and stands in the table with what was wanted."""
+
+    @pytest.mark.usefixtures("one_thread")
+    def test_gpu(self, tmp_path, capsys):
+        output = tmp_path / "gpu.json"
+        little = ["--pairs", "4", "--training-rows", "4", "--rounds", "1", "--packed-tokens", "400"]
+        gpu.main(["--device", "cpu", "--shape", "tiny", *little, "--output", str(output)])
+        result = json.loads(output.read_text())
+        found = result["shapes"]["tiny"]
+        named = {each["what"] for each in found["found"] if "value" in each}
+        assert {gpu.OURS, gpu.COLD, gpu.WARM, gpu.BARE, "packed rows, sdpa", "training, lora, whole rows"} <= named
+        assert {each["what"] for each in found["found"] if "absent" in each} == {
+            "qpeft, attention flash_attention_2",
+            "packed rows, flash_attention_2",
+        }
+        assert len(found["targets"]) == 6
+        assert all(each["met"] == (each["measured"] >= each["wanted"]) for each in found["targets"][:-1])
+        assert tables.render(result).strip() in capsys.readouterr().out
+
+    @pytest.mark.usefixtures("one_thread")
+    def test_training(self, tmp_path, capsys):
+        output = tmp_path / "training.json"
+        training.main(["--shape", "tiny", "--rows", "8", "--batch", "4", "--rounds", "2", "--output", str(output)])
+        result = json.loads(output.read_text())
+        assert list(result["modes"]) == list(training.MODES)
+        whole, encoded, kept = (case["saved MiB"] for case in result["modes"].values())
+        assert encoded == kept < whole
+        assert not result["absent"]
+        assert tables.render(result).strip() in capsys.readouterr().out
 
 
 class TestPeers:

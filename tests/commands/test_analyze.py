@@ -125,12 +125,16 @@ def test_seeds_are_averaged(arguments, tmp_path):
 def test_without_additions_the_model_is_ranked_once(arguments, adapters, saved_model, tmp_path, monkeypatch):
     """Unless an adapter has more than additions, which go on acting: then it is ranked with those alone."""
     lm = load_lm(ModelConfig(str(saved_model), dtype="float32"))
-    torch.manual_seed(9)
-    adapter = lora.build(lora.Config(r=8, hint="soft_prompt"), lm)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.1)
-    save_adapter(tmp_path / "hinted", "lora", adapter, lm, load_template("plain"))
+    more = []
+    for seed in (9, 10):
+        torch.manual_seed(seed)
+        adapter = lora.build(lora.Config(r=8, hint="soft_prompt"), lm)
+        with torch.no_grad():
+            for parameter in adapter.parameters():
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+        save_adapter(tmp_path / f"hinted-{seed}", "lora", adapter, lm, load_template("plain"))
+        adapter.withdraw()
+        more += ["--adapter", str(tmp_path / f"hinted-{seed}")]
 
     def sets():
         found = {}
@@ -140,9 +144,8 @@ def test_without_additions_the_model_is_ranked_once(arguments, adapters, saved_m
 
     with monkeypatch.context() as patch:
         patch.setattr("qpeft.analysis.study_report.write_study", interrupted)
-        more = ["--adapter", str(tmp_path / "hinted")]
         assert main(arguments("ranks", "rank-1", "rank-4", more=more)) == 130
-    assert sets() == {0: {1}, 1: {1}, 2: {2}}, "M(0) is that of the highest rank"
+    assert sets() == {0: {1}, 1: {1}, 2: {2}, 3: {2}}, "M(0) is that of the highest rank"
     assert main(arguments("ranks", "rank-1", "rank-4", more=[*more, "--resume"])) == 0
     hinted = result(tmp_path / "ranks").find("no additions").per_query
     shutil.rmtree(tmp_path / "ranks")

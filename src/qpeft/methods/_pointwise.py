@@ -19,13 +19,13 @@ class Pointwise(Reranker):
 
     Args:
         scorer: gives one score per pair.
-        queries: whose pairs are scored in one call, so that pairs of similar length meet in a batch; see `Window`.
+        window: queries whose pairs are scored in one call, so that pairs of similar length meet in a batch.
     """
 
-    def __init__(self, scorer: Scorer, queries: int | None = None) -> None:
+    def __init__(self, scorer: Scorer, window: Window | None = None) -> None:
         super().__init__()
         self._scorer = scorer
-        self.window = Window(queries)
+        self.window = window or Window()
         self.counts = scorer.counts
         self.facts = scorer.facts
 

@@ -37,7 +37,7 @@ class Config:
     window_pool: Literal["max", "mean"] = "max"
     """How the scores of a passage's windows become one."""
     queries_per_batch: int | None = None
-    """Queries whose candidates are batched together; by default as many as have 256 candidates together."""
+    """Queries whose candidates are batched together; by default as many as fill batches of like length."""
 
 
 def check_template(prompt: Prompt) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from qpeft.errors import OptionError
 from qpeft.kept_tokens import KeptTokens
 from qpeft.template import Prompt, Row, load_template
-from qpeft.types import Passage, Query, ScoringCounts
+from qpeft.types import Passage, Query, ScoringCounts, Window
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
     from torch import Tensor
@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # so that options can be listed without importing torch
     from qpeft.pretrained import LanguageModel
 
 C = TypeVar("C", bound="Options")
+ON_GPU = 2_048
+"""Pairs that are scored together on a GPU: some tens of its batches."""
 
 
 class Options(Protocol):
@@ -222,6 +224,12 @@ def open_prompt(
     if opened is not None:
         facts["adapter"] = {"name": opened.name, "sha256": opened.sha256}
     return config, prompt, opened, facts
+
+
+def window(config: Options, lm: LanguageModel) -> Window:
+    """Return which queries are worked on together: on a GPU many, so that large batches need little padding."""
+    queries = config.queries_per_batch
+    return Window(queries) if lm.device.type == "cpu" else Window(queries, ON_GPU)
 
 
 def _check(config: Options) -> None:

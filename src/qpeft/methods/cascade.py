@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, final
 from qpeft.errors import OptionError, nearest
 from qpeft.methods import query_likelihood
 from qpeft.methods._pointwise import Pointwise
+from qpeft.methods._rows import window
 from qpeft.types import Candidates, Query, Ranking, Reranker
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
@@ -52,12 +53,12 @@ def build(config: Config, lm: LanguageModel) -> Reranker:
     if len(cheap) != len(sizes) - 1:
         raise OptionError(f"--cascade {config.cascade} needs {len(sizes) - 1} cheap scores; --cheap has {len(cheap)}")
     full = query_likelihood.build_scorer(config, lm)
-    queries = config.queries_per_batch
+    together = window(config, lm)
     steps = [
-        Step(size, None if options is None else Pointwise(full.cheaper(**options), queries))
+        Step(size, None if options is None else Pointwise(full.cheaper(**options), together))
         for size, options in zip(sizes, [None, *map(_cheap, cheap)], strict=True)
     ]
-    return Cascade(steps, Pointwise(full, queries))
+    return Cascade(steps, Pointwise(full, together))
 
 
 def _sizes(text: str) -> list[int]:

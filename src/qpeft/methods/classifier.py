@@ -17,7 +17,7 @@ from qpeft.kept_tokens import KeptTokens
 from qpeft.methods import _read_out
 from qpeft.methods._pointwise import Pointwise
 from qpeft.methods._read_out import ReadOutScorer
-from qpeft.methods._rows import open_prompt
+from qpeft.methods._rows import open_prompt, window
 from qpeft.types import Reranker
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
@@ -47,7 +47,7 @@ def build(config: Config, lm: LanguageModel) -> Reranker:
     """
     scorer = build_scorer(config, lm)
     scorer.kind  # noqa: B018 — a missing head shows before the work
-    return Pointwise(scorer, config.queries_per_batch)
+    return Pointwise(scorer, window(config, lm))
 
 
 def build_scorer(

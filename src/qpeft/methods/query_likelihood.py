@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qpeft.errors import OptionError
 from qpeft.kept_tokens import KeptTokens
 from qpeft.methods._pointwise import Pointwise
-from qpeft.methods._rows import RowScorer, Work, open_prompt, rows_of
+from qpeft.methods._rows import RowScorer, Work, open_prompt, rows_of, window
 from qpeft.template import Prompt, Row
 from qpeft.types import Passage, Query, Reranker, ScoringCounts
 
@@ -61,7 +61,7 @@ class Config:
     document_prior: float = 0.0
     """Weight of the passage's own mean log-likelihood."""
     queries_per_batch: int | None = None
-    """Queries whose candidates are batched together; by default as many as have 256 candidates together."""
+    """Queries whose candidates are batched together; by default as many as fill batches of like length."""
 
 
 def build(config: Config, lm: LanguageModel) -> Reranker:
@@ -70,7 +70,7 @@ def build(config: Config, lm: LanguageModel) -> Reranker:
     Raises:
         OptionError: options that contradict each other.
     """
-    return Pointwise(build_scorer(config, lm), config.queries_per_batch)
+    return Pointwise(build_scorer(config, lm), window(config, lm))
 
 
 def build_scorer(

@@ -16,7 +16,7 @@ from qpeft.kept_tokens import KeptTokens
 from qpeft.methods import _read_out
 from qpeft.methods._pointwise import Pointwise
 from qpeft.methods._read_out import ReadOutScorer
-from qpeft.methods._rows import open_prompt
+from qpeft.methods._rows import open_prompt, window
 from qpeft.template import Prompt
 from qpeft.types import Reranker
 
@@ -58,7 +58,7 @@ def build(config: Config, lm: LanguageModel) -> Reranker:
     Raises:
         OptionError: options that contradict each other, or an answer that is not one token.
     """
-    return Pointwise(build_scorer(config, lm), config.queries_per_batch)
+    return Pointwise(build_scorer(config, lm), window(config, lm))
 
 
 def build_scorer(
