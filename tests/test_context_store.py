@@ -200,6 +200,35 @@ def test_batches_shrink_when_memory_runs_out(make_lm):
     assert model.refused > 0
 
 
+class CrowdedModel(ForgetfulModel):
+    """A model on a machine that has no room for it beside so many bytes of kept contexts."""
+
+    def __init__(self, model, store, room):
+        super().__init__(model, most=1000)
+        self.store, self.room = store, room
+
+    def forward(self, **inputs):
+        if self.store.bytes_kept > self.room:
+            self.refused += 1
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(**inputs)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_kept_contexts_make_room_when_memory_runs_out(make_lm):
+    plain = make_lm("llama")
+    lm = with_store(plain)
+    rows = rows_for(plain, queries=[QUERY])
+    references = plain.log_probs(rows)
+    lm.log_probs(rows[:2])
+    lm.model = CrowdedModel(plain.model, lm.store, lm.store.bytes_kept)
+    assert_same(lm.log_probs(rows), references)
+    assert lm.model.refused > 0
+    lm.model.room = -1
+    with pytest.raises(ModelError, match="do not fit in the memory"):
+        lm.log_probs(rows)
+
+
 def test_a_model_that_remembers_otherwise_is_refused():
     config = MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1, state_size=4)
     lm = CausalLM(MambaForCausalLM(config), None, name="a mamba", max_length=128, batch_tokens=4096)

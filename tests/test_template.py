@@ -74,6 +74,24 @@ def test_the_authors_layout_scores_begin_and_end(tokenizer):
     assert "".join(hint).lstrip("▁Ġ").lower().startswith("question"), "the hint stands before the answer cue"
 
 
+def test_adapters_read_a_template_from_behind_its_instruction_to_its_cue(tokenizer):
+    row = Prompt(load_template("qpeft_authors"), tokenizer, 512).rows(QUERY, PASSAGE)[0]
+    begin, end = row.read(template=True, states=False)
+    text = tokenizer.decode(row.context[begin:end]).strip().lower()
+    assert text.startswith("passage")
+    assert "question" in text[-12:]
+    assert "generate" in tokenizer.decode(row.context[:begin]).lower()
+    assert row.read(template=True, states=True) == (begin, row.hint), "behind the hint there are no states"
+    assert row.read(template=False, states=False) == row.passage
+    bare = Prompt(load_template("qpeft"), tokenizer, 512).rows(QUERY, PASSAGE)[0]
+    assert bare.body == int(tokenizer.bos_token_id is not None)
+
+
+def test_an_instruction_has_no_places():
+    with pytest.raises(InputError, match="instruction has no places"):
+        Template("wrong", 1, "{passage}", "{query}", instruction="of {passage}")
+
+
 def test_begin_stands_between_cue_and_query(tokenizers):
     template = Template("begin", 1, "{passage}", "Question: {query}", score_begin=True)
     row = Prompt(template, tokenizers["metaspace"], 512).rows(QUERY, PASSAGE)[0]
@@ -212,7 +230,7 @@ def test_room_is_kept_for_hints_of_the_query_that_is_read(tokenizers):
 FINGERPRINTS = {
     "plain": "ab032966628d0b58",
     "qpeft": "e85af3ddb469fa71",
-    "qpeft_authors": "89ee256b782a10f6",
+    "qpeft_authors": "be5dfbfd281fe7a0",
     "qpeft_prefix": "136a037b45fb51f7",
     "upr": "dbc7c9767287a894",
 }

@@ -34,6 +34,12 @@ class ContextEncoder(PretrainedLM):
     _depth: int
     """Layers that are run."""
 
+    def _make_room(self) -> bool:
+        if self.store is None or not self.store.bytes_kept:
+            return False
+        self.store.clear()
+        return True
+
     def encode_all(self, contexts: Sequence[tuple[int, ...]], layer: int | None = None) -> list[Encoded]:
         """Return `encode` of each context.
 

@@ -292,10 +292,7 @@ class CausalLM(ContextEncoder):
 
     def pairs(self, rows: Sequence[Row], adapter: HintWriter, states: Sequence[Tensor | None] | None) -> Pairs:
         """Return what an adapter reads of rows; `states` `[T, d]` are those of each whole encoded context."""
-        bos = int(self.tokenizer.bos_token_id is not None)
-        spans = [row.passage for row in rows]
-        if adapter.reads_template:
-            spans = [(bos, max(end, len(row.context[: row.hint]))) for row, (_, end) in zip(rows, spans, strict=True)]
+        spans = [row.read(template=adapter.reads_template, states=states is not None) for row in rows]
         passage, passage_mask = pad_ids([row.context[slice(*span)] for row, span in zip(rows, spans, strict=True)])
         query, query_mask = pad_ids([row.query for row in rows])
         stacked = None

@@ -320,6 +320,8 @@ def _quantized(config: ModelConfig, device: torch.device) -> dict[str, Any]:
     settings: Any = BitsAndBytesConfig(
         load_in_8bit=config.quantization == "8bit",
         load_in_4bit=config.quantization == "4bit",
+        bnb_4bit_quant_type="nf4",  # of normally distributed weights; with double quantisation, QLoRA's (2305.14314)
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # type: ignore[no-untyped-call]
     return {"quantization_config": settings, "device_map": {"": device}}

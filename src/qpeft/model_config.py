@@ -30,7 +30,7 @@ class ModelConfig:
     batch_tokens: int | None = None
     """Padded tokens in one forward pass; halved for as long as memory runs out."""
     passage_cache: float = 0.0
-    """GiB of memory for encoded passages, which makes a passage's second query cheap (decoder-only models); 0: none."""
+    """GiB of the device's memory for encoded passages: a second query is cheap then (query likelihood, no LoRA)."""
     passage_cache_folder: str | None = None
     """Folder for encoded passages that memory does not hold; qpeft index-cache fills it ahead."""
     passage_cache_storage: Literal["exact", "int8", "fp8"] = "exact"

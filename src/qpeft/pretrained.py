@@ -257,6 +257,10 @@ class PretrainedLM:
         """Whether contexts that were encoded before are read one by one, so that rows need not be of like length."""
         return False
 
+    def _make_room(self) -> bool:
+        """Give up memory that the next row could use, and say whether there was any."""
+        return False
+
     def _count(self, tokens: int, padding: int, flops: int | None) -> None:
         with self._counting:
             self.computed.add(tokens, padding, flops)
@@ -305,7 +309,7 @@ class PretrainedLM:
         while waiting:
             chosen = waiting.take(self._budget)
             if run(chosen):
-                if len(chosen) == 1:
+                if len(chosen) == 1 and not self._make_room():
                     raise ModelError(f"{sizes[chosen[0]]} tokens do not fit in the memory of {self.device}")
                 torch.cuda.empty_cache()
                 self._budget = len(chosen) * sizes[chosen[0]] // 2

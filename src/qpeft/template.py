@@ -4,8 +4,8 @@ A template is a YAML file with two texts. `context` holds `{passage}` and, where
 `target` holds `{query}`, behind an optional cue. Every literal piece, the passage and the query are tokenised alone and
 never merged, so that the tokens of a query are the same behind every passage:
 
-    [BOS] literal · passage · literal · {hint} · literal | cue · [BOS] · query · [EOS]
-          └────────────────── context ─────────────────┘ └───────── target ────────┘
+    [BOS] instruction · literal · passage · literal · {hint} · literal | cue · [BOS] · query · [EOS]
+                        └────────────────── context ─────────────────┘ └───────── target ────────┘
 
 Without a target, `context` holds `{query}` too, before or behind the passage. Nothing is scored then: what stands at
 the last token is read (`end`: that token is EOS).
@@ -55,6 +55,8 @@ class Template:
     """Whether the tokenizer's BOS stands before the query too, and is scored; nothing where it has none."""
     end: bool = False
     """Whether the tokenizer's EOS stands at the end of a context without a target; nothing where it has none."""
+    instruction: str = ""
+    """Words before the context that no adapter reads, also if it reads the template's other words."""
 
     def __post_init__(self) -> None:
         if not self.target and "{query}" not in self.context:
@@ -70,6 +72,8 @@ class Template:
                 names = " and ".join(f"{{{name}}}" for name in sorted(allowed))
                 must = " and ".join(f"{{{name}}}" for name in sorted(wanted))
                 raise InputError(f"template {self.name!r}: {field} holds {names}, each at most once; {must} is needed")
+        if "{" in self.instruction:
+            raise InputError(f"template {self.name!r}: instruction has no places, context holds them")
         if self.target and not self.target.endswith("{query}"):
             raise InputError(f"template {self.name!r}: target must end with {{query}}")
         if self.target and self.end:
@@ -81,7 +85,7 @@ class Template:
     def fingerprint(self) -> str:
         """SHA-256 of everything that can change a score."""
         facts = {k: v for k, v in dataclasses.asdict(self).items() if k != "description"}
-        for younger in ("score_begin", "end"):
+        for younger in ("score_begin", "end", "instruction"):
             if not facts[younger]:
                 del facts[younger]  # fingerprints that were made before it are to stay what they are
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -160,7 +164,8 @@ class Row:
 
     `context` and `target` are ids; `scored` says which target tokens count; `passage` is the span of the passage in
     `context`; `hint` is the place in `context` where trained vectors would stand, if the template has one; `query` are
-    the ids that an adapter reads as the query. A row without a target is read at its last token.
+    the ids that an adapter reads as the query; `body` is where `context` begins behind BOS and instruction. A row
+    without a target is read at its last token.
     """
 
     context: tuple[int, ...]
@@ -170,9 +175,22 @@ class Row:
     hint: int | None
     query: tuple[int, ...] = ()
     truncated: bool = False
+    body: int = 0
 
     def __len__(self) -> int:
         return len(self.context) + len(self.target)
+
+    def read(self, *, template: bool, states: bool) -> tuple[int, int]:
+        """Return the span of `context` that an adapter reads as the passage.
+
+        Args:
+            template: the words around it count too, except an instruction (as in the authors' code of arXiv 2404.04522:
+                the document with the cue behind it).
+            states: it reads states of the passage as well, which there are before the hint alone.
+        """
+        if not template:
+            return self.passage
+        return self.body, len(self.context[: self.hint] if states else self.context)
 
 
 class Prompt:
@@ -260,9 +278,8 @@ class Prompt:
                     piece = {"{passage}": some, "{query}": own}.get(piece, ())
                 context += piece
             start = places["{passage}"]
-            return Row(
-                tuple(context), target, scored, (start, start + len(some)), places.get("{hint}"), read, truncated
-            )
+            span, hint = (start, start + len(some)), places.get("{hint}")
+            return Row(tuple(context), target, scored, span, hint, read, truncated, self._body)
 
         if not windows:
             room = min(room, max_passage_tokens or room)
@@ -334,6 +351,11 @@ class Prompt:
         if bos is not None and not self._separate:
             found.append((bos,))
         spaced = False
+        if self.template.instruction:
+            ids, _ = self._literal(self.template.instruction, previous="")
+            found.append(tuple(ids))
+            spaced = True
+        self._body = sum(map(len, found))
         for piece in re.split(r"(\{passage\}|\{hint\}|\{query\})", self.template.context):
             if re.fullmatch(r"\{\w+\}", piece):
                 if piece == "{passage}" and found[-1:] == ["{hint}"]:

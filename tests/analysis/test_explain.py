@@ -97,7 +97,7 @@ def test_a_hint_may_stand_before_the_passage(lm, saved):
         found = explain(lm, folder, None, QUERY, PASSAGES)
         check_against_scoring(lm, folder, None, found)
         texts = ["".join(token.text for token in each.tokens) for each in found]
-        assert texts[1] == ("The light of the sky is blue." if name == "qpeft_r" else "given the")
+        assert texts[1] == f"{'' if name == 'qpeft_r' else 'given the passage: '}The light of the sky is blue."
 
 
 def test_lora_is_explained_by_its_scores(make_lm, saved):

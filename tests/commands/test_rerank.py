@@ -177,6 +177,14 @@ def test_what_it_cost_is_printed_and_kept(rerank_arguments, tmp_path, capsys):
     assert (plain["cached"], plain["peak_device_memory"]) == (None, None)
 
 
+def test_a_passage_cache_that_is_not_used_is_told(rerank_arguments, tmp_path, capsys):
+    cache = ("--passage-cache", "0.01")
+    assert main(rerank_arguments(tmp_path / "used", *cache)) == 0
+    assert "of no use" not in capsys.readouterr().err
+    assert main(rerank_arguments(tmp_path / "unused", *cache, "--document-prior", "0.1")) == 0
+    assert "the passage cache was of no use" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("cheap", ["first_stage", "passage_tokens=2", "layers=1"])
 def test_a_cascade_keeps_below_what_it_drops(rerank_arguments, toy_run, tmp_path, cheap):
     outputs = tmp_path / "ql.trec", tmp_path / "cascade.trec"

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from qpeft.errors import OptionError, QueryError, ScoreError
+from qpeft.methods import _pointwise
+from qpeft.methods._pointwise import Pointwise
 from qpeft.methods.query_likelihood import Config, build, build_scorer
 from qpeft.template import Prompt, load_template
 from qpeft.types import Candidates, Passage, Query
@@ -117,3 +119,18 @@ def test_encoder_decoders_rank_too(t5):
     (ranking,) = reranker.rerank([Candidates(QUERY, (Passage("a", "the sky"), PASSAGE))])
     assert len(ranking.hits) == 2
     assert not ranking.constant
+
+
+def test_many_candidates_are_scored_some_at_a_time(lm, monkeypatch):
+    texts = ["the sky", "a lion", "the salty sea", "the king", "why"]
+    passages = tuple(Passage(str(i), text) for i, text in enumerate(texts))
+    items = [Candidates(Query(str(i), text), passages) for i, text in enumerate(["why is the sky blue?", "who"])]
+    scorer = build_scorer(Config(), lm)
+    expected = list(Pointwise(scorer).rerank(items))
+    asked, own = [], scorer.score
+    monkeypatch.setattr(_pointwise, "AT_ONCE", 4)
+    monkeypatch.setattr(scorer, "score", lambda pairs: asked.append(len(pairs)) or own(pairs))
+    for ranking, reference in zip(Pointwise(scorer).rerank(items), expected, strict=True):
+        assert [hit.passage_id for hit in ranking.hits] == [hit.passage_id for hit in reference.hits]
+        assert [hit.score for hit in ranking.hits] == pytest.approx([hit.score for hit in reference.hits], abs=1e-4)
+    assert asked == [4, 4, 2]

@@ -221,8 +221,8 @@ class _Reading:
     ) -> None:
         bos = int(tokenizer.bos_token_id is not None)
         self._span = row.passage
-        if recorder is not None and recorder.reads_template:
-            self._span = bos, len(row.context[: row.hint])
+        if recorder is not None:
+            self._span = row.read(template=recorder.reads_template, states=recorder.reads_layer is not None)
         self._passage = range(*row.passage)
         self._texts = _context_texts(row, tokenizer, template, passage, bos)
         read = row.context[slice(*self._span)]
@@ -252,12 +252,13 @@ class _Reading:
 
 
 def _context_texts(row: Row, tokenizer: Any, template: Template, passage: Passage, bos: int) -> list[str]:
-    """Return a piece for each token of the context; a literal, the passage and a literal were tokenised apart."""
+    """Return a piece for each token of the context; instruction, literals and passage were tokenised apart."""
     start, end = row.passage
-    before, _, after = template.context.replace("{hint}", "").partition("{passage}")
+    before, _, after = template.context.replace("{hint} ", "").replace("{hint}", "").partition("{passage}")
     texts = pieces(tokenizer, row.context[:bos])
     for ids, text in (
-        (row.context[bos:start], before),
+        (row.context[bos : row.body], template.instruction),
+        (row.context[max(bos, row.body) : start], before),
         (row.context[start:end], template.passage_text(passage)),
         (row.context[end:], after),
     ):

@@ -125,7 +125,7 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     facts |= {"counts": dataclasses.asdict(counts), "cost": cost.as_dict(), "resumed_at": resumed_at}
     write_provenance(Path(config.output), provenance(**facts))
     partial.remove()
-    _say(config, counts, cost)
+    _say(config, counts, cost, cache_idle=getattr(lm, "store", None) is not None and not (cost.cached or cost.encoded))
 
 
 def _with_rest(first: Run, rankings: list[Ranking], config: Config) -> Run:
@@ -161,7 +161,7 @@ def _cost(seconds: float, queries: int, pairs: int, lm: Any) -> Cost:
     )
 
 
-def _say(config: Config, counts: ScoringCounts, cost: Cost) -> None:
+def _say(config: Config, counts: ScoringCounts, cost: Cost, *, cache_idle: bool) -> None:
     print(f"{config.output}: {counts.pairs:,} pairs, {cost.passages_per_second:,.0f} passages/s", file=sys.stderr)
     print(f"  cost: {', '.join(_cost_parts(cost))}", file=sys.stderr)
     notes = {
@@ -172,6 +172,8 @@ def _say(config: Config, counts: ScoringCounts, cost: Cost) -> None:
     for what, count in notes.items():
         if count:
             print(f"  note: {count:,} {what}", file=sys.stderr)
+    if cache_idle and counts.pairs:
+        print("  note: the passage cache was of no use: it is for plain query likelihood", file=sys.stderr)
 
 
 def _cost_parts(cost: Cost) -> Iterator[str]:

@@ -7,7 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import final
 
 from qpeft.errors import ScoreError
-from qpeft.types import Candidates, Query, Ranking, Reranker, Scorer, Window
+from qpeft.types import Candidates, Passage, Query, Ranking, Reranker, Scorer, Window
+
+AT_ONCE = 4_096
+"""Pairs whose tokens are in memory together, so that it does not grow with a query's candidates."""
 
 
 @final
@@ -40,12 +43,16 @@ class Pointwise(Reranker):
 
     def _rank(self, items: list[Candidates]) -> Iterator[Ranking]:
         pairs = [(item.query, passage) for item in items for passage in item.passages]
-        scores = iter(self._scorer.score(pairs))
+        scores = self._scores(pairs)
         for item in items:
             scored = [(passage.id, next(scores)) for passage in item.passages]
             ranking = Ranking.from_scores(item.query.id, floor_unreadable(item.query.id, scored))
             self.counts.constant_queries += ranking.constant
             yield ranking
+
+    def _scores(self, pairs: Sequence[tuple[Query, Passage]]) -> Iterator[float]:
+        for start in range(0, len(pairs), AT_ONCE):
+            yield from self._scorer.score(pairs[start : start + AT_ONCE])
 
 
 def floor_unreadable(query_id: str, scored: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
