@@ -143,6 +143,17 @@ def training(result: dict[str, Any]) -> str:
     return "\n\n".join([about, table(head, rows), wanted(result["targets"]), _made(result)])
 
 
+def storage(result: dict[str, Any]) -> str:
+    """Return the table of `storage.py`."""
+    names = list(result["rows"]["exact"])
+    rows = [
+        [kind, *(f"{row[name]:.4f}" if name in ("nDCG@10", "RR@10") else number(row[name]) for name in names)]
+        for kind, row in result["rows"].items()
+    ]
+    about = f"{result['collection']}, {result['queries']} queries × BM25's first {result['depth']}."
+    return "\n\n".join([about, table(["kept as", *names], rows), _made(result)])
+
+
 def wanted(targets: Iterable[dict[str, Any]]) -> str:
     """Return a table of what was wanted, and whether it is met."""
     answers = {True: "yes", False: "no", None: "absent"}
@@ -161,6 +172,7 @@ KINDS = {
     "head_memory": head_memory,
     "gpu": gpu,
     "training": training,
+    "storage": storage,
 }
 
 

@@ -19,6 +19,7 @@ import peers
 import rounds
 import scaling
 import scoring
+import storage
 import tables
 import training
 from ceiling import needed
@@ -225,6 +226,16 @@ class TestWholeScripts:
         assert encoded == kept < whole
         assert not result["absent"]
         assert tables.render(result).strip() in capsys.readouterr().out
+
+    @pytest.mark.usefixtures("one_thread")
+    def test_storage(self, tmp_path):
+        output = tmp_path / "storage.json"
+        storage.main(["--split", "test", "--queries", "4", "--depth", "3", "--output", str(output)])
+        rows = json.loads(output.read_text())["rows"]
+        assert rows["exact"]["largest difference"] == 0
+        for kind in ("int8", "fp8"):
+            assert 0.5 < rows[kind]["bytes a token"] / rows["exact"]["bytes a token"] < 0.6
+            assert 0 < rows[kind]["mean difference"] <= rows[kind]["largest difference"] < 0.5
 
 
 class TestPeers:
