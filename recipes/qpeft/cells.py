@@ -212,6 +212,13 @@ def transfer_homes() -> Iterator[Cell]:
         yield cell("qpeft_a-anchor", "qpeft_a", "squad", seed, training={"anchor": 1.0})
 
 
+def shipped() -> Iterator[Cell]:
+    """Yield what may ship: more training queries on the four collections; `whole.choice` compares them on dev."""
+    for queries in (1280, 2560):
+        for adapter in ("qpeft_a", "qpeft_r"):
+            yield cell(adapter, adapter, "reddit-shift+squad+wiki-shift+nq-mini", 1, queries)
+
+
 def negatives() -> Iterator[Cell]:
     """Yield easy negatives on squad, whose hard ones are in `main`: what was thought to spoil transfer.
 
@@ -255,9 +262,10 @@ GROUPS = {
     "prompts": prompts,
     "search": search,
     "transfer_homes": transfer_homes,
+    "shipped": shipped,
     "negatives": negatives,
     "together": together,
     "models": models,
 }
-TRANSFERRED = ("main", "untrained", "lora", "transfer_homes", "negatives", "together")
+TRANSFERRED = ("main", "untrained", "lora", "transfer_homes", "shipped", "negatives", "together")
 """Groups that are also measured on the collections that they were not trained on."""

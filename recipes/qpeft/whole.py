@@ -6,10 +6,11 @@ import json
 import random
 import time
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 from bench import DEPTHS, TEST_QUERIES, Bench, measure_on, order, per_query, write
-from cells import Cell, main
+from cells import Cell, main, shipped
 
 from qpeft import adapters
 from qpeft.adapters._folder import load_adapter
@@ -27,6 +28,7 @@ HOME = "reddit-shift"
 FRESH_QUERIES, FRESH_CHUNK = 1500, 100
 SHIPPED = ("qpeft_a", "qpeft_r")
 STAGE_QUERIES = {"reddit-shift": 300, "squad": 300, "wiki-shift": 200}
+CHOICE_QUERIES = 300
 STAGE_DEPTH, FUSED_DEPTH = 20, 100
 """Candidates that are reranked, and hits of each first stage that are fused."""
 
@@ -56,6 +58,28 @@ def dev_alone(bench: Bench) -> dict[str, Any]:
         adapter = module.build(module.Config(), lm)
         prompt = Prompt(load_template("plain"), lm.tokenizer, lm.max_length, hint_length=adapter.hint_length)
         found[f"untrained {name}"] = DevRanking(lm, prompt, items, qrels, measure).measure(adapter)[measure]
+    return found
+
+
+def choice(bench: Bench) -> dict[str, Any]:
+    """Measure on dev of four collections, each by itself, what ships and what may: adapter → collection → RR@10."""
+    opened = {f"tiny-lm-{row.replace('_', '-')}": f"tiny-lm-{row.replace('_', '-')}" for row in SHIPPED}
+    opened |= {cell.name: str(bench.output / "adapters" / cell.name) for cell in shipped()}
+    found: dict[str, Any] = {}
+    for home in (name for name in TEST_QUERIES if name != "cacm"):  # which has no dev queries
+        items = bench.candidates(home, "dev", CHOICE_QUERIES, STAGE_DEPTH)
+        qrels = bench.collection(home).qrels("dev")
+        for name, folder in {"zero_shot": "", **opened}.items():
+            adapter = load_adapter(folder, bench.lm()) if folder else None
+            run = DevRanking(bench.lm(), bench.prompt(adapter), items, qrels, "RR@10").rank(adapter and adapter.adapter)
+            judged = {item.query.id: qrels[item.query.id] for item in items}
+            found.setdefault(name, {})[home] = per_query(run, judged)["RR@10"]
+        print(
+            time.strftime("%H:%M:%S"),
+            home,
+            {n: round(fmean(f[home].values()), 4) for n, f in found.items()},
+            flush=True,
+        )
     return found
 
 
@@ -142,6 +166,7 @@ def stages_of(bench: Bench, name: str, count: int, systems: dict[str, tuple[Prom
 WHOLE: dict[str, tuple[Callable[[Bench], dict[str, Any]], str]] = {
     "baselines": (measured_alone, "cells/baselines.json"),
     "dev_baselines": (dev_alone, "dev-baselines.json"),
+    "choice": (choice, "choice.json"),
     "first_trial": (first_trial, "first-trial.json"),
     "first_stages": (first_stages, "first-stages.json"),
 }
