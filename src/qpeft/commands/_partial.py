@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
+from qpeft.commands._claim import claimed
 from qpeft.errors import StateError
 from qpeft.types import Hit, Ranking, ScoringCounts, Window
 
@@ -35,6 +37,7 @@ class Partial:
         self.settings: dict[str, Any] = {}
         self._before = ScoringCounts()
         self._file: TextIO | None = None
+        self._claim = ExitStack()
         self._lines: list[dict[str, Any]] = []
         if self.path.exists():
             if not resume:
@@ -49,7 +52,7 @@ class Partial:
         """Check that the file belongs to this very run, and get ready to append.
 
         Raises:
-            StateError: it was made with other options, data or model.
+            StateError: it was made with other options, data or model, or another process is working on it.
         """
         header = {"fingerprint": fingerprint, "settings": dict(settings)}
         if self._lines and self._lines[0]["fingerprint"] != fingerprint:
@@ -63,6 +66,7 @@ class Partial:
         if finished:
             self._before = ScoringCounts(**finished[-1]["counts"])
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._claim.enter_context(claimed(self.path))
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in [header, *finished]), encoding="utf-8")
         os.replace(temporary, self.path)
@@ -89,6 +93,7 @@ class Partial:
         """Stop appending; the file stays."""
         if self._file is not None:
             self._file.close()
+        self._claim.close()
 
     def remove(self) -> None:
         """Delete the file, once the output is in place."""

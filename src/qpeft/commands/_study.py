@@ -8,12 +8,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qpeft import methods
+from qpeft.commands._claim import claimed
 from qpeft.commands._partial import whole_lines
 from qpeft.commands._progress import progress_bar
 from qpeft.commands._sample import sample_run
@@ -74,6 +75,7 @@ class Unfinished:
         self.path = folder / UNFINISHED
         self._lines: list[dict[str, Any]] = []
         self._file: TextIO | None = None
+        self._claim = ExitStack()
         if self.path.exists():
             if not resume:
                 raise StateError(
@@ -93,13 +95,14 @@ class Unfinished:
         """Check that the file belongs to this very study, get ready to append, and return what is there.
 
         Raises:
-            StateError: it was made with other options, data, adapters or model.
+            StateError: it was made with other options, data, adapters or model, or another process is working on it.
         """
         if self._lines and self._lines[0]["fingerprint"] != print_of_facts:
             raise StateError(
                 f"{self.path} was made with other options, data, adapters or model; delete it to start afresh"
             )
         make_folder(self.path.parent)
+        self._claim.enter_context(claimed(self.path.parent))
         header = {"fingerprint": print_of_facts, "settings": settings}
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         lines = [header, *self._lines[1:]]
@@ -118,6 +121,7 @@ class Unfinished:
         """Stop appending; the file stays."""
         if self._file is not None:
             self._file.close()
+        self._claim.close()
 
 
 def run_study(

@@ -13,12 +13,14 @@ import inspect
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qpeft import adapters, memory, methods
+from qpeft.commands._claim import claimed
 from qpeft.commands._peek import peek
 from qpeft.commands._training_data import find_dev_candidates, read_teacher, read_training_groups, say, say_counts
 from qpeft.data.collection import open_collection
@@ -167,7 +169,6 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
     collator = Collator(scorer.prompt, training, config.seed, teacher, read)
     _keep_all_or_none(lm, adapter, lambda: contexts_bytes(lm, scorer.prompt, groups, training, dev))
     mark = {"options": fingerprint(facts), "dtype": lm.dtype, "threads": torch.get_num_threads()}
-    _claim(checkpoints, mark, begun)
     save = functools.partial(
         save_adapter,
         name=opened.name,
@@ -181,20 +182,21 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
     keeping = []
     if config.keep_every is not None:
         keeping = [KeepSteps(config.keep_every, _keeper(output.with_name(output.name + ".steps"), mark, facts, save))]
-    fitted = fit(
-        lm,
-        adapter,
-        groups,
-        collator,
-        training,
-        checkpoints=checkpoints,
-        seed=config.seed,
-        dev=ranking,
-        resume=config.resume,
-        progress=sys.stderr.isatty(),
-        callbacks=keeping,
-        scorer=scorer,
-    )
+    with _claim(checkpoints, mark, begun):
+        fitted = fit(
+            lm,
+            adapter,
+            groups,
+            collator,
+            training,
+            checkpoints=checkpoints,
+            seed=config.seed,
+            dev=ranking,
+            resume=config.resume,
+            progress=sys.stderr.isatty(),
+            callbacks=keeping,
+            scorer=scorer,
+        )
     made = provenance(
         **facts,
         mining=dataclasses.asdict(counts),
@@ -265,7 +267,7 @@ def _keeper(
     steps: Path, mark: dict[str, Any], facts: Mapping[str, Any], save: Callable[..., None]
 ) -> Callable[[int], None]:
     """Return a function that keeps the adapter after so many steps."""
-    _claim(steps, mark, _mark(steps) if steps.exists() else {})
+    _leave_mark(steps, mark, _mark(steps) if (steps / BEGUN).exists() else {})
 
     def keep(step: int) -> None:
         save(steps / f"step-{step:06d}", provenance=provenance(**facts, training={"steps": step}))
@@ -365,15 +367,23 @@ def _mark(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _claim(checkpoints: Path, mark: dict[str, Any], begun: dict[str, Any]) -> None:
-    """Leave a mark beside the checkpoints, or compare with the one that is there."""
+@contextmanager
+def _claim(checkpoints: Path, mark: dict[str, Any], begun: dict[str, Any]) -> Iterator[None]:
+    """Leave a mark beside the checkpoints, and keep other processes from them."""
+    _leave_mark(checkpoints, mark, begun)
+    with claimed(checkpoints):
+        yield
+
+
+def _leave_mark(folder: Path, mark: dict[str, Any], begun: dict[str, Any]) -> None:
+    """Leave a mark beside what a training writes, or compare with the one that is there."""
     if begun and begun != mark:
-        raise StateError(f"{checkpoints} was made with other options, data or model; delete it to start afresh")
+        raise StateError(f"{folder} was made with other options, data or model; delete it to start afresh")
     try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        (checkpoints / BEGUN).write_text(json.dumps(mark) + "\n", encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / BEGUN).write_text(json.dumps(mark) + "\n", encoding="utf-8")
     except OSError as error:
-        raise StateError(f"{checkpoints} cannot be written: {error}") from error
+        raise StateError(f"{folder} cannot be written: {error}") from error
 
 
 def _check_queries(prompt: Prompt, adapter: HintWriter, queries: Sequence[Query], read: Mapping[str, Query]) -> None:
