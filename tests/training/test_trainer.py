@@ -103,7 +103,7 @@ def test_training_lowers_the_loss(name, lm, tmp_path):
     assert losses_seen[1] < losses_seen[0] - 0.03
 
 
-@pytest.mark.parametrize("name", sorted(losses.LOSSES))
+@pytest.mark.parametrize("name", sorted(losses.LOSSES.keys() - {"sft"}))  # which is for answers, not likelihoods
 def test_every_loss_trains_a_step(name, lm, tmp_path):
     adapter = build("soft_prompt", lm)
     before = state(adapter)
