@@ -13,7 +13,11 @@ SEEDS = (1, 2, 3)
 RANKS = (1, 2, 8, 32)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 """Learning rates that are compared on dev, at rank 8 and seed 1."""
-CHOSEN = {("query_likelihood", "reddit-shift"): 1e-3, ("query_likelihood", "squad"): 1e-4}
+CHOSEN = {
+    ("query_likelihood", "reddit-shift"): 1e-3,
+    ("query_likelihood", "squad"): 1e-4,
+    ("yes_no", "reddit-shift"): 3e-3,
+}
 """(method, collection) → learning rate, where dev chose another than 3e-4."""
 COLLECTIONS = ("reddit-shift", "squad")
 LOSSES = {"query_likelihood": "both", "classifier": "softmax", "yes_no": "softmax"}
