@@ -28,12 +28,15 @@ FAULTS = """
 import resource, torch
 from qpeft.memory import hold
 
-def faults():
-    torch.ones(30_000_000 // 4)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
+def work(times):
+    for _ in range(times):
         torch.ones(30_000_000 // 4)
         torch.ones(20_000_000 // 4)
+
+def faults():
+    work(3)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    work(20)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 usual = faults()
