@@ -64,7 +64,8 @@ def dev_alone(bench: Bench) -> dict[str, Any]:
 def choice(bench: Bench) -> dict[str, Any]:
     """Measure on dev of four collections, each by itself, what ships and what may: adapter → collection → RR@10."""
     opened = {f"tiny-lm-{row.replace('_', '-')}": f"tiny-lm-{row.replace('_', '-')}" for row in SHIPPED}
-    opened |= {cell.name: str(bench.output / "adapters" / cell.name) for cell in shipped()}
+    made = {cell.name: bench.output / "adapters" / cell.name for cell in shipped()}
+    opened |= {name: str(folder) for name, folder in made.items() if folder.is_dir()}
     found: dict[str, Any] = {}
     for home in (name for name in TEST_QUERIES if name != "cacm"):  # which has no dev queries
         items = bench.candidates(home, "dev", CHOICE_QUERIES, STAGE_DEPTH)
