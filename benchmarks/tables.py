@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 MISSING = "*not measured yet*"
+ANSWERS = {True: "yes", False: "no", None: "absent"}
+"""Whether what was wanted is met."""
 MARKED = re.compile(r"(<!-- result: (?P<file>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -55,7 +57,7 @@ def scoring(result: dict[str, Any]) -> str:
     absent = [[name, why, ""] for name, why in result["absent"].items()]
     wanted = [
         [f"{each['case']} / {each['against']}", f"≥ {each['wanted']:g}", spread(each["measured"]),
-         {True: "yes", False: "no", None: "absent"}[each["met"]]]
+         ANSWERS[each["met"]]]
         for each in result["targets"]
     ]  # fmt: skip
     agreement = result["agreement"].items()
@@ -156,10 +158,9 @@ def storage(result: dict[str, Any]) -> str:
 
 def wanted(targets: Iterable[dict[str, Any]]) -> str:
     """Return a table of what was wanted, and whether it is met."""
-    answers = {True: "yes", False: "no", None: "absent"}
     rows = [
         [each["case"], number(each["wanted"]), "absent" if each["measured"] is None else number(each["measured"]),
-         answers[each["met"]]]
+         ANSWERS[each["met"]]]
         for each in targets
     ]  # fmt: skip
     return table(["", "wanted", "measured", "met"], rows)

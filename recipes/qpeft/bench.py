@@ -24,7 +24,7 @@ from qpeft.model_config import EMBEDDED, ModelConfig
 from qpeft.retrieval.bm25 import BM25
 from qpeft.template import Prompt, load_template
 from qpeft.training.dev import DevRanking
-from qpeft.training.groups import groups_from_collection
+from qpeft.training.groups import groups_from_collection, next_queries
 from qpeft.types import Candidates, Group, Hit, Query, Ranking, Run
 
 MEASURES = "nDCG@10 RR@10 R@5 R@10 CandHit@10 CandHit_clean@10 CandR@10 CandR_clean@10"
@@ -133,11 +133,6 @@ class Bench:
         return Run(map(drawn, self.collection(home).queries("train")), "random")
 
 
-def others(queries: list[Query]) -> dict[str, Query]:
-    """Return for each query another one of the list: the next."""
-    return {query.id: other for query, other in zip(queries, queries[1:] + queries[:1], strict=True)}
-
-
 def per_query(run: Run, qrels: Any) -> dict[str, dict[str, float]]:
     """Return measure → query id → value."""
     evaluation = evaluate(run, qrels, MEASURES)
@@ -156,7 +151,7 @@ def measure_on(
     """Rank candidates of a collection's test queries; by default those of the sample."""
     items = items or bench.candidates(name, "test", TEST_QUERIES[name], DEPTHS[name])
     qrels = bench.collection(name).qrels("test")
-    read = others([item.query for item in items]) if shuffled else None
+    read = next_queries([item.query for item in items]) if shuffled else None
     ranking = DevRanking(bench.lm(model), prompt, items, qrels, "RR@10", read)
     started = time.perf_counter()
     run = ranking.rank(adapter)

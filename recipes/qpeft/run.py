@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import TEST_QUERIES, Bench, measure_on, others, write
+from bench import TEST_QUERIES, Bench, measure_on, write
 from cells import GROUPS, TRANSFERRED, Cell
 from whole import WHOLE, confirm
 
@@ -28,6 +28,7 @@ from qpeft.provenance import provenance
 from qpeft.template import Prompt, Template, load_template
 from qpeft.training.config import TrainingConfig
 from qpeft.training.dev import DevRanking
+from qpeft.training.groups import next_queries
 from qpeft.training.trainer import Collator, fit
 
 HERE = Path(__file__).parent
@@ -60,8 +61,8 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     groups = bench.groups(cell, training.negatives)
     homes = cell.home.split("+")
     dev_items, dev_qrels = bench.dev(homes)
-    read = others([g.query for g in groups]) if cell.shuffled else None
-    dev_read = others([item.query for item in dev_items]) if cell.shuffled else None
+    read = next_queries([g.query for g in groups]) if cell.shuffled else None
+    dev_read = next_queries([item.query for item in dev_items]) if cell.shuffled else None
     dev = DevRanking(lm, prompt, dev_items, dev_qrels, training.measure, dev_read)
     fitted = fit(
         lm, adapter, groups, Collator(prompt, training, cell.seed, None, read), training,

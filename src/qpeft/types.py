@@ -201,11 +201,13 @@ class Window:
     def split(self, items: Iterable[Candidates]) -> Iterator[list[Candidates]]:
         """Yield the items in lists, the last one with what is left, and read no further than that."""
         together: list[Candidates] = []
+        pairs = 0
         for item in items:
             together.append(item)
-            if self._full(len(together), sum(len(each.passages) for each in together)):
+            pairs += len(item.passages)
+            if self._full(len(together), pairs):
                 yield together
-                together = []
+                together, pairs = [], 0
         if together:
             yield together
 
