@@ -13,6 +13,8 @@ SEEDS = (1, 2, 3)
 RANKS = (1, 2, 8, 32)
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 """Learning rates that are compared on dev, at rank 8 and seed 1."""
+AGAIN = {("yes_no", "reddit-shift"): (1e-3, 2e-3, 3e-3)}
+"""(method, collection) → rates that are compared with all seeds, where the best of seed 1 failed on another."""
 CHOSEN = {
     ("query_likelihood", "reddit-shift"): 1e-3,
     ("query_likelihood", "squad"): 1e-4,
@@ -126,10 +128,17 @@ def equal_ranks(model: str) -> dict[str, int]:
     return {component: round(RANK * sum(parameters.values()) / own) for component, own in parameters.items()}
 
 
+def tried(method: str, collection: str) -> dict[float, tuple[int, ...]]:
+    """Return the learning rates that are compared on dev, with their seeds."""
+    again = AGAIN.get((method, collection), ())
+    return {rate: SEEDS if rate in again else SEEDS[:1] for rate in sorted({*RATES, *again})}
+
+
 def rates(scope: Scope) -> Iterator[Cell | Asked]:
     """Yield the learning rates that are compared on dev."""
-    for rate in RATES:
-        yield Cell(scope.collection, scope.method, rate=rate)
+    for rate, seeds in tried(scope.method, scope.collection).items():
+        for seed in seeds:
+            yield Cell(scope.collection, scope.method, seed=seed, rate=rate)
 
 
 def ranks(scope: Scope) -> Iterator[Cell | Asked]:

@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from cells import COLLECTIONS, COMPARED, LOSSES, PARTS, RANK, RATES, Cell
+from cells import COLLECTIONS, COMPARED, LOSSES, PARTS, RANK, Cell, tried
 
 from qpeft.analysis.ablation import NONE
 from qpeft.analysis.study import Finding, Study
@@ -236,20 +236,27 @@ def scope(results: Path, method: str) -> str:
     return "; ".join(told) + "." if told else f"{MISSING.capitalize()}."
 
 
+def on_dev(results: Path, cells: list[Cell]) -> list[dict[str, float]]:
+    """Return what trainings reached on dev; nothing unless all have run."""
+    paths = [results / "training" / f"{cell.name}.json" for cell in cells]
+    found = [json.loads(path.read_text(encoding="utf-8"))["dev"] for path in paths if path.is_file()]
+    return found if len(found) == len(cells) else []
+
+
 def rates(results: Path) -> str:
     """Return the learning rates that were tried on dev."""
-    lines = [["method", "collection", "model alone", *(f"{rate:g}" for rate in RATES)], ["---"] * (3 + len(RATES))]
+    columns = sorted({rate for method in LOSSES for collection in COLLECTIONS for rate in tried(method, collection)})
+    lines = [["method", "collection", "model alone", *(f"{rate:g}" for rate in columns)], ["---"] * (3 + len(columns))]
     for method in LOSSES:
         for collection in COLLECTIONS:
             untrained, values = "–", []
-            for rate in RATES:
-                path = results / "training" / f"{Cell(collection, method, rate=rate).name}.json"
-                if not path.is_file():
-                    values.append(MISSING)
-                    continue
-                dev = json.loads(path.read_text(encoding="utf-8"))["dev"]
-                untrained = number(dev["zero_shot"], 4)
-                values.append(number(dev["trained"], 4))
+            seeds = tried(method, collection)
+            for rate in columns:
+                cells = [Cell(collection, method, seed=seed, rate=rate) for seed in seeds.get(rate, ())]
+                reached = [number(dev["trained"], 4) for dev in on_dev(results, cells)]
+                values.append(", ".join(reached) or (MISSING if cells else "–"))
+                for dev in on_dev(results, cells[:1]):
+                    untrained = number(dev["zero_shot"], 4)
             lines.append([method, collection, untrained, *values])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
