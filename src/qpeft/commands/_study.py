@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from qpeft import methods
-from qpeft.commands._claim import claimed
-from qpeft.commands._partial import whole_lines
 from qpeft.commands._progress import progress_bar
 from qpeft.commands._sample import sample_run
+from qpeft.commands._unfinished import Unfinished
 from qpeft.data.candidates import candidates_from_run, check_run
 from qpeft.data.collection import open_collection
-from qpeft.data.files import make_folder
 from qpeft.data.records import read_json
 from qpeft.data.trec import read_run
 from qpeft.errors import InputError, OptionError, StateError
@@ -60,68 +56,18 @@ class StudyConfig:
     """Continue an interrupted study."""
 
 
-class Unfinished:
-    """Finished queries of a study in its folder, one JSON line each, under a header that says what they are of.
-
-    Args:
-        folder: of the study.
-        resume: continue what stands there.
+def unfinished_in(folder: Path, resume: bool) -> Unfinished:
+    """Return the unfinished file of a study in its folder.
 
     Raises:
         StateError: an unfinished study stands there and `resume` was not given; or the folder holds something else.
     """
-
-    def __init__(self, folder: Path, resume: bool) -> None:
-        self.path = folder / UNFINISHED
-        self._lines: list[dict[str, Any]] = []
-        self._file: TextIO | None = None
-        self._claim = ExitStack()
-        if self.path.exists():
-            if not resume:
-                raise StateError(
-                    f"{self.path} is an unfinished study: continue it with --resume, or delete it to start afresh"
-                )
-            self._lines = whole_lines(self.path)
-        elif folder.exists() and not (folder / RESULT).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-            raise StateError(f"{folder} exists and is no folder of a study")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Return the settings that were taken from the machine, and are kept."""
-        found: dict[str, Any] = self._lines[0]["settings"] if self._lines else {}
+    found = Unfinished(folder / UNFINISHED, "study", resume)
+    if found.path.exists() or (folder / RESULT).is_file() or not folder.exists():
         return found
-
-    def open(self, print_of_facts: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
-        """Check that the file belongs to this very study, get ready to append, and return what is there.
-
-        Raises:
-            StateError: it was made with other options, data, adapters or model, or another process is working on it.
-        """
-        if self._lines and self._lines[0]["fingerprint"] != print_of_facts:
-            raise StateError(
-                f"{self.path} was made with other options, data, adapters or model; delete it to start afresh"
-            )
-        make_folder(self.path.parent)
-        self._claim.enter_context(claimed(self.path.parent))
-        header = {"fingerprint": print_of_facts, "settings": settings}
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        lines = [header, *self._lines[1:]]
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
-        return self._lines[1:]
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Append a finished query of an adapter."""
-        assert self._file is not None
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Stop appending; the file stays."""
-        if self._file is not None:
-            self._file.close()
-        self._claim.close()
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise StateError(f"{folder} exists and is no folder of a study")
+    return found
 
 
 def run_study(
@@ -141,7 +87,7 @@ def run_study(
     if len(measures) > 1:
         raise OptionError(f"--measure {config.measure!r}: one measure is compared, not {len(measures)}")
     output = Path(config.output)
-    unfinished = Unfinished(output, config.resume)
+    unfinished = unfinished_in(output, config.resume)
     collection = open_collection(config.collection)
     queries, qrels = collection.queries(config.split), collection.qrels(config.split)
     first = sample_run(_judged(read_run(config.run), qrels, config), config.limit_queries, config.seed, config.depth)
@@ -180,7 +126,8 @@ def run_study(
         "model": describe_lm(lm, model),
     }
     settings = {"dtype": lm.dtype, "threads": torch.get_num_threads()}
-    lines = unfinished.open(fingerprint(facts), settings)
+    unfinished.open(fingerprint(facts), settings)
+    lines = unfinished.lines
     items = list(candidates_from_run(first, queries, collection.passages, config.depth))
     work: dict[str, Any] = {"layers_run": 0, "layers_without_sharing": 0, "why_not": ""}
     with closing(unfinished), progress_bar(design.study, len(subjects) * len(items), len(lines)) as bar:
@@ -207,7 +154,7 @@ def run_study(
         made=provenance(**facts),
     )
     write_study(study, output)
-    unfinished.path.unlink()
+    unfinished.remove()
     print(f"{output}: {len(study.findings)} lines, {len(items):,} queries, {len(subjects)} adapters", file=sys.stderr)
 
 

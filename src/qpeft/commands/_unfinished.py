@@ -1,0 +1,94 @@
+"""The unfinished output of long work: one JSON line per finished piece, so that nothing is computed twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TextIO
+
+from qpeft.commands._claim import claimed
+from qpeft.data.files import make_folder, write_text
+from qpeft.errors import StateError
+
+
+class Unfinished:
+    """Finished pieces of work whose output is not there yet, under a header that says what they are of.
+
+    The header holds a fingerprint of everything that decides the result, and the settings that were taken from the
+    machine (number type, CPU threads), which resumed work keeps.
+
+    Args:
+        path: the file.
+        kind: what is made, for messages.
+        resume: continue what stands there.
+
+    Raises:
+        StateError: something unfinished stands there and `resume` was not given.
+
+    Attributes:
+        lines: what earlier processes finished.
+    """
+
+    def __init__(self, path: Path, kind: str, resume: bool) -> None:
+        self.path = path
+        self._file: TextIO | None = None
+        self._claim = ExitStack()
+        if path.exists() and not resume:
+            raise StateError(f"{path} is an unfinished {kind}: continue it with --resume, or delete it to start afresh")
+        self._header, *self.lines = (whole_lines(path) if path.exists() else []) or [{}]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that were taken from the machine."""
+        found: dict[str, Any] = self._header.get("settings", {})
+        return found
+
+    def open(self, fingerprint: str, settings: Mapping[str, Any]) -> None:
+        """Check that the file belongs to this very work, write what `lines` keeps of it, and get ready to append.
+
+        Raises:
+            StateError: it was made with other options, data, adapters or model, or another process is working on it.
+        """
+        header = {"fingerprint": fingerprint, "settings": dict(settings)}
+        if self._header and self._header["fingerprint"] != fingerprint:
+            raise StateError(
+                f"{self.path} was made with other options, data, adapters or model; delete it to start afresh"
+            )
+        make_folder(self.path.parent)
+        self._claim.enter_context(claimed(self.path))
+        with write_text(self.path) as file:
+            file.writelines(json.dumps(line) + "\n" for line in [header, *self.lines])
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Append a finished piece."""
+        assert self._file is not None
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Stop appending; the file stays."""
+        if self._file is not None:
+            self._file.close()
+        self._claim.close()
+
+    def remove(self) -> None:
+        """Delete the file, once the output is in place."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of an unfinished file of JSON lines, up to where writing was interrupted."""
+    lines = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            if not text.endswith("\n"):
+                break  # the process was killed while writing it
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+    return lines
