@@ -1,3 +1,4 @@
+import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -60,16 +61,48 @@ def test_contexts_that_are_not_kept_are_encoded_together(family, make_lm, layer)
 
 
 def test_of_many_contexts_only_those_are_encoded_that_are_not_there(make_lm, tmp_path):
-    """As on a GPU, where what is missing is encoded in batches."""
+    """Where nobody needs the same bits, as on a GPU, in batches of any shape."""
     lm = with_store(make_lm("llama"), folder=tmp_path)
+    lm.repeatable = False
     contexts = [row.context for row in rows_for(lm, queries=[QUERY])]
     lm.encode_all(contexts[:2])
     seen = []
     lm.model.register_forward_pre_hook(lambda _, args, kw: seen.append(len(kw["input_ids"])), with_kwargs=True)
-    encoded = lm._encode_together(contexts, None)
+    encoded = lm.encode_all(contexts)
     assert sum(seen) == len(contexts) - 2
     assert all(torch.equal(one.cache, lm.encode(ids).cache) for one, ids in zip(encoded, contexts, strict=True))
     assert (lm.store.misses, sum(seen)) == (len(contexts), len(contexts) - 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_of_a_context_do_not_depend_on_its_company(family, make_lm, dtype):
+    lm = make_lm(family, dtype=dtype)
+    contexts = [(1, *range(3, n)) for n in (4, 7, 9, 12, 15, 16, 17, 20, 25, 31, 32, 33)]
+    alone = [with_store(lm).encode(ids) for ids in contexts]
+    shuffled = random.Random(0).sample(range(len(contexts)), len(contexts))
+    calls = []
+    with lm.model.register_forward_pre_hook(lambda *call: calls.append(call)):
+        together = with_store(lm).encode_all([contexts[i] for i in shuffled])
+    assert (len(calls) == len(contexts)) == (family == "mixtral"), "experts are sent the tokens of all rows"
+    for i, found in zip(shuffled, together, strict=True):
+        assert torch.equal(found.cache, alone[i].cache)
+
+
+@pytest.mark.parametrize("share", [1, 2, 4, 10])
+def test_contexts_are_encoded_before_rows_are_scored(make_lm, share):
+    """Each once, and never more at a time than half of the store holds; whatever was there before."""
+    lm = make_lm("llama")
+    rows = rows_for(lm)
+    whole = with_store(lm)
+    references = whole.log_probs(rows)
+    assert (whole.store.misses, whole.store.hits) == (len(PASSAGES), len(rows) - len(PASSAGES))
+    small = with_store(lm, 2 * whole.store.bytes_kept // share)
+    small.encode_all([tuple(reversed(row.context)) for row in rows])
+    small.store.misses = 0
+    assert_same(small.log_probs(rows), references)
+    assert small.store.bytes_kept <= small.store.capacity
+    assert small.store.misses >= len(PASSAGES)
+    assert share > 1 or small.store.misses == len(PASSAGES)
 
 
 def test_bits_do_not_depend_on_what_is_kept(make_lm):
@@ -162,10 +195,10 @@ def test_zeros_stay_zeros():
 def test_states_of_each_layer_have_a_file_of_their_own(make_lm, tmp_path):
     lm = make_lm("llama")
     (row, *_) = rows_for(lm, queries=[QUERY])
-    stored = with_store(lm, 0, tmp_path)
+    stored, kept = with_store(lm, 0, tmp_path), with_store(lm)
     for _ in range(2):
         for layer in (0, None, 2):
-            found, expected = stored.encode(row.context, layer), lm.encode(row.context, layer)
+            found, expected = stored.encode(row.context, layer), kept.encode(row.context, layer)
             assert torch.equal(found.cache, expected.cache)
             assert (found.states is None) == (layer is None)
             assert layer is None or torch.equal(found.states, expected.states)
@@ -194,7 +227,7 @@ def test_small_batches(make_lm, batch_tokens):
 def test_batches_shrink_when_memory_runs_out(make_lm):
     plain = make_lm("llama")
     rows = rows_for(plain)
-    model = ForgetfulModel(plain.model, most=2)
+    model = ForgetfulModel(plain.model, most=4)
     lm = CausalLM(model, plain.tokenizer, name="small machine", max_length=128, batch_tokens=4096)
     assert_same(with_store(lm).log_probs(rows), plain.log_probs(rows))
     assert model.refused > 0

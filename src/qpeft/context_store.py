@@ -6,8 +6,9 @@ queries, or a training passage that is read in every epoch and under every adapt
     [BOS] Passage: …  |  hint · rest of the context · cue · query
     kept, per passage    computed, per pair
 
-On a CPU, each context that is kept is encoded alone and unpadded, so that it is the same in whatever order contexts
-come, and work that was interrupted and starts again with an empty store gives the same bits.
+On a CPU, each context that is kept is encoded in a batch whose shape follows from its own length, so that it is the
+same in whatever order contexts come, and work that was interrupted and starts again with an empty store gives the same
+bits.
 
 Shapes: `T` context positions, `H` heads, `h` head size, `d` hidden size.
 """
@@ -111,6 +112,7 @@ class ContextStore:
         self.folder = folder
         self.storage = storage
         self._kept: OrderedDict[Key, Packed] = OrderedDict()
+        self._put: set[Key] = set()
         self.bytes_kept = 0
         self.hits = 0
         self.misses = 0
@@ -125,7 +127,7 @@ class ContextStore:
         with self._lock:
             kept = self._kept.get(key)
             if kept is not None:
-                self.hits += 1
+                self._count(key, hit=True)
                 self._kept.move_to_end(key)
                 return kept.unpack()
             begun = self._begun.get(key)
@@ -146,11 +148,23 @@ class ContextStore:
             raise
         own.set_result(found)
         with self._lock:
-            self.hits += hit
-            self.misses += not hit
+            self._count(key, hit=hit)
             self._keep(key, found)
             del self._begun[key]
         return found.unpack()
+
+    def put(self, key: Key, encoded: Encoded) -> None:
+        """Keep a context that was encoded before it is asked for; the first to get it counts as a miss."""
+        packed = Packed.of(encoded, self.storage)
+        with self._lock:
+            self._put.add(key)
+            self._keep(key, packed)
+
+    def _count(self, key: Key, *, hit: bool) -> None:
+        hit = hit and key not in self._put
+        self._put.discard(key)
+        self.hits += hit
+        self.misses += not hit
 
     @property
     def keeps(self) -> bool:
@@ -158,9 +172,11 @@ class ContextStore:
         return bool(self.capacity) or self.folder is not None
 
     def has(self, key: Key) -> bool:
-        """Return whether a context need not be encoded."""
+        """Return whether a context need not be encoded; one that is asked for will be needed, so it stays."""
         with self._lock:
             kept = key in self._kept
+            if kept:
+                self._kept.move_to_end(key)
         return kept or self.on_disk(key)
 
     def clear(self) -> None:

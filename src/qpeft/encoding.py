@@ -19,6 +19,8 @@ from qpeft.waiting import Waiting
 
 MULTIPLE = 16
 """Contexts that are encoded together are padded to such a width; see `lm.MULTIPLE`."""
+AHEAD = 256
+"""Rows whose contexts are encoded together before they are scored, so that many have one width."""
 TOGETHER = 2_048
 """Tokens of contexts that a CPU encodes in one forward pass: more are no quicker."""
 
@@ -31,43 +33,19 @@ class ContextEncoder(PretrainedLM):
     """
 
     store: ContextStore | None = None
+    repeatable: bool = True
+    """Whether what a CPU keeps has the same bits whoever asks, and when. Where nobody needs that, few contexts are
+    encoded without rows of padding beside them."""
     _depth: int
     """Layers that are run."""
+    _token_bytes: int = 0
+    """Of a token of a context; known once one was encoded."""
 
     def _make_room(self) -> bool:
         if self.store is None or not self.store.bytes_kept:
             return False
         self.store.clear()
         return True
-
-    def encode_all(self, contexts: Sequence[tuple[int, ...]], layer: int | None = None) -> list[Encoded]:
-        """Return `encode` of each context.
-
-        What a CPU keeps is encoded one by one, and always by the same number of threads, since the last bits depend on
-        both: so they are the same whoever asks, and when. Anything else is encoded in batches.
-        """
-        if self.device.type != "cpu" or self.store is None or not self.store.keeps:
-            return self._encode_together(contexts, layer)
-        if self._beside.is_inside or self._beside.width() == 1:
-            return [self.encode(ids, layer) for ids in contexts]
-        return self._beside.run(lambda ids: self.encode(ids, layer), contexts)
-
-    def _encode_together(self, contexts: Sequence[tuple[int, ...]], layer: int | None) -> list[Encoded]:
-        """Return each context's encoding; those that are not kept are encoded in batches."""
-        store = self.store
-        missing = [ids for ids in dict.fromkeys(contexts) if store is None or not store.has(self.key(ids, layer))]
-        on_cpu = self.device.type == "cpu"
-        waiting = Waiting([len(ids) for ids in missing], [0] * len(missing), 1, ALIKE if on_cpu else 1)
-        beside = self._beside.width() if on_cpu and not self._beside.is_inside else 1
-        most = TOGETHER if on_cpu else self.batch_tokens
-        share = min(most, -(-sum(map(len, missing)) // beside))
-        batches = [[missing[i] for i in batch] for batch in waiting.batches(share, 1)]
-        if beside > 1:
-            found = self._beside.run(lambda some: self._encode(some, layer), batches)
-        else:
-            found = [self._encode(some, layer) for some in batches]
-        fresh = dict(zip((ids for batch in batches for ids in batch), (e for some in found for e in some), strict=True))
-        return [fresh[ids] if store is None else self._kept(store, ids, layer, fresh.get(ids)) for ids in contexts]
 
     def encode(self, ids: tuple[int, ...], layer: int | None = None) -> Encoded:
         """Return keys and values of a context, from the store if there is one.
@@ -76,7 +54,76 @@ class ContextEncoder(PretrainedLM):
             ids: the context's tokens.
             layer: also return the hidden states after so many layers.
         """
-        return self._encode([ids], layer)[0] if self.store is None else self._kept(self.store, ids, layer)
+        return self.encode_all([ids], layer)[0]
+
+    def encode_all(self, contexts: Sequence[tuple[int, ...]], layer: int | None = None) -> list[Encoded]:
+        """Return `encode` of each context; those that are not kept are encoded in batches."""
+        store, fresh = self.store, self._encode_missing(contexts, layer)
+        return [fresh[ids] if store is None else self._kept(store, ids, layer, fresh.get(ids)) for ids in contexts]
+
+    def encode_ahead(self, contexts: Sequence[tuple[int, ...]], layer: int | None = None) -> None:
+        """Put into the store what it lacks of some contexts."""
+        assert self.store is not None
+        for ids, encoded in self._encode_missing(contexts, layer).items():
+            self.store.put(self.key(ids, layer), encoded)
+
+    def _fit(self, lengths: Sequence[int]) -> int:
+        """Return how many of the first contexts are encoded ahead: at most what half of the store holds."""
+        assert self.store is not None
+        room, count = self.store.capacity // 2, 0
+        for length in lengths[:AHEAD]:
+            room -= length * self._token_bytes
+            count += room >= 0
+        return max(1, count)
+
+    def _encode_missing(self, contexts: Sequence[tuple[int, ...]], layer: int | None) -> dict[tuple[int, ...], Encoded]:
+        """Return those that the store lacks, encoded in batches."""
+        store = self.store
+        missing = [ids for ids in dict.fromkeys(contexts) if store is None or not store.has(self.key(ids, layer))]
+        on_cpu = self.device.type == "cpu"
+        beside = self._beside.width() if on_cpu and not self._beside.is_inside else 1
+        if self._alike:
+            batches = self._batches_alike(missing)
+        else:
+            waiting = Waiting([len(ids) for ids in missing], [0] * len(missing), 1, ALIKE if on_cpu else 1)
+            share = min(TOGETHER if on_cpu else self.batch_tokens, -(-sum(map(len, missing)) // beside))
+            batches = [[missing[i] for i in batch] for batch in waiting.batches(share, 1)]
+        if beside > 1:
+            found = self._beside.run(lambda some: self._encode(some, layer), batches)
+        else:
+            found = [self._encode(some, layer) for some in batches]
+        return dict(zip((ids for batch in batches for ids in batch), (e for some in found for e in some), strict=True))
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether a CPU encodes contexts to keep them."""
+        return self.device.type == "cpu" and self.store is not None and self.store.keeps
+
+    @property
+    def _alike(self) -> bool:
+        """Whether a context is always encoded in a batch of the same shape.
+
+        Its last bits depend on the shape, and on the number of threads, which is always that of a batch beside others;
+        on the batch's other rows and its own place among them they do not.
+        """
+        return self.repeatable and self._keeps
+
+    def _alike_shape(self, length: int) -> tuple[int, int]:
+        """Return rows and width of the batch that a context of so many tokens is encoded in.
+
+        Of experts each reads the tokens that were sent to it, whichever row they stand in; so there, contexts go alone.
+        """
+        if getattr(self.model.config.get_text_config(), "num_experts_per_tok", None):
+            return 1, length
+        width = length + -length % MULTIPLE
+        return min(ALIKE, max(1, TOGETHER // width)), width
+
+    def _batches_alike(self, contexts: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+        """Return contexts in batches of one shape, the widest first."""
+        by_shape: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+        for ids in sorted(contexts, key=len, reverse=True):
+            by_shape.setdefault(self._alike_shape(len(ids)), []).append(ids)
+        return [own[i : i + rows] for (rows, _), own in by_shape.items() for i in range(0, len(own), rows)]
 
     def _kept(
         self, store: ContextStore, ids: tuple[int, ...], layer: int | None, fresh: Encoded | None = None
@@ -91,13 +138,15 @@ class ContextEncoder(PretrainedLM):
 
     @torch.no_grad()
     def _encode(self, contexts: Sequence[tuple[int, ...]], layer: int | None) -> list[Encoded]:
-        """Encode contexts in one forward pass, padded on the right, where it is not seen."""
+        """Encode contexts in one forward pass, padded on the right, where it is not seen, and with rows of padding."""
         lengths = [len(ids) for ids in contexts]
-        width = max(lengths)
-        if len(contexts) > 1:
+        rows, width = len(contexts), max(lengths)
+        if self._alike:
+            rows, width = self._alike_shape(width)
+        elif rows > 1:
             width += -width % MULTIPLE
-        ids = torch.zeros(len(contexts), width, dtype=torch.long)
-        for row, own in zip(ids, contexts, strict=True):
+        ids = torch.zeros(rows, width, dtype=torch.long)
+        for row, own in zip(ids, contexts, strict=False):
             row[: len(own)] = torch.tensor(own)
         cache: Any = DynamicCache()
         if layer is None:
@@ -119,10 +168,12 @@ class ContextEncoder(PretrainedLM):
         elif self.shape is not None:
             flops = decoder_flops(self.shape, [(length, 0) for length in lengths], len(lengths), self._depth)
         self._count(sum(lengths), ids.numel() - sum(lengths), flops)
-        return [
+        found = [
             Encoded(
                 torch.stack([torch.stack([kept.keys[i, :, :n], kept.values[i, :, :n]]) for kept in cache.layers]),
                 None if states is None else states[i, :n].clone(),
             )
             for i, n in enumerate(lengths)
         ]
+        self._token_bytes = found[0].cache.nbytes // lengths[0]
+        return found

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qpeft.context_store import ContextStore, Encoded
 from qpeft.depth import Layers, find_layers
-from qpeft.encoding import ContextEncoder
+from qpeft.encoding import AHEAD, ContextEncoder
 from qpeft.errors import ModelError, OptionError
 from qpeft.flops import decoder_flops
 from qpeft.hints import HintWriter, Pairs, Slots, changing, common_layer, grouped
@@ -172,9 +172,32 @@ class CausalLM(ContextEncoder):
         return Batch(layout, starts, inputs, changes, sparing)
 
     def _reads_contexts(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> bool:
-        at_hand = self.store is not None and self._contexts.apart
+        return self._contexts.apart and self._stores_contexts(rows, adapters)
+
+    def _stores_contexts(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> bool:
         kept = all(adapter is None or not adapter.changes_lm for adapter in adapters)
-        return at_hand and kept and all(map(_can_be_split, rows))
+        return self.store is not None and kept and all(map(_can_be_split, rows))
+
+    def encode_rows_ahead(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> int:
+        """Encode what a CPU's store lacks of the contexts of the first rows, as many as is sensible.
+
+        Args:
+            rows: token ids of what will be scored next.
+            adapters: the adapter of each row, if any.
+
+        Returns:
+            How many rows that are.
+        """
+        if not self._keeps or not self._stores_contexts(rows, adapters):
+            return len(rows)
+        contexts = [row.context[: row.hint] for row in rows[:AHEAD]]
+        layers = [None if adapter is None else adapter.reads_layer for adapter in adapters[:AHEAD]]
+        if not self._token_bytes:
+            self.encode_ahead(self._batches_alike(list(dict.fromkeys(contexts)))[0], layers[0])
+        count = self._fit(list(map(len, contexts)))
+        for own in grouped(layers[:count]):
+            self.encode_ahead([contexts[i] for i in own], layers[own[0]])
+        return count
 
     @contextmanager
     def _set_up(self, batch: Batch, wanted: Tensor) -> Iterator[None]:
@@ -233,7 +256,17 @@ class CausalLM(ContextEncoder):
         forward: Callable[[list[Row], list[HintWriter | None]], list[T]],
         mixed: bool = False,
     ) -> list[T]:
-        """Change the model once for all batches of an adapter that changes it, since they may run side by side."""
+        """Change the model once for all batches of an adapter that changes it, since they may run side by side.
+
+        What a CPU's store lacks of contexts is encoded before, many at once.
+        """
+        if mixed and self._keeps:
+            found: list[T] = []
+            while len(found) < len(rows):
+                begin = len(found)
+                end = begin + self.encode_rows_ahead(rows[begin:], each[begin:])
+                found += super()._in_batches(rows[begin:end], each[begin:end], scored[begin:end], forward, mixed)
+            return found
         out: dict[int, T] = {}
         for own in grouped(id(adapter) if adapter is not None and adapter.changes_lm else None for adapter in each):
             self._applied = changing([each[i] for i in own])

@@ -18,7 +18,7 @@ from qpeft.loading import load_lm
 from qpeft.model_config import ModelConfig
 from qpeft.template import Prompt, load_template
 from qpeft.training import trainer
-from qpeft.training.trainer import Collator
+from qpeft.training.trainer import Learner
 from qpeft.types import Ranking, Run
 from tiny_adapters import NAMES, SMALL
 
@@ -121,16 +121,16 @@ def test_the_same_command_gives_the_same_bytes(arguments, tmp_path):
 
 
 def interrupt(monkeypatch, after):
-    """Let Ctrl-C fall into the drawing of a batch."""
-    calls, draw = [], Collator.__call__
+    """Let Ctrl-C fall into a forward pass."""
+    calls, forward = [], Learner.forward
 
-    def drawing(self, items):
-        calls.append(items)
+    def interrupted(self, batch):
+        calls.append(batch)
         if len(calls) > after:
             raise KeyboardInterrupt
-        return draw(self, items)
+        return forward(self, batch)
 
-    monkeypatch.setattr(Collator, "__call__", drawing)
+    monkeypatch.setattr(Learner, "forward", interrupted)
 
 
 @pytest.mark.parametrize("more", [(), ("--attn-dropout", "0.2", "--patience", "2"), ("--gradient-accumulation", "2")])

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from qpeft import cpu_attention, losses
 from qpeft.errors import OptionError, QueryError, ScoreError, StateError
 from qpeft.training import config as training_config
+from qpeft.training import trainer
 from qpeft.training.config import TrainingConfig
 from qpeft.training.dev import DevRanking
 from qpeft.training.trainer import Collator, KeepSteps, Learner, fit
@@ -184,6 +185,29 @@ def test_a_killed_training_resumes_to_the_same_bits(variant, make_lm, tmp_path):
     assert_equal(found, expected)
     assert fitted.history == whole.history
     assert (fitted.steps, fitted.dev) == (whole.steps, whole.dev)
+
+
+def counted_batches(lm):
+    """Return a list that grows by the size of each batch of contexts."""
+    sizes, encode = [], lm._encode
+    lm._encode = lambda some, *layer: sizes.append(len(some)) or encode(some, *layer)
+    return sizes
+
+
+def test_contexts_of_the_next_steps_are_encoded_together(make_lm, tmp_path, monkeypatch):
+    """Each once, in fewer batches; what is trained is the same as with contexts that each step encodes."""
+    outcomes, batches = [], []
+    for rows in (0, 256):
+        monkeypatch.setattr(trainer, "AHEAD", rows)
+        lm = with_store(make_lm("llama"))
+        sizes = counted_batches(lm)
+        adapter = build("qpeft_r", lm)
+        train(lm, adapter, tmp_path / str(rows), batch_queries=1, negatives=1)
+        outcomes.append(state(adapter))
+        batches.append(len(sizes))
+        assert lm.store.misses == sum(sizes) == len(PASSAGES)
+    assert_equal(*outcomes)
+    assert batches[0] > batches[1] == 2, "six contexts in batches of four"
 
 
 def test_a_training_killed_after_its_last_step_only_needs_its_end(lm, tmp_path):

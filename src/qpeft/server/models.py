@@ -17,6 +17,7 @@ from typing import Any
 
 from qpeft import methods
 from qpeft.adapters._folder import AdapterFolder, adapter_path, embedded_adapters, open_adapter
+from qpeft.encoding import ContextEncoder
 from qpeft.errors import AdapterError, InputError, OptionError, QpeftError, nearest
 from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, read_calibration
 from qpeft.kept_tokens import KeptTokens
@@ -79,6 +80,8 @@ class Models:
 
     def __init__(self, lm: LanguageModel, settings: Settings) -> None:
         self.lm = lm
+        if isinstance(lm, ContextEncoder):
+            lm.repeatable = False  # nobody resumes a request, and many have few passages
         self.base = Path(lm.name).name if Path(lm.name).is_dir() else lm.name
         self._settings = settings
         self._folder = None if settings.adapters is None else Path(settings.adapters)
