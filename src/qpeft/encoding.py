@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ AHEAD = 256
 """Rows whose contexts are encoded together before they are scored, so that many have one width."""
 TOGETHER = 2_048
 """Tokens of contexts that a CPU encodes in one forward pass: more are no quicker."""
+LEAST = 16
+"""Fewer than so many would be of as many widths."""
 
 
 class ContextEncoder(PretrainedLM):
@@ -67,14 +70,17 @@ class ContextEncoder(PretrainedLM):
         for ids, encoded in self._encode_missing(contexts, layer).items():
             self.store.put(self.key(ids, layer), encoded)
 
-    def _fit(self, lengths: Sequence[int]) -> int:
-        """Return how many of the first contexts are encoded ahead: at most what half of the store holds."""
+    def _ahead(self, lengths: Sequence[int]) -> int:
+        """Return how many of the first contexts may be encoded ahead: what half of the store holds; 0 where that is few.
+
+        What goes to disk need not be held.
+        """
         assert self.store is not None
-        room, count = self.store.capacity // 2, 0
-        for length in lengths[:AHEAD]:
-            room -= length * self._token_bytes
-            count += room >= 0
-        return max(1, count)
+        if self.store.folder is not None:
+            return len(lengths)
+        room = self.store.capacity // 2 // self._token_bytes
+        fit = sum(tokens <= room for tokens in accumulate(lengths))
+        return fit if fit >= min(LEAST, len(lengths)) else 0
 
     def _encode_missing(self, contexts: Sequence[tuple[int, ...]], layer: int | None) -> dict[tuple[int, ...], Encoded]:
         """Return those that the store lacks, encoded in batches."""

@@ -194,10 +194,10 @@ class CausalLM(ContextEncoder):
         layers = [None if adapter is None else adapter.reads_layer for adapter in adapters[:AHEAD]]
         if not self._token_bytes:
             self.encode_ahead(self._batches_alike(list(dict.fromkeys(contexts)))[0], layers[0])
-        count = self._fit(list(map(len, contexts)))
+        count = self._ahead(list(map(len, contexts)))
         for own in grouped(layers[:count]):
             self.encode_ahead([contexts[i] for i in own], layers[own[0]])
-        return count
+        return count or len(rows)
 
     @contextmanager
     def _set_up(self, batch: Batch, wanted: Tensor) -> Iterator[None]:
