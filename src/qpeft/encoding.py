@@ -71,7 +71,7 @@ class ContextEncoder(PretrainedLM):
             self.store.put(self.key(ids, layer), encoded)
 
     def _ahead(self, lengths: Sequence[int]) -> int:
-        """Return how many of the first contexts may be encoded ahead: what half of the store holds; 0 where that is few.
+        """Return how many of the first contexts may be encoded ahead: as many as half of the store holds, 0 if few.
 
         What goes to disk need not be held.
         """
