@@ -34,6 +34,8 @@ DEPTHS = {"reddit-shift": 30, "squad": 30, "wiki-shift": 20, "nq-mini": 20, "cac
 TEST_QUERIES = {"reddit-shift": 600, "squad": 300, "wiki-shift": 200, "nq-mini": 200, "cacm": 52}
 DEV_QUERIES, DEV_DEPTH = 150, 15
 STORE_GIB = 5.0
+MINI = "mini"
+"""The embedded collection."""
 
 
 class Bench:
@@ -73,7 +75,7 @@ class Bench:
     def collection(self, name: str) -> Collection:
         """Return a collection."""
         if name not in self._collections:
-            self._collections[name] = open_collection(str(self.data / name))
+            self._collections[name] = open_collection(name if name == MINI else str(self.data / name))
         return self._collections[name]
 
     def index(self, name: str) -> BM25:

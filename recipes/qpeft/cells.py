@@ -203,12 +203,15 @@ def search() -> Iterator[Cell]:
         yield Cell(row, adapter, "reddit-shift", options=options, training=settings, template=template, test=False)
 
 
+MIXED = "reddit-shift+squad+wiki-shift+nq-mini"
+"""What the adapters that ship are trained on."""
+
+
 def transfer_homes() -> Iterator[Cell]:
     """Yield other training data, for the question of transfer."""
-    mixed = "reddit-shift+squad+wiki-shift+nq-mini"
     for seed in SEEDS:
-        yield cell("qpeft_a", "qpeft_a", mixed, seed, 640)
-        yield cell("qpeft_r", "qpeft_r", mixed, seed, 640)
+        yield cell("qpeft_a", "qpeft_a", MIXED, seed, 640)
+        yield cell("qpeft_r", "qpeft_r", MIXED, seed, 640)
         yield cell("qpeft_a-anchor", "qpeft_a", "squad", seed, training={"anchor": 1.0})
 
 
@@ -216,7 +219,20 @@ def shipped() -> Iterator[Cell]:
     """Yield what may ship: more training queries on the four collections; `whole.choice` compares them on dev."""
     for queries in (1280, 2560):
         for adapter in ("qpeft_a", "qpeft_r"):
-            yield cell(adapter, adapter, "reddit-shift+squad+wiki-shift+nq-mini", 1, queries)
+            yield cell(adapter, adapter, MIXED, 1, queries)
+
+
+def variants() -> Iterator[Cell]:
+    """Yield Q-PEFT-R with hints that may pull less towards shared words; `whole.choice` compares them on dev."""
+    changed: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "no_query_words": ({"token_filter": "dsq"}, {}),
+        "k5": ({"k": 5}, {}),
+        "anchor": ({}, {"anchor": 1.0}),
+    }
+    for name, (options, training) in changed.items():
+        yield cell(f"qpeft_r-{name}", "qpeft_r", MIXED, 1, 640, options=options, training=training, test=False)
+    # The embedded collection asks in other words than its passages have.
+    yield cell("qpeft_r-with_mini", "qpeft_r", f"{MIXED}+mini", 1, 375, test=False)
 
 
 def negatives() -> Iterator[Cell]:
@@ -263,6 +279,7 @@ GROUPS = {
     "search": search,
     "transfer_homes": transfer_homes,
     "shipped": shipped,
+    "variants": variants,
     "negatives": negatives,
     "together": together,
     "models": models,

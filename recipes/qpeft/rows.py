@@ -129,6 +129,21 @@ def first_stages(path: Path) -> str:
     return markdown(head, [[cell.format(next(corrected)) if "{}" in cell else cell for cell in line] for line in lines])
 
 
+def choice(path: Path) -> str:
+    """Return what ships and what may, on dev of each collection, and the differences from the model alone."""
+    found: dict[str, dict[str, dict[str, float]]] = json.loads(path.read_text(encoding="utf-8"))
+    found.pop("made", None)
+    alone, lines = found["zero_shot"], []
+    for name, homes in found.items():
+        line = [name]
+        for home, values in homes.items():
+            mean = f"{statistics.fmean(values.values()):.3f}"
+            difference = statistics.fmean(value - alone[home][query] for query, value in values.items())
+            line.append(mean if name == "zero_shot" else f"{mean} ({difference:+.3f})")
+        lines.append(line)
+    return markdown(["adapter", *(f"{home} ({len(values)})" for home, values in alone.items())], lines)
+
+
 def markdown(head: list[str], lines: list[list[str]]) -> str:
     """Return lines as a Markdown table."""
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines)) + "\n"

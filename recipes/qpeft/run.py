@@ -77,10 +77,9 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
         "history": fitted.history,
         "test": {},
     }
+    facts = provenance(**{name: result[name] for name in ("cell", "dev", "history")}, training=summary(result))
+    save_adapter(bench.output / "adapters" / cell.name, cell.adapter, adapter, lm, template, provenance=facts)
     if cell.test:
-        folder = bench.output / "adapters" / cell.name
-        facts = provenance(**{name: result[name] for name in ("cell", "dev", "history")}, training=summary(result))
-        save_adapter(folder, cell.adapter, adapter, lm, template, provenance=facts)
         measured = measure_on(bench, prompt, homes[0], adapter, cell.shuffled, model=cell.model)
         result["test"] = {homes[0]: measured}
     adapter.withdraw()

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from cells import GROUPS, HOMES, LATER, Cell
 from confirmation import Confirmation
 from figures import Rows, Zero, ablations, gains, parameters, sizes
-from rows import Comparisons, costs, dev, first_stages, quality
+from rows import Comparisons, choice, costs, dev, first_stages, quality
 
 APART = {
     "lora": "LoRA",
@@ -173,6 +173,8 @@ def main() -> None:
         texts.insert(0, confirmation.markdown(everything["confirmation"]))
     if (stages := args.cells.parent / "first-stages.json").is_file():
         texts.append(f"### The adapters that ship, over other first stages\n\n{first_stages(stages)}")
+    if (chosen := args.cells.parent / "choice.json").is_file():
+        texts.append(f"### What ships and what may: RR@10 on dev\n\n{choice(chosen)}")
     texts += settings(found, args.cells.parent / "dev-baselines.json")
     (args.output / "tables.md").write_text("\n".join([NOTE, *texts]), encoding="utf-8")
     (args.output / "comparisons.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
-from bench import DEPTHS, TEST_QUERIES, Bench, measure_on, order, per_query, write
-from cells import Cell, main, shipped
+from bench import DEPTHS, MINI, TEST_QUERIES, Bench, measure_on, order, per_query, write
+from cells import Cell, main, shipped, variants
 
 from qpeft import adapters
 from qpeft.adapters._folder import load_adapter
@@ -62,25 +62,27 @@ def dev_alone(bench: Bench) -> dict[str, Any]:
 
 
 def choice(bench: Bench) -> dict[str, Any]:
-    """Measure on dev of four collections, each by itself, what ships and what may: adapter → collection → RR@10."""
-    opened = {f"tiny-lm-{row.replace('_', '-')}": f"tiny-lm-{row.replace('_', '-')}" for row in SHIPPED}
-    made = {cell.name: bench.output / "adapters" / cell.name for cell in shipped()}
-    opened |= {name: str(folder) for name, folder in made.items() if folder.is_dir()}
+    """Measure on dev of five collections, each by itself, what ships and what may: adapter → collection → RR@10."""
+    opened = {"zero_shot": ""} | {f"{row} (ships)": f"tiny-lm-{row.replace('_', '-')}" for row in SHIPPED}
+    for cell in (*shipped(), *variants()):
+        folder = bench.output / "adapters" / cell.name
+        if folder.is_dir():
+            opened[f"{cell.row}, {cell.queries} queries"] = str(folder)
     found: dict[str, Any] = {}
-    for home in (name for name in TEST_QUERIES if name != "cacm"):  # which has no dev queries
+    for home in (*(name for name in TEST_QUERIES if name != "cacm"), MINI):  # which has no dev queries
         items = bench.candidates(home, "dev", CHOICE_QUERIES, STAGE_DEPTH)
         qrels = bench.collection(home).qrels("dev")
-        for name, folder in {"zero_shot": "", **opened}.items():
-            adapter = load_adapter(folder, bench.lm()) if folder else None
-            run = DevRanking(bench.lm(), bench.prompt(adapter), items, qrels, "RR@10").rank(adapter and adapter.adapter)
-            judged = {item.query.id: qrels[item.query.id] for item in items}
-            found.setdefault(name, {})[home] = per_query(run, judged)["RR@10"]
-        print(
-            time.strftime("%H:%M:%S"),
-            home,
-            {n: round(fmean(f[home].values()), 4) for n, f in found.items()},
-            flush=True,
-        )
+        judged = {item.query.id: qrels[item.query.id] for item in items}
+        path = bench.output / "choice" / f"{home}.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for name, folder in opened.items():
+            if name not in known:
+                adapter = load_adapter(folder, bench.lm()) if folder else None
+                ranking = DevRanking(bench.lm(), bench.prompt(adapter), items, qrels, "RR@10")
+                known[name] = per_query(ranking.rank(adapter and adapter.adapter), judged)["RR@10"]
+                write(path, known)
+                print(time.strftime("%H:%M:%S"), home, name, round(fmean(known[name].values()), 4), flush=True)
+            found.setdefault(name, {})[home] = known[name]
     return found
 
 
