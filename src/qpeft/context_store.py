@@ -105,6 +105,9 @@ class ContextStore:
         folder: where contexts go that do not fit; it must belong to one model, number type and kind of storage. None:
             they are encoded again when needed.
         storage: `int8` and `fp8` take about half the room of 16-bit numbers, and change scores a little.
+
+    Attributes:
+        token_bytes: what a token takes; 0 until the first context comes.
     """
 
     def __init__(self, capacity: int, folder: Path | None = None, storage: Storage = "exact") -> None:
@@ -114,6 +117,7 @@ class ContextStore:
         self._kept: OrderedDict[Key, Packed] = OrderedDict()
         self._put: set[Key] = set()
         self.bytes_kept = 0
+        self.token_bytes = 0
         self.hits = 0
         self.misses = 0
         self._lock = threading.Lock()
@@ -190,6 +194,7 @@ class ContextStore:
         return path is not None and path.is_file()
 
     def _keep(self, key: Key, packed: Packed) -> None:
+        self.token_bytes = packed.nbytes // len(key[0])
         if packed.nbytes > self.capacity:
             self._write(key, packed)
             return

@@ -41,8 +41,6 @@ class ContextEncoder(PretrainedLM):
     encoded without rows of padding beside them."""
     _depth: int
     """Layers that are run."""
-    _token_bytes: int = 0
-    """Of a token of a context; known once one was encoded."""
 
     def _make_room(self) -> bool:
         if self.store is None or not self.store.bytes_kept:
@@ -78,7 +76,7 @@ class ContextEncoder(PretrainedLM):
         assert self.store is not None
         if self.store.folder is not None:
             return len(lengths)
-        room = self.store.capacity // 2 // self._token_bytes
+        room = self.store.capacity // 2 // self.store.token_bytes
         fit = sum(tokens <= room for tokens in accumulate(lengths))
         return fit if fit >= min(LEAST, len(lengths)) else 0
 
@@ -174,12 +172,10 @@ class ContextEncoder(PretrainedLM):
         elif self.shape is not None:
             flops = decoder_flops(self.shape, [(length, 0) for length in lengths], len(lengths), self._depth)
         self._count(sum(lengths), ids.numel() - sum(lengths), flops)
-        found = [
+        return [
             Encoded(
                 torch.stack([torch.stack([kept.keys[i, :, :n], kept.values[i, :, :n]]) for kept in cache.layers]),
                 None if states is None else states[i, :n].clone(),
             )
             for i, n in enumerate(lengths)
         ]
-        self._token_bytes = found[0].cache.nbytes // lengths[0]
-        return found

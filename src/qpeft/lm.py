@@ -188,11 +188,11 @@ class CausalLM(ContextEncoder):
         Returns:
             How many rows that are.
         """
-        if not self._keeps or not self._stores_contexts(rows, adapters):
+        if self.store is None or not self._keeps or not self._stores_contexts(rows, adapters):
             return len(rows)
         contexts = [row.context[: row.hint] for row in rows[:AHEAD]]
         layers = [None if adapter is None else adapter.reads_layer for adapter in adapters[:AHEAD]]
-        if not self._token_bytes:
+        if not self.store.token_bytes:
             self.encode_ahead(self._batches_alike(list(dict.fromkeys(contexts)))[0], layers[0])
         count = self._ahead(list(map(len, contexts)))
         for own in grouped(layers[:count]):

@@ -126,6 +126,9 @@ def test_tables_of_what_is_finished(module, tmp_path):
     alone = {home: measured(0.2) for home in cells.HOMES}
     (folder / "baselines.json").write_text(json.dumps({"bm25": alone, "zero_shot": alone}))
     (tmp_path / "dev-baselines.json").write_text(json.dumps({"bm25": 0.477, "zero_shot": 0.414, "made": {}}))
+    values = {"zero_shot": {"q1": 0.5, "q2": 0.7}, "qpeft_r-k5, 640 queries": {"q1": 0.6, "q2": 0.7}}
+    chosen = {name: {"mini": own, "squad": own} for name, own in values.items()}
+    (tmp_path / "choice.json").write_text(json.dumps({**chosen, "made": {}}))
     for name, group in cells.GROUPS.items():
         for cell in group():
             if cell.seed < 3 and name in ("main", "sizes", "lora_tuning", "models"):
@@ -153,6 +156,8 @@ def test_tables_of_what_is_finished(module, tmp_path):
     assert "| zero_shot | 0.414 |  |  |" in tuned
     assert "| lora-lr0.001 |  | 0.400 | 0.500 |" in tuned
     assert "| qpeft_a (2) | 12,345 | 67 | 100 |" in text
+    assert "| adapter | mini (2) | squad (2) |" in text
+    assert "| qpeft_r-k5, 640 queries | 0.650 (+0.050) | 0.650 (+0.050) |" in text
     pictures = {path.name for path in (tmp_path / "results").glob("*.png")}
     assert {
         f"{begin}{kind}.png" for begin in ("", "squad-") for kind in ("ablations", "sizes", "parameters")

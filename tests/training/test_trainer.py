@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from qpeft import cpu_attention, losses
 from qpeft.errors import OptionError, QueryError, ScoreError, StateError
 from qpeft.training import config as training_config
-from qpeft.training import trainer
+from qpeft.training import contexts
 from qpeft.training.config import TrainingConfig
 from qpeft.training.dev import DevRanking
 from qpeft.training.trainer import Collator, KeepSteps, Learner, fit
@@ -198,7 +198,7 @@ def test_contexts_of_the_next_steps_are_encoded_together(make_lm, tmp_path, monk
     """Each once, in fewer batches; what is trained is the same as with contexts that each step encodes."""
     outcomes, batches = [], []
     for rows in (0, 256):
-        monkeypatch.setattr(trainer, "AHEAD", rows)
+        monkeypatch.setattr(contexts, "AHEAD", rows)
         lm = with_store(make_lm("llama"))
         sizes = counted_batches(lm)
         adapter = build("qpeft_r", lm)

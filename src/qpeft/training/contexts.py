@@ -1,4 +1,4 @@
-"""Whether the contexts of a training fit in memory, to be encoded once and kept.
+"""Contexts of a training: whether they fit in memory, to be encoded once and kept, and their encoding ahead of steps.
 
 A store that holds only some of them would be of little use: by the time that one is read again, in the next epoch,
 others have taken its place. Then it is quicker to encode those of a step together, and to keep none.
@@ -7,11 +7,19 @@ others have taken its place. Then it is quicker to encode those of a step togeth
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+from transformers import TrainerCallback
+
+from qpeft.encoding import AHEAD
 from qpeft.lm import CausalLM
-from qpeft.template import Prompt
+from qpeft.template import Prompt, Row
 from qpeft.training.config import TrainingConfig
 from qpeft.types import Candidates, Group
+
+if TYPE_CHECKING:
+    from qpeft.adapters._base import Adapter
+    from qpeft.training.trainer import Collator, TrainingSet
 
 SAMPLE = 200
 """Contexts whose lengths are taken for those of all."""
@@ -38,3 +46,35 @@ def contexts_bytes(
     lengths = [len(row.context[: row.hint]) for row in rows]
     cache = lm.encode(rows[0].context[: rows[0].hint]).cache
     return int((min(drawn, len(known)) + len(ranked)) * sum(lengths) / len(lengths) * cache.nbytes / cache.shape[3])
+
+
+class EncodeAhead(TrainerCallback):
+    """Has the contexts of the next steps encoded together, which takes less time than those of each step alone.
+
+    Args:
+        lm: the frozen model, with what it keeps.
+        adapter: what is trained.
+        data: the groups of all epochs.
+        collator: makes rows of them.
+        config: queries of a forward pass and of a step.
+    """
+
+    def __init__(
+        self, lm: CausalLM, adapter: Adapter, data: TrainingSet, collator: Collator, config: TrainingConfig
+    ) -> None:
+        self._lm, self._adapter, self._data, self._collator = lm, adapter, data, collator
+        self._queries, self._step = config.batch_queries, config.batch_queries * config.gradient_accumulation
+        self._done = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Encode, unless that was done a few steps ago."""
+        place = state.global_step * self._step
+        if place < self._done:
+            return
+        rows: list[Row] = []
+        while place < len(self._data) and len(rows) < AHEAD:
+            end = min(place + self._queries, len(self._data))
+            rows += self._collator([self._data[i] for i in range(place, end)])["batch"].rows
+            place = end
+        if rows and self._lm.encode_rows_ahead(rows, [self._adapter] * len(rows)) == len(rows):
+            self._done = place

@@ -31,7 +31,6 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from qpeft import losses
 from qpeft.adapters._base import Adapter
-from qpeft.encoding import AHEAD
 from qpeft.errors import OptionError, ScoreError, StateError
 from qpeft.lm import CausalLM
 from qpeft.methods import query_likelihood
@@ -40,6 +39,7 @@ from qpeft.template import Prompt, Row
 from qpeft.training.arguments import trainer_arguments
 from qpeft.training.checkpointing import checkpointed
 from qpeft.training.config import TrainingConfig, check_alone
+from qpeft.training.contexts import EncodeAhead
 from qpeft.training.dev import DevRanking
 from qpeft.training.groups import draw, in_batch_negatives
 from qpeft.types import Group, Passage, Query
@@ -237,38 +237,6 @@ class AdapterTrainer(Trainer):
     def _load_adapter(self, folder: Path) -> None:
         learner: Any = self.accelerator.unwrap_model(self.model)
         learner.adapter.load_state_dict(load_file(folder / WEIGHTS, device=str(self.args.device)))
-
-
-class EncodeAhead(TrainerCallback):
-    """Has the contexts of the next steps encoded together, which takes less time than those of each step alone.
-
-    Args:
-        lm: the frozen model, with what it keeps.
-        adapter: what is trained.
-        data: the groups of all epochs.
-        collator: makes rows of them.
-        config: queries of a forward pass and of a step.
-    """
-
-    def __init__(
-        self, lm: CausalLM, adapter: Adapter, data: TrainingSet, collator: Collator, config: TrainingConfig
-    ) -> None:
-        self._lm, self._adapter, self._data, self._collator = lm, adapter, data, collator
-        self._queries, self._step = config.batch_queries, config.batch_queries * config.gradient_accumulation
-        self._done = 0
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Encode, unless that was done a few steps ago."""
-        place = state.global_step * self._step
-        if place < self._done:
-            return
-        rows: list[Row] = []
-        while place < len(self._data) and len(rows) < AHEAD:
-            end = min(place + self._queries, len(self._data))
-            rows += self._collator([self._data[i] for i in range(place, end)])["batch"].rows
-            place = end
-        if rows and self._lm.encode_rows_ahead(rows, [self._adapter] * len(rows)) == len(rows):
-            self._done = place
 
 
 class KeepSteps(TrainerCallback):
