@@ -116,11 +116,11 @@ class Bench:
         name: str,
         lm: CausalLM,
         *,
-        together: int = 1,
+        together: int | None = None,
         attention: str = cpu_attention.NAME,
         patches: Mapping[str, Any] | None = None,
     ) -> None:
-        """Add a case that scores everything afresh, `together` queries in a call, with other things put for some."""
+        """Add a case that scores everything afresh, so many queries `together`, with other things put for some."""
 
         def run() -> None:
             with ExitStack() as changed:
@@ -139,7 +139,9 @@ class Bench:
         self.padded[name] = round(1 - sum(len(row) - 1 for row in rows) / sum(sent), 4)
         self.cases[name] = Case(run, self.count, before=use)
 
-    def add_cached(self, name: str, *, filled: bool, together: int = 1, batch_tokens: int | None = None) -> None:
+    def add_cached(
+        self, name: str, *, filled: bool, together: int | None = None, batch_tokens: int | None = None
+    ) -> None:
         """Add a case with a passage cache, filled before the round or empty."""
         lm = self.again(store=ContextStore(STORE), batch_tokens=batch_tokens or self.cached_tokens)
         reranker = build(Config(template="plain", queries_per_batch=together), lm)
@@ -201,13 +203,14 @@ def measure(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
     bench.add(
         "float32 copy of all logits, logsumexp", bench.again(), patches={"qpeft.lm.token_log_probs": log_softmax_whole}
     )
-    for together in (8, 32):
-        bench.add(f"{together} queries together", bench.again(), together=together)
+    bench.add("each query by itself", bench.again(), together=1)
+    bench.add("all queries together", bench.again(), together=len(items))
     for tokens in (8_192, 32_768):
-        bench.add(f"32 queries together, batches of {tokens:,} tokens", bench.again(batch_tokens=tokens), together=32)
+        name = f"all queries together, batches of {tokens:,} tokens"
+        bench.add(name, bench.again(batch_tokens=tokens), together=len(items))
     bench.add_cached("passage cache, empty", filled=False)
     bench.add_cached("passage cache, filled", filled=True)
-    bench.add_cached("passage cache, filled, 32 queries together", filled=True, together=32)
+    bench.add_cached("passage cache, filled, each query by itself", filled=True, together=1)
     bench.add_cached("passage cache, filled, batches as without", filled=True, batch_tokens=bench.lm.batch_tokens)
     interleave(bench.cases, args.rounds)
     return {

@@ -35,6 +35,7 @@ from naive import Loop, logits_bytes
 from peers import OURS_T5, Score, open_peers, reason
 from qpeft.context_store import ContextStore
 from qpeft.loading import load_lm
+from qpeft.methods._pointwise import Pointwise
 from qpeft.methods.query_likelihood import Config, QueryLikelihood, build_scorer
 from qpeft.model_config import EMBEDDED, ModelConfig
 from qpeft.types import Candidates
@@ -168,19 +169,14 @@ class Bench:
         def store(kept: bool) -> None:
             self.cached.store = filled if kept else ContextStore(STORE * 2**30)
 
-        def each_query(scorer: Callable[[], QueryLikelihood]) -> Callable[[], Any]:
-            def run() -> None:
-                own = scorer()
-                for item in self.items:
-                    own.score(pairs.texts([item]))
-
-            return run
+        def ranked(scorer: Callable[[], QueryLikelihood]) -> Callable[[], Any]:
+            return lambda: list(Pointwise(scorer()).rerank(self.items))
 
         return {
             **{name: Case(lambda loop=loop: loop(self.first), self.first_count) for name, loop in self.loops.items()},
-            OURS: Case(each_query(lambda: plain(self.lm)), self.count),
-            COLD: Case(each_query(lambda: plain(self.cached)), self.count, before=lambda: store(False)),
-            WARM: Case(each_query(lambda: self.warm), self.count, before=lambda: store(True)),
+            OURS: Case(ranked(lambda: plain(self.lm)), self.count),
+            COLD: Case(ranked(lambda: plain(self.cached)), self.count, before=lambda: store(False)),
+            WARM: Case(ranked(lambda: self.warm), self.count, before=lambda: store(True)),
             BARE: Case(self.bare, self.count),
             BARE_FLOAT: Case(self.bare_float, self.first_count),
         }
