@@ -112,6 +112,8 @@ def opened(browser):
 
 
 def expect(locator):
+    """Return what waits for a condition; the condition is what counts, not the time."""
+    playwright.expect.set_options(timeout=60_000)
     return playwright.expect(locator)
 
 
@@ -133,7 +135,7 @@ def few(page):
 
 def rank(page):
     page.get_by_role("button", name="Rank", exact=True).click()
-    expect(page.locator("#status")).to_have_text(re.compile("Explained"), timeout=60_000)
+    expect(page.locator("#status")).to_have_text(re.compile("Explained"))
 
 
 def order(page, name):
@@ -318,7 +320,7 @@ def test_the_keyboard_is_enough(opened, server):
     kept = [name for name in reached if name in ("question", "depth", "query", "bm25", "refresh", "rank")]
     assert kept == ["question", "depth", "query", "bm25", "refresh", "rank"]
     page.keyboard.press("Enter")
-    expect(page.locator("#status")).to_have_text(re.compile("Explained"), timeout=60_000)
+    expect(page.locator("#status")).to_have_text(re.compile("Explained"))
     page.keyboard.press("Tab")
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
@@ -330,7 +332,7 @@ def test_the_keyboard_is_enough(opened, server):
     page.locator("#query").focus()
     page.keyboard.press("Control+Enter")
     expect(page.locator("#status")).to_have_text(re.compile("Ranking"))
-    expect(page.locator("#status")).to_have_text(re.compile("Explained"), timeout=60_000)
+    expect(page.locator("#status")).to_have_text(re.compile("Explained"))
 
 
 def test_every_field_has_a_name_and_changes_are_announced(opened, server):
@@ -507,7 +509,7 @@ def test_a_server_that_is_starting(opened):
             expect(page.get_by_role("alert")).to_have_text("Not yet: the server is loading.")
         finally:
             opening.set()
-        expect(page.locator("#served")).to_have_text("tiny-lm · 2 adapters", timeout=60_000)
+        expect(page.locator("#served")).to_have_text("tiny-lm · 2 adapters")
         rank(page)
 
 
