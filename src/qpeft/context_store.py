@@ -186,6 +186,7 @@ class ContextStore:
     def clear(self) -> None:
         """Forget what is in memory."""
         self._kept.clear()
+        self._put.clear()
         self.bytes_kept = 0
 
     def on_disk(self, key: Key) -> bool:
