@@ -228,11 +228,13 @@ def variants() -> Iterator[Cell]:
         "no_query_words": ({"token_filter": "dsq"}, {}),
         "k5": ({"k": 5}, {}),
         "anchor": ({}, {"anchor": 1.0}),
+        "k5-anchor": ({"k": 5}, {"anchor": 1.0}),
     }
     for name, (options, training) in changed.items():
         yield cell(f"qpeft_r-{name}", "qpeft_r", MIXED, 1, 640, options=options, training=training, test=False)
     # The embedded collection asks in other words than its passages have.
-    yield cell("qpeft_r-with_mini", "qpeft_r", f"{MIXED}+mini", 1, 375, test=False)
+    for name, training in (("with_mini", {}), ("with_mini-anchor", {"anchor": 1.0})):
+        yield cell(f"qpeft_r-{name}", "qpeft_r", f"{MIXED}+mini", 1, 375, training=training, test=False)
 
 
 def negatives() -> Iterator[Cell]:
