@@ -15,6 +15,8 @@ RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 """Learning rates that are compared on dev, at rank 8 and seed 1."""
 AGAIN = {("yes_no", "reddit-shift"): (1e-3, 2e-3, 3e-3)}
 """(method, collection) → rates that are compared with all seeds, where the best of seed 1 failed on another."""
+AROUND = (1e-3, 3e-3)
+"""Rates that other losses of a method are tried at, beside the one that was chosen for its own."""
 CHOSEN = {
     ("query_likelihood", "reddit-shift"): 1e-3,
     ("query_likelihood", "squad"): 1e-4,
@@ -128,17 +130,33 @@ def equal_ranks(model: str) -> dict[str, int]:
     return {component: round(RANK * sum(parameters.values()) / own) for component, own in parameters.items()}
 
 
-def tried(method: str, collection: str) -> dict[float, tuple[int, ...]]:
-    """Return the learning rates that are compared on dev, with their seeds."""
+def tried(method: str, collection: str, loss: str | None = None) -> dict[float, list[Cell]]:
+    """Return the trainings that show on dev what learning rates do: rate → cells.
+
+    Args:
+        method: of the reranker.
+        collection: that is trained on.
+        loss: one that is compared with the method's own; it is tried around the rate that was chosen for that.
+    """
+    cell = partial(Cell, collection, method, another_loss=loss)
+    if loss is not None:
+        chosen = {cell().learning_rate: [cell(seed=seed) for seed in SEEDS]}
+        return {rate: [cell(rate=rate)] for rate in AROUND} | chosen
     again = AGAIN.get((method, collection), ())
-    return {rate: SEEDS if rate in again else SEEDS[:1] for rate in sorted({*RATES, *again})}
+    seeds = {rate: SEEDS if rate in again else SEEDS[:1] for rate in sorted({*RATES, *again})}
+    return {rate: [cell(seed=seed, rate=rate) for seed in own] for rate, own in seeds.items()}
+
+
+def other_losses(method: str) -> list[str]:
+    """Return what a method's own loss is compared with."""
+    return [loss for loss in COMPARED.get(method, ()) if loss != LOSSES[method]]
 
 
 def rates(scope: Scope) -> Iterator[Cell | Asked]:
     """Yield the learning rates that are compared on dev."""
-    for rate, seeds in tried(scope.method, scope.collection).items():
-        for seed in seeds:
-            yield Cell(scope.collection, scope.method, seed=seed, rate=rate)
+    for loss in (None, *other_losses(scope.method)):
+        for cells in tried(scope.method, scope.collection, loss).values():
+            yield from (cell for cell in cells if cell.rate is not None)
 
 
 def ranks(scope: Scope) -> Iterator[Cell | Asked]:
@@ -160,10 +178,11 @@ def components(scope: Scope) -> Iterator[Cell | Asked]:
 
 def losses(scope: Scope) -> Iterator[Cell | Asked]:
     """Yield the losses that a method's own is compared with, and their study; nothing where there are none."""
-    cells = []
-    for loss in COMPARED.get(scope.method, ()):
-        another = None if loss == LOSSES[scope.method] else loss
-        cells += [Cell(scope.collection, scope.method, seed=seed, another_loss=another) for seed in SEEDS]
+    cells = [
+        Cell(scope.collection, scope.method, seed=seed, another_loss=loss)
+        for loss in ((None, *other_losses(scope.method)) if scope.method in COMPARED else ())
+        for seed in SEEDS
+    ]
     if cells:
         yield from cells
         yield Asked("losses", tuple(cells))

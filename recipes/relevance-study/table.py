@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from cells import COLLECTIONS, COMPARED, LOSSES, PARTS, RANK, Cell, tried
+from cells import COLLECTIONS, COMPARED, LOSSES, PARTS, RANK, Cell, other_losses, tried
 
 from qpeft.analysis.ablation import NONE
 from qpeft.analysis.study import Finding, Study
@@ -245,19 +245,23 @@ def on_dev(results: Path, cells: list[Cell]) -> list[dict[str, float]]:
 
 def rates(results: Path) -> str:
     """Return the learning rates that were tried on dev."""
-    columns = sorted({rate for method in LOSSES for collection in COLLECTIONS for rate in tried(method, collection)})
+    rows = [
+        (method, loss, collection, tried(method, collection, loss))
+        for method in LOSSES
+        for loss in (None, *other_losses(method))
+        for collection in COLLECTIONS
+    ]
+    columns = sorted({rate for *_, cells in rows for rate in cells})
     lines = [["method", "collection", "model alone", *(f"{rate:g}" for rate in columns)], ["---"] * (3 + len(columns))]
-    for method in LOSSES:
-        for collection in COLLECTIONS:
-            untrained, values = "–", []
-            seeds = tried(method, collection)
-            for rate in columns:
-                cells = [Cell(collection, method, seed=seed, rate=rate) for seed in seeds.get(rate, ())]
-                reached = [number(dev["trained"], 4) for dev in on_dev(results, cells)]
-                values.append(", ".join(reached) or (MISSING if cells else "–"))
-                for dev in on_dev(results, cells[:1]):
-                    untrained = number(dev["zero_shot"], 4)
-            lines.append([method, collection, untrained, *values])
+    for method, loss, collection, cells in rows:
+        untrained, values = "–", []
+        for rate in columns:
+            own = cells.get(rate, [])
+            reached = [number(dev["trained"], 4) for dev in on_dev(results, own)]
+            values.append(", ".join(reached) or (MISSING if own else "–"))
+            for dev in on_dev(results, own[:1]):
+                untrained = number(dev["zero_shot"], 4)
+        lines.append([method if loss is None else f"{method}, {loss}", collection, untrained, *values])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

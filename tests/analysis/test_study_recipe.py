@@ -78,3 +78,8 @@ def test_what_is_trained_and_asked(cells):
     assert (grid.options["depth"], grid.options["limit-queries"]) == (5, 100)
     rates = asked(cells, "classifier", ["rates"])
     assert rates[0].name == "squad-classifier-all-r8-lr0.0001-seed1"
+    assert len(rates) == 4
+    tried = {(cell.loss, cell.learning_rate) for cell in asked(cells, "yes_no", ["rates"])}
+    assert tried == {("softmax", rate) for rate in cells.RATES} | {
+        (loss, rate) for loss in ("cross_entropy", "sft") for rate in (1e-3, 3e-3)
+    }
