@@ -81,7 +81,7 @@ def sentences(study: Study) -> Iterator[str]:
     full, none = study.find(study.full), study.find(NONE)
     if full is not None and none is not None:
         yield (
-            f"{_capital(full.name)} reach {number(full.mean, 3)}, no additions {number(none.mean, 3)}: "
+            f"{_capital(full.name)}: {number(full.mean, 3)}; no additions: {number(none.mean, 3)}. That is "
             f"a gain of {_signed(full.gain, full.gain_interval)}, with {full.parameters:,} trained parameters."
         )
         if not _clear(full.gain_interval):
