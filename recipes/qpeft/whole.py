@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from bench import DEPTHS, MINI, TEST_QUERIES, Bench, measure_on, order, per_query, write
-from cells import Cell, main, shipped, variants
+from cells import Cell, main, shipped, transfer_homes, variants
 
 from qpeft import adapters
 from qpeft.adapters._folder import load_adapter
@@ -62,12 +62,9 @@ def dev_alone(bench: Bench) -> dict[str, Any]:
 
 
 def choice(bench: Bench) -> dict[str, Any]:
-    """Measure on dev of five collections, each by itself, what ships and what may: adapter → collection → RR@10."""
-    opened = {"zero_shot": ""} | {f"{row} (ships)": f"tiny-lm-{row.replace('_', '-')}" for row in SHIPPED}
-    for cell in (*shipped(), *variants()):
-        folder = bench.output / "adapters" / cell.name
-        if folder.is_dir():
-            opened[f"{cell.row}, {cell.queries} queries"] = str(folder)
+    """Measure on dev of five collections, each by itself, what may ship: adapter → collection → RR@10."""
+    mixed = (cell for cell in transfer_homes() if cell.seed == 1 and "+" in cell.home)
+    cells = {f"{cell.row}, {cell.queries} queries": cell for cell in (*mixed, *shipped(), *variants())}
     found: dict[str, Any] = {}
     for home in (*(name for name in TEST_QUERIES if name != "cacm"), MINI):  # which has no dev queries
         items = bench.candidates(home, "dev", CHOICE_QUERIES, STAGE_DEPTH)
@@ -75,14 +72,16 @@ def choice(bench: Bench) -> dict[str, Any]:
         judged = {item.query.id: qrels[item.query.id] for item in items}
         path = bench.output / "choice" / f"{home}.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        for name, folder in opened.items():
-            if name not in known:
+        for name in ("zero_shot", *cells):
+            folder = bench.output / "adapters" / cells[name].name if name in cells else None
+            if name not in known and (folder is None or folder.is_dir()):
                 adapter = load_adapter(folder, bench.lm()) if folder else None
                 ranking = DevRanking(bench.lm(), bench.prompt(adapter), items, qrels, "RR@10")
                 known[name] = per_query(ranking.rank(adapter and adapter.adapter), judged)["RR@10"]
                 write(path, known)
                 print(time.strftime("%H:%M:%S"), home, name, round(fmean(known[name].values()), 4), flush=True)
-            found.setdefault(name, {})[home] = known[name]
+            if name in known:
+                found.setdefault(name, {})[home] = known[name]
     return found
 
 
