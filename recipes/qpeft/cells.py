@@ -204,7 +204,7 @@ def search() -> Iterator[Cell]:
 
 
 MIXED = "reddit-shift+squad+wiki-shift+nq-mini"
-"""What the adapters that ship are trained on."""
+"""Four collections that are trained on together."""
 
 
 def transfer_homes() -> Iterator[Cell]:

@@ -99,7 +99,7 @@ class ContextEncoder(PretrainedLM):
         return dict(zip((ids for batch in batches for ids in batch), (e for some in found for e in some), strict=True))
 
     @property
-    def _keeps(self) -> bool:
+    def keeps_contexts(self) -> bool:
         """Whether a CPU encodes contexts to keep them."""
         return self.device.type == "cpu" and self.store is not None and self.store.keeps
 
@@ -110,7 +110,7 @@ class ContextEncoder(PretrainedLM):
         Its last bits depend on the shape, and on the number of threads, which is always that of a batch beside others;
         on the batch's other rows and its own place among them they do not.
         """
-        return self.repeatable and self._keeps
+        return self.repeatable and self.keeps_contexts
 
     def _alike_shape(self, length: int) -> tuple[int, int]:
         """Return rows and width of the batch that a context of so many tokens is encoded in.

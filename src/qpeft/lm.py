@@ -188,7 +188,7 @@ class CausalLM(ContextEncoder):
         Returns:
             How many rows that are.
         """
-        if self.store is None or not self._keeps or not self._stores_contexts(rows, adapters):
+        if self.store is None or not self.keeps_contexts or not self._stores_contexts(rows, adapters):
             return len(rows)
         contexts = [row.context[: row.hint] for row in rows[:AHEAD]]
         layers = [None if adapter is None else adapter.reads_layer for adapter in adapters[:AHEAD]]
@@ -260,7 +260,7 @@ class CausalLM(ContextEncoder):
 
         What a CPU's store lacks of contexts is encoded before, many at once.
         """
-        if mixed and self._keeps:
+        if mixed and self.keeps_contexts:
             found: list[T] = []
             while len(found) < len(rows):
                 begin = len(found)

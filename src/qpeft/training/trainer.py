@@ -372,6 +372,7 @@ def _trainer(
         raise OptionError("nothing of this adapter is trainable; for R, raise --mlp-layers or --token-table trainable")
     data = TrainingSet(groups, config.epochs, seed)
     stopping: list[TrainerCallback] = [EarlyStoppingCallback(config.patience)] if config.patience and dev else []
+    ahead = [EncodeAhead(lm, adapter, data, collator, config)] if lm.keeps_contexts and not adapter.changes_lm else []
     arguments = trainer_arguments(
         config, len(data), checkpoints=checkpoints, device=lm.device, seed=seed,
         measure=dev.name if dev else None, progress=progress,
@@ -383,7 +384,7 @@ def _trainer(
         train_dataset=data,
         eval_dataset=data if dev else None,
         data_collator=collator,
-        callbacks=[EncodeAhead(lm, adapter, data, collator, config), *stopping, *callbacks],
+        callbacks=[*ahead, *stopping, *callbacks],
     )
 
 
