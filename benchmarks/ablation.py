@@ -6,6 +6,7 @@ Run by `scoring.py --ablation`; `scoring.py --profile FILE` writes where the tim
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,10 +15,12 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.ao.quantization import quantize_dynamic
 
 import pairs
 from qpeft import cpu_attention
 from qpeft.context_store import ContextStore
+from qpeft.depth import find_layers
 from qpeft.lm import CausalLM
 from qpeft.loading import load_lm
 from qpeft.methods.query_likelihood import Config, build, build_scorer
@@ -183,6 +186,10 @@ def measure(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
     bench = Bench(model_folder(args.shape, workplace / "model"), args.dtype, items)
     bench.add(FULL, bench.lm)
     bench.add("float32", load_lm(ModelConfig(bench.folder, dtype="float32", **bench.settings)))
+    bench.add(
+        "norms and MLPs compiled", load_lm(ModelConfig(bench.folder, dtype=args.dtype, compile="yes", **bench.settings))
+    )
+    bench.add("layers in 8 bits, states scaled as they come", eight := eight_bits(bench))
     for name in ("sdpa", "eager"):
         bench.add(f"attention {name}", bench.again(), attention=name)
     own = {"qpeft.cpu_attention.TILES": False}
@@ -212,6 +219,7 @@ def measure(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
     bench.add_cached("passage cache, filled", filled=True)
     bench.add_cached("passage cache, filled, each query by itself", filled=True, together=1)
     bench.add_cached("passage cache, filled, batches as without", filled=True, batch_tokens=bench.lm.batch_tokens)
+    changed = nats_changed(bench, eight)
     interleave(bench.cases, args.rounds)
     return {
         "kind": "ablation",
@@ -223,7 +231,30 @@ def measure(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
         "cases": {name: case.result() for name, case in bench.cases.items()},
         "times full": {name: ratio(case, bench.cases[FULL]) for name, case in bench.cases.items() if name != FULL},
         "padded share": bench.padded,
+        "nats per query token that 8 bits change": changed,
     }
+
+
+def eight_bits(bench: Bench) -> CausalLM:
+    """Return a scorer whose layers multiply 8-bit weights with states that are scaled to 8 bits as they come."""
+    lm: Any = load_lm(ModelConfig(bench.folder, dtype="float32", **bench.settings))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has given it to another package
+        for layer in find_layers(lm.model).modules:
+            quantize_dynamic(layer, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+    whole: CausalLM = lm
+    return whole
+
+
+def nats_changed(bench: Bench, lm: CausalLM) -> dict[str, float]:
+    """Return by how much another scorer's mean log-likelihoods of query tokens differ."""
+    scores = []
+    for each in (bench.lm, lm):
+        rankings = build(Config(template="plain"), each).rerank(bench.items)
+        found = {(ranking.query_id, hit.passage_id): hit.score for ranking in rankings for hit in ranking.hits}
+        scores.append(torch.tensor([found[key] for key in sorted(found)]))
+    difference = (scores[0] - scores[1]).abs()
+    return {"mean": round(float(difference.mean()), 4), "largest": round(float(difference.max()), 4)}
 
 
 def profile(args: argparse.Namespace, workplace: Path) -> None:

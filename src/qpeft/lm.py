@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qpeft.compiled import Compiled
 from qpeft.context_store import ContextStore, Encoded
 from qpeft.depth import Layers, find_layers
 from qpeft.encoding import AHEAD, ContextEncoder
@@ -48,6 +49,7 @@ class CausalLM(ContextEncoder):
         store: keeps encoded contexts; without one, rows go through the model whole.
         head: a head on the last token that came with the model, if one did.
         has_words: whether the model predicts tokens; one that was saved as a classifier does not.
+        compiled: the parts of its layers that were compiled.
 
     Raises:
         ModelError: a store was given, but what the model remembers of a context is more than keys and values (Mamba).
@@ -68,9 +70,10 @@ class CausalLM(ContextEncoder):
         store: ContextStore | None = None,
         head: Head | None = None,
         has_words: bool = True,
+        compiled: Compiled | None = None,
     ) -> None:
         super().__init__(model, tokenizer, name=name, max_length=max_length, batch_tokens=batch_tokens, folder=folder)
-        self.head, self.has_words = head, has_words
+        self.head, self.has_words, self.compiled = head, has_words, compiled
         self.padding_side = padding_side
         self.store = store
         self._depth = model.config.get_text_config().num_hidden_layers
@@ -202,11 +205,19 @@ class CausalLM(ContextEncoder):
     @contextmanager
     def _set_up(self, batch: Batch, wanted: Tensor) -> Iterator[None]:
         """Change the model where an adapter does so, and spare its last layer what is not `wanted` `[B, S]`."""
-        adapter = batch.changing
         with (
-            nullcontext() if adapter is self._applied or adapter is None else adapter.applied(),
+            nullcontext() if batch.changing is self._applied else self._changed_by(batch.changing),
             self._last.only_at(wanted) if self._last and batch.sparing else nullcontext(),
         ):
+            yield
+
+    @contextmanager
+    def _changed_by(self, adapter: HintWriter | None) -> Iterator[None]:
+        """Let an adapter change the model's layers, if there is one."""
+        if adapter is None:
+            yield
+            return
+        with adapter.applied(), nullcontext() if self.compiled is None else self.compiled.paused():
             yield
 
     @property
@@ -271,7 +282,7 @@ class CausalLM(ContextEncoder):
         for own in grouped(id(adapter) if adapter is not None and adapter.changes_lm else None for adapter in each):
             self._applied = changing([each[i] for i in own])
             try:
-                with nullcontext() if self._applied is None else self._applied.applied():
+                with self._changed_by(self._applied):
                     some = [rows[i] for i in own], [each[i] for i in own], [scored[i] for i in own]
                     values = super()._in_batches(*some, forward, mixed)
             finally:

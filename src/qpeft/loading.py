@@ -25,6 +25,7 @@ from transformers import (
 
 from qpeft import cpu_attention, methods
 from qpeft.adapters._folder import base_identity
+from qpeft.compiled import Compiled
 from qpeft.context_store import ContextStore
 from qpeft.encoder_decoder import EncoderDecoderLM
 from qpeft.errors import MissingDependencyError, ModelError, OptionError, nearest
@@ -78,13 +79,15 @@ def load_lm(config: ModelConfig) -> LanguageModel:
     if settings.is_encoder_decoder:
         if config.passage_cache or config.passage_cache_folder:
             raise OptionError("--passage-cache is for decoder-only models")
+        if config.compile == "yes":
+            raise OptionError("--compile is for decoder-only models")
         return EncoderDecoderLM(model, tokenizer, **facts)
     head = _head(model, Path(path), info, config.model)
     _choose_attention(model, config.attention_kernel, device)
     _check_causal(model, config.model)
-    lm = CausalLM(
-        model, tokenizer, store=_context_store(config), head=head, has_words=not _classifies(settings), **facts
-    )
+    facts |= {"head": head, "has_words": not _classifies(settings)}
+    facts["compiled"] = Compiled(model) if config.compile == "yes" else None
+    lm = CausalLM(model, tokenizer, store=_context_store(config), **facts)
     if config.passage_cache_folder is not None and lm.store is not None:
         own = {**base_identity(lm), "dtype": lm.dtype, "storage": config.passage_cache_storage}
         lm.store.folder = Path(config.passage_cache_folder) / fingerprint(own)[:16]
@@ -134,6 +137,7 @@ def tuned(config: ModelConfig, device: torch.device) -> ModelConfig:
         dtype=found.dtype if config.dtype == "auto" else config.dtype,
         attention_kernel=found.attention_kernel if config.attention_kernel == "auto" else config.attention_kernel,
         batch_tokens=config.batch_tokens or found.batch_tokens,
+        compile="yes" if config.compile == "auto" and found.compiled else config.compile,
     )
 
 
@@ -153,6 +157,7 @@ def describe_lm(lm: LanguageModel, config: ModelConfig) -> dict[str, Any]:
         "dtype": lm.dtype,
         "device": str(lm.device),
         "attention_kernel": lm.attention_kernel,
+        "compiled": lm.compiled is not None,
         "batch_tokens": lm.batch_tokens,
         "quantization": config.quantization,
         "max_length": lm.max_length,

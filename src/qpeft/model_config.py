@@ -23,6 +23,8 @@ class ModelConfig:
     """auto (cuda, then mps, then cpu), or a torch device such as cuda:1."""
     attention_kernel: str = "auto"
     """auto (on CPUs our own), or a name that transformers knows: eager, sdpa, flash_attention_2, flex_attention."""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """Compile norms and MLPs when the model is opened (torch.compile); auto: if doctor --tune found that quicker."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load weights in 8 or 4 bits (needs bitsandbytes)."""
     trust_remote_code: bool = False

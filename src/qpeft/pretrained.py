@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from qpeft.compiled import Compiled
 from qpeft.errors import ModelError, OptionError
 from qpeft.flops import Computed, shape_of
 from qpeft.hints import HintWriter
@@ -59,6 +60,7 @@ class LanguageModel(Protocol):
     computed: Computed
     head: Head | None
     has_words: bool
+    compiled: Compiled | None
 
     @property
     def attention_kernel(self) -> str:
@@ -117,11 +119,13 @@ class PretrainedLM:
     Attributes:
         head: a head on the last token that came with the model, if one did.
         has_words: whether the model predicts tokens; one that was saved as a classifier does not.
+        compiled: the parts of its layers that were compiled, if any were.
     """
 
     has_encoder: bool
     head: Head | None = None
     has_words: bool = True
+    compiled: Compiled | None = None
 
     def __init__(
         self,

@@ -29,6 +29,8 @@ class Tuning:
     batch_tokens: int
     threads: int | None = None
     """Threads of torch on a CPU."""
+    compiled: bool = False
+    """Whether norms and MLPs are compiled."""
 
 
 def tuning_file() -> Path:

@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -64,7 +64,7 @@ def tune(config: ModelConfig, rows_of: Callable[[Any], Sequence[Row]]) -> None:
 
 
 class _Timer:
-    """Scores the same rows under different settings; the model is opened again only for another number type."""
+    """Scores the same rows under different settings; for some the model is opened again."""
 
     def __init__(self, config: ModelConfig, rows_of: Callable[[Any], Sequence[Row]]) -> None:
         self._config = config
@@ -76,6 +76,7 @@ class _Timer:
             self._kernel,
             self._lm.batch_tokens,
             torch.get_num_threads() if self._lm.device.type == "cpu" else None,
+            self._lm.compiled is not None,
         )
 
     @property
@@ -90,8 +91,12 @@ class _Timer:
 
     def _set(self, trial: Tuning) -> bool:
         """Return whether the model can be run so."""
-        if self._lm.dtype != trial.dtype:
-            self._open(dataclasses.replace(self._config, dtype=trial.dtype))
+        if (self._lm.dtype, self._lm.compiled is not None) != (trial.dtype, trial.compiled):
+            compiled: Literal["yes", "no"] = "yes" if trial.compiled else "no"
+            try:
+                self._open(dataclasses.replace(self._config, dtype=trial.dtype, compile=compiled))
+            except OptionError:
+                return False  # it does not compile
         if self._lm.attention_kernel != trial.attention_kernel:
             try:
                 self._lm.model.set_attn_implementation(trial.attention_kernel)
@@ -142,6 +147,8 @@ def _choices(name: str, default: Tuning, config: ModelConfig, device: torch.devi
         yield from (int(default.batch_tokens * factor) for factor in (0.5, 2, 4))
     elif name == "threads" and cpu and "OMP_NUM_THREADS" not in os.environ:
         yield from (count for count in range(1, (os.cpu_count() or 1) + 1) if count != default.threads)
+    elif name == "compiled" and config.compile == "auto":
+        yield True
 
 
 def _spell(trial: Tuning) -> str:

@@ -1,0 +1,97 @@
+"""Compiled norms and MLPs: scores as without, gradients to the bit as without, clear errors where it cannot be done."""
+
+import shutil
+
+import pytest
+import torch
+
+from qpeft.compiled import Compiled
+from qpeft.errors import OptionError
+from qpeft.loading import describe_lm, load_lm
+from qpeft.model_config import ModelConfig
+from reference import naive_log_probs
+from test_lm import assert_close, rows_for
+from tiny_adapters import build as build_adapter
+from tiny_adapters import with_store
+from tiny_models import FAMILIES, build_family
+
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+EXPECTED = {  # compiled modules of a layer
+    "llama": ["RMSNorm"] * 2 + ["MLP"],
+    "mistral": ["RMSNorm"] * 2 + ["MLP"],
+    "qwen3": ["RMSNorm"] * 4 + ["MLP"],
+    "gemma2": ["RMSNorm"] * 4 + ["MLP"],
+    "gpt2": ["MLP"],
+    "gpt_neox": ["MLP"],
+    "mixtral": ["RMSNorm"] * 2,
+    "bert": ["Intermediate"],
+}
+
+
+def changed(model):
+    """Return the modules of the first layer that have another forward."""
+    return [module for name, module in model.named_modules() if "forward" in vars(module) and ".0" in name]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_norms_and_mlps_are_compiled_and_experts_are_not(name, monkeypatch):
+    tried = []
+    monkeypatch.setattr("qpeft.compiled._try", lambda part, model: tried.append(part))
+    model = build_family(name)
+    Compiled(model)
+    kinds = [next(kind for kind in set(EXPECTED[name]) if kind in type(part).__name__) for part in changed(model)]
+    assert sorted(kinds) == sorted(EXPECTED[name])
+    assert set(tried) == set(changed(model)), "every one of the first layer is tried"
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_scores_are_those_of_the_model_in_any_company(name, make_lm):
+    lm = make_lm(name)
+    rows = rows_for(lm)
+    expected = [naive_log_probs(lm.model, row) for row in rows]
+    lm.compiled = Compiled(lm.model)
+    assert_close(lm.log_probs(rows), expected)
+    assert_close([lm.log_probs([row])[0] for row in rows], expected)
+    one, other = with_store(lm), with_store(lm)
+    assert_close(one.log_probs(rows), expected)
+    for row in reversed(rows):
+        context = row.context[: row.hint]
+        assert torch.equal(other.encode(context).cache, one.encode(context).cache), "bits of a context are always the same"
+
+
+@needs_compiler
+def test_gradients_and_layers_that_lora_changes_are_computed_as_without(make_lm):
+    plain, lm = make_lm("llama"), make_lm("llama")
+    lm.compiled = Compiled(lm.model)
+    rows = rows_for(lm)
+    soft = [build_adapter("soft_prompt", each, trained=True) for each in (plain, lm)]
+    for one, adapter in zip((plain, lm), soft, strict=True):
+        one.score(rows, [adapter] * len(rows))[0].sum().backward()
+    for a, b in zip(soft[0].parameters(), soft[1].parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+        assert a.grad.abs().sum() > 0
+    lora = [build_adapter("lora", each, trained=True) for each in (plain, lm)]
+    values = [one.log_probs(rows, adapters=adapter) for one, adapter in zip((plain, lm), lora, strict=True)]
+    assert all(torch.equal(a.target, b.target) for a, b in zip(*values, strict=True))
+
+
+@needs_compiler
+def test_the_option_compiles_what_is_opened(saved_model):
+    opened = {choice: load_lm(ModelConfig(str(saved_model), compile=choice)) for choice in ("auto", "yes")}
+    assert [lm.compiled is not None for lm in opened.values()] == [False, True]
+    assert describe_lm(opened["yes"], ModelConfig(str(saved_model)))["compiled"]
+
+
+def test_a_missing_compiler_and_a_model_without_parts_are_errors(monkeypatch, saved_model):
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setattr("torch._inductor.config.fx_graph_cache", False)
+    with pytest.raises(OptionError, match=r"^--compile yes: \w+"):
+        load_lm(ModelConfig(str(saved_model), compile="yes"))
+    torch._dynamo.reset()
+    bare = build_family("gpt2")
+    for layer in bare.transformer.h:
+        layer.feed_backward = layer._modules.pop("mlp")
+    with pytest.raises(OptionError, match="nothing to compile"):
+        Compiled(bare)
