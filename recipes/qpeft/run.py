@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import TEST_QUERIES, Bench, measure_on, write
+from bench import DEV_DEPTH, TEST_QUERIES, Bench, measure_on, write
 from cells import GROUPS, TRANSFERRED, Cell
 from whole import WHOLE, confirm
 
@@ -77,7 +77,8 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
         "history": fitted.history,
         "test": {},
     }
-    facts = provenance(**{name: result[name] for name in ("cell", "dev", "history")}, training=summary(result))
+    told = {"measure": dev.name, "queries": len(dev_items), "depth": DEV_DEPTH, "trained": fitted.dev["trained"]}
+    facts = provenance(cell=result["cell"], history=fitted.history, training=summary(result), dev=told)
     save_adapter(bench.output / "adapters" / cell.name, cell.adapter, adapter, lm, template, provenance=facts)
     if cell.test:
         measured = measure_on(bench, prompt, homes[0], adapter, cell.shuffled, model=cell.model)

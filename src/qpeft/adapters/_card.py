@@ -49,7 +49,8 @@ def card(described: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
     for title, key in (("Training", "training"), ("Dev", "dev")):
         facts = provenance.get(key)
         if facts:
-            lines += ["", f"## {title}", "", *(f"* {name}: {value}" for name, value in facts.items())]
+            known = [f"* {name}: {value}" for name, value in facts.items() if value is not None]
+            lines += ["", f"## {title}", "", *known]
     return "\n".join(lines) + "\n"
 
 
