@@ -1,7 +1,5 @@
 """Compiled norms and MLPs: scores as without, gradients to the bit as without, clear errors where it cannot be done."""
 
-import shutil
-
 import pytest
 import torch
 
@@ -13,9 +11,9 @@ from reference import naive_log_probs
 from test_lm import assert_close, rows_for
 from tiny_adapters import build as build_adapter
 from tiny_adapters import with_store
-from tiny_models import FAMILIES, build_family
+from tiny_models import FAMILIES, build_family, can_compile
 
-needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not can_compile(), reason="no C++ compiler")
 EXPECTED = {  # compiled modules of a layer
     "llama": ["RMSNorm"] * 2 + ["MLP"],
     "mistral": ["RMSNorm"] * 2 + ["MLP"],

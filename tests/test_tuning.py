@@ -8,6 +8,7 @@ from qpeft.commands import _tune
 from qpeft.loading import load_lm, tuning_key_of
 from qpeft.model_config import ModelConfig
 from qpeft.tuning import Tuning, read_tuning, tuning_file, write_tuning
+from tiny_models import can_compile
 
 CPU = torch.device("cpu")
 MEASURED = Tuning("float32", "eager", 777)
@@ -81,4 +82,5 @@ def test_the_command_measures_real_settings(config, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "attention_kernel sdpa" in out
     assert "dtype float32" in out
+    assert ("compiled True" in out) == can_compile()
     assert "the default stays" in out or read_tuning(tuning_key_of(config, CPU)) is not None

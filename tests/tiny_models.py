@@ -7,6 +7,8 @@ mistake shows in the scores.
 
 from __future__ import annotations
 
+import shutil
+
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -109,6 +111,11 @@ def build_family(family: str, **options: object) -> torch.nn.Module:
             if parameter.ndim > 1:
                 parameter.mul_(4)
     return model.eval()
+
+
+def can_compile() -> bool:
+    """Return whether torch finds a C++ compiler here."""
+    return any(map(shutil.which, ("g++", "clang++")))
 
 
 def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
