@@ -55,7 +55,7 @@ def test_scores_are_those_of_the_model_in_any_company(name, make_lm):
     assert_close(one.log_probs(rows), expected)
     for row in reversed(rows):
         context = row.context[: row.hint]
-        assert torch.equal(other.encode(context).cache, one.encode(context).cache), "bits of a context are always the same"
+        assert torch.equal(other.encode(context).cache, one.encode(context).cache), "bits always the same"
 
 
 @needs_compiler
