@@ -209,6 +209,21 @@ def search() -> Iterator[Cell]:
             yield Cell(row, adapter, "reddit-shift", seed=seed, **more)
 
 
+def tuned() -> Iterator[Cell]:
+    """Yield Q-PEFT with the options that the search found better, with three seeds, than the defaults."""
+    for seed in SEEDS:
+        for home in HOMES:
+            yield cell("qpeft_a-heads8", "qpeft_a", home, seed, options={"num_heads": 8})
+            yield cell("qpeft_r-k20", "qpeft_r", home, seed, options={"k": 20})
+
+
+def placement() -> Iterator[Cell]:
+    """Yield Q-PEFT-A with its hint before the passage, and behind it, under one template."""
+    for seed in SEEDS:
+        for template in ("qpeft", "qpeft_prefix"):
+            yield cell(f"qpeft_a-{template}", "qpeft_a", "reddit-shift", seed, template=template)
+
+
 MIXED = "reddit-shift+squad+wiki-shift+nq-mini"
 """Four collections that are trained on together."""
 
@@ -293,6 +308,8 @@ GROUPS = {
     "sizes": sizes,
     "prompts": prompts,
     "search": search,
+    "tuned": tuned,
+    "placement": placement,
     "transfer_homes": transfer_homes,
     "shipped": shipped,
     "variants": variants,
@@ -301,5 +318,5 @@ GROUPS = {
     "together": together,
     "models": models,
 }
-TRANSFERRED = ("main", "untrained", "lora", "transfer_homes", "shipped", "ships", "negatives", "together")
+TRANSFERRED = ("main", "tuned", "untrained", "lora", "transfer_homes", "shipped", "ships", "negatives", "together")
 """Groups that are also measured on the collections that they were not trained on."""

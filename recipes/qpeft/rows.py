@@ -94,13 +94,17 @@ def costs(rows: Rows, alone: dict[str, Any], home: str) -> str:
 
 
 def dev(cells: Iterable[dict[str, Any]], beside: dict[str, float]) -> str:
-    """Return RR@10 on dev after each of its evaluations, below what was not trained."""
-    curves = {cell["cell"]["row"]: evaluations(cell) for cell in cells}
-    steps = sorted({step for curve in curves.values() for step in curve})
+    """Return RR@10 on dev after each of its evaluations, the mean of all seeds, below what was not trained."""
+    curves: dict[str, list[dict[int, float]]] = {}
+    for cell in cells:
+        curves.setdefault(cell["cell"]["row"], []).append(evaluations(cell))
+    steps = sorted({step for own in curves.values() for curve in own for step in curve})
     lines = [[name, f"{value:.3f}", *[""] * len(steps)] for name, value in beside.items()]
-    for row, curve in sorted(curves.items()):
-        lines.append([row, "", *(f"{curve[step]:.3f}" if step in curve else "" for step in steps)])
-    return markdown(["setting", "untrained", *(f"after {step} steps" for step in steps)], lines)
+    for row, own in sorted(curves.items()):
+        seeds = [[curve[step] for curve in own if step in curve] for step in steps]
+        means = [f"{statistics.fmean(values):.3f}" if len(values) == len(own) else "" for values in seeds]
+        lines.append([f"{row} ({len(own)})", "", *means])
+    return markdown(["setting (seeds)", "untrained", *(f"after {step} steps" for step in steps)], lines)
 
 
 def evaluations(cell: dict[str, Any]) -> dict[int, float]:

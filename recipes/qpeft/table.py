@@ -23,6 +23,8 @@ from figures import Rows, Zero, ablations, gains, parameters, sizes
 from rows import Comparisons, choice, costs, dev, first_stages, quality
 
 APART = {
+    "tuned": "Options that dev chose",
+    "placement": "Where the hint stands",
     "lora": "LoRA",
     "authors": "Settings of the authors' code",
     "prompts": "Hard prompts",
@@ -31,6 +33,8 @@ APART = {
     "models": "Other language models",
 }
 """Groups with a table of their own, and its title."""
+BESIDE = ("qpeft_a", "qpeft_r", "soft_prompt")
+"""Rows of the main table that stand beside those of such a group."""
 ON_DEV = {
     "tuning": "Learning rates",
     "lora_tuning": "Learning rates of LoRA",
@@ -109,7 +113,7 @@ def tested(
             measured = measured_on(rows, collection)
             if not measured or collection not in known["zero_shot"]:
                 continue
-            beside = measured_on({n: trained[n] for n in ("qpeft_a", "soft_prompt") if n in trained}, collection)
+            beside = measured_on({n: trained[n] for n in BESIDE if n in trained}, collection)
             text, comparisons = quality(measured, beside, known, collection, second)
             count = len(known["bm25"][collection]["per_query"]["RR@10"])
             texts.append(f"### {key.title}; measured on {collection}, {count} test queries\n\n{text}")
@@ -128,7 +132,7 @@ def settings(found: dict[str, dict[str, Any]], path: Path) -> list[str]:
     """Return the tables of what was compared on dev of reddit-shift, with what was not trained beside it."""
     beside = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     beside.pop("made", None)
-    defaults = [cell for cell in GROUPS["main"]() if cell.seed == 1 and cell.home == "reddit-shift"]
+    defaults = [cell for cell in GROUPS["main"]() if cell.home == "reddit-shift"]
     texts = []
     for group, title in ON_DEV.items():
         cells: list[Cell] = list(GROUPS[group]())
