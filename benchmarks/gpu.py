@@ -4,9 +4,9 @@
     python benchmarks/gpu.py --device cpu --shape tiny --pairs 8       # the same code, to see that it runs
 
 For each shape (random bfloat16 weights, made on the device): pairs per second of ours without a passage cache, with an
-empty one and with a filled one; of the plain loop; of other sizes of batches and attention kernels; of rows that are
-packed into one sequence instead of padded, and of batches of equal length; of the bare matrix products that the pairs
-need; training rows per second, of hints in three ways (`training.py`) and of LoRA; and peak memory above the weights.
+empty one and with a filled one; of the plain loop; of other sizes of batches and attention kernels; of compiled norms and
+MLPs; of rows that are packed into one sequence instead of padded, and of batches of equal length; of the bare matrix
+products that the pairs need; training rows per second, of hints in three ways (`training.py`) and of LoRA; and peak memory above the weights.
 Then what was wanted, and whether it is met. What scores is compared with the plain loop in float32 on the first rows:
 a way that is more than twice as far from it as the plain loop in bfloat16 is void, and the script fails at its end.
 What cannot run here, or for which no time is left, is named with the reason.
@@ -32,6 +32,7 @@ import tables
 import training
 from ceiling import Ceiling, needed
 from naive import padded_scores
+from qpeft.compiled import Compiled
 from qpeft.context_store import ContextStore
 from qpeft.lm import CausalLM
 from qpeft.model_config import EMBEDDED
@@ -52,7 +53,7 @@ BARE = "matrix products alone"
 KERNELS = ("sdpa", "eager", "flash_attention_2")
 PACKED = ("flash_attention_2", "sdpa")
 """Kernels that keep packed rows apart by their positions."""
-COMPILED = "flex_attention"
+FLEX = "flex_attention"
 """A kernel for both, which is compiled for each new shape: measured last, and on GPUs alone."""
 LOOP_ROWS = (16, 64)
 BUDGETS = (8_192, 65_536)
@@ -172,11 +173,19 @@ class Bench:
         usual_tokens = lm.batch_tokens
 
         def using(
-            kernel: str, store: Callable[[], ContextStore | None] = lambda: None, tokens: int = usual_tokens
+            kernel: str,
+            store: Callable[[], ContextStore | None] = lambda: None,
+            tokens: int = usual_tokens,
+            *,
+            compiled: bool = False,
         ) -> Callable[[], None]:
             def use() -> None:
                 lm.model.set_attn_implementation(kernel)
                 lm.store, lm.batch_tokens = store(), tokens
+                if compiled and lm.compiled is None:
+                    lm.compiled = Compiled(lm.model)
+                if lm.compiled is not None:
+                    lm.compiled.on = compiled
 
             return use
 
@@ -197,9 +206,10 @@ class Bench:
             **{f"qpeft, attention {kernel}": (using(kernel), lambda: means(lm, rows)) for kernel in KERNELS},
             **{f"packed rows, {kernel}": (using(kernel), lambda: packed(lm, rows, budget)) for kernel in PACKED},
         }
+        ways["qpeft, norms and MLPs compiled"] = (using(self.kernel, compiled=True), lambda: means(lm, rows))
         if self.args.device != "cpu":
-            ways[f"qpeft, attention {COMPILED}"] = (using(COMPILED), lambda: means(lm, rows))
-            ways[f"packed rows, {COMPILED}"] = (using(COMPILED), lambda: packed(lm, rows, budget))
+            ways[f"qpeft, attention {FLEX}"] = (using(FLEX), lambda: means(lm, rows))
+            ways[f"packed rows, {FLEX}"] = (using(FLEX), lambda: packed(lm, rows, budget))
         return ways
 
     def score(self, until: float) -> None:

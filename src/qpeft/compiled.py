@@ -27,13 +27,16 @@ class Compiled:
     Args:
         model: whose norms and MLPs get another `forward`.
 
+    Attributes:
+        on: whether they do.
+
     Raises:
         ModelError: which modules the layers are cannot be told.
         OptionError: there is nothing to compile, or it does not compile here.
     """
 
     def __init__(self, model: Any) -> None:
-        self._paused = False
+        self.on = True
         layers = find_layers(model).modules
         found = [part for layer in layers for part in _parts(layer)]
         if not found:
@@ -50,19 +53,19 @@ class Compiled:
         compiled = torch.compile(forward, dynamic=True)
 
         def chosen(*args: Any, **kwargs: Any) -> Any:
-            one = forward if self._paused or torch.is_grad_enabled() else compiled
+            one = forward if not self.on or torch.is_grad_enabled() else compiled
             return one(*args, **kwargs)
 
         return chosen
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def off(self) -> Iterator[None]:
         """Compute as without compiling, within this context."""
-        before, self._paused = self._paused, True
+        before, self.on = self.on, False
         try:
             yield
         finally:
-            self._paused = before
+            self.on = before
 
 
 def _parts(layer: nn.Module) -> Iterator[nn.Module]:

@@ -217,7 +217,7 @@ class CausalLM(ContextEncoder):
         if adapter is None:
             yield
             return
-        with adapter.applied(), nullcontext() if self.compiled is None else self.compiled.paused():
+        with adapter.applied(), nullcontext() if self.compiled is None else self.compiled.off():
             yield
 
     @property
