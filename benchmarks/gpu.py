@@ -4,9 +4,10 @@
     python benchmarks/gpu.py --device cpu --shape tiny --pairs 8       # the same code, to see that it runs
 
 For each shape (random bfloat16 weights, made on the device): pairs per second of ours without a passage cache, with an
-empty one and with a filled one; of the plain loop; of other sizes of batches and attention kernels; of compiled norms and
-MLPs; of rows that are packed into one sequence instead of padded, and of batches of equal length; of the bare matrix
-products that the pairs need; training rows per second, of hints in three ways (`training.py`) and of LoRA; and peak memory above the weights.
+empty one and with a filled one; of the plain loop; of other sizes of batches and attention kernels; of compiled norms
+and MLPs; of rows that are packed into one sequence instead of padded, and of batches of equal length; of the bare
+matrix products that the pairs need; training rows per second, of hints in three ways (`training.py`) and of LoRA; and
+peak memory above the weights.
 Then what was wanted, and whether it is met. What scores is compared with the plain loop in float32 on the first rows:
 a way that is more than twice as far from it as the plain loop in bfloat16 is void, and the script fails at its end.
 What cannot run here, or for which no time is left, is named with the reason.
