@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +65,14 @@ def test_peak_memory_is_in_bytes_and_does_not_fall():
     before, after = map(int, done.stdout.split())
     assert 2**22 < before < 2**30
     assert 0.9 < (after - before) / 2**28 < 1.1
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system cannot forget a peak")
+def test_a_peak_is_forgotten_and_counted_anew():
+    code = (
+        "from qpeft.evaluation.cost import forget_peak_memory, peak_memory as p; b = bytearray(b'1') * 2**28; del b\n"
+        "a = p(); forget_peak_memory(); print(a, p())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert 0.9 < (before - after) / 2**28 < 1.1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qpeft import memory
 from qpeft.commands import interpolate, rerank, retrieve
 from qpeft.commands._judgements import judgements, read_costs, read_runs
 from qpeft.data.candidates import candidates_from_run
@@ -81,6 +83,8 @@ def run(config: Config) -> None:
 
 def _rerank(config: Config, split: str, candidates: str, output: str, adapter: str | None = None) -> None:
     Path(output + ".partial").unlink(missing_ok=True)
+    gc.collect()  # models and caches of earlier runs hold themselves
+    memory.give_back()
     rerank.run(
         rerank.Config(
             config.collection,

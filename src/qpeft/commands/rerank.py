@@ -24,7 +24,7 @@ from qpeft.data.candidates import candidates_from_run, check_run
 from qpeft.data.collection import open_collection
 from qpeft.data.trec import read_run, write_run
 from qpeft.errors import OptionError
-from qpeft.evaluation.cost import Cost, peak_memory
+from qpeft.evaluation.cost import Cost, forget_peak_memory, peak_memory
 from qpeft.evaluation.interpolation import interpolate
 from qpeft.evaluation.tables import significant
 from qpeft.model_config import ModelConfig
@@ -76,6 +76,7 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
 
     from qpeft.loading import describe_lm, load_lm
 
+    forget_peak_memory()  # what was done before in this process is not of this run
     partial = Partial(Path(config.output), config.resume)
     # Sums are split among the threads, so their number decides the last bits of a score. It is set in a new run too,
     # because torch then keeps the maths library from using fewer as it sees fit; and before the model is opened, as the

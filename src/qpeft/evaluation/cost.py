@@ -126,6 +126,12 @@ class Cost:
         return None if mean is None or self.queries_per_petaflop is None else mean * self.queries_per_petaflop
 
 
+def forget_peak_memory() -> None:
+    """Let `peak_memory` count from now on, where the system can (Linux)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_memory() -> int | None:
     """Return the largest resident memory of this process so far, in bytes; None where the system does not tell."""
     # Linux, whose getrusage also counts what the process was before it became this program: a copy of its parent.
