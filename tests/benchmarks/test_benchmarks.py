@@ -67,11 +67,11 @@ class TestPairs:
 
 
 class TestRounds:
-    def test_cases_take_turns(self):
+    def test_cases_take_turns_forwards_and_backwards(self):
         order = []
         cases = {name: rounds.Case(lambda name=name: order.append(name), 1) for name in "abc"}
-        rounds.interleave(cases, 2)
-        assert order == list("abcabc")
+        rounds.interleave(cases, 3)
+        assert order == list("abccbaabc")
 
     def test_ratio_is_of_pairs_per_second_and_of_rounds(self):
         quick, slow = rounds.Case(None, pairs=10), rounds.Case(None, pairs=5)
