@@ -15,6 +15,8 @@ from qpeft.evaluation.significance import bootstrap_interval, holm, paired_t
 MEASURES = ("nDCG@10", "RR@10", "R@10", "CandR@10", "CandR_clean@10", "CandHit@10", "CandHit_clean@10")
 BASELINES = ("zero_shot", "soft_prompt")
 TESTED = ("qpeft_a", "qpeft_r")
+ASKED_LATER = ("lora_r4", ("zero_shot", "qpeft_a"))
+"""A row, asked when its gain beside BM25 had been seen on other queries, and what it is compared with."""
 KINDS = {"per_query": "", "mixed": ", both half BM25"}
 
 
@@ -28,8 +30,11 @@ class Confirmation:
     def __init__(self, folder: Path) -> None:
         self._chunks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
         self.rows = {"bm25": ["bm25"], "zero_shot": ["zero_shot"]}
-        for row in ("soft_prompt", "qpeft_r", "qpeft_a"):
-            self.rows[row] = [name for name in self._chunks[0] if f"-{row}-" in name]
+        for row in ("soft_prompt", "qpeft_r", "qpeft_a", ASKED_LATER[0]):
+            named = [name for name in self._chunks[0] if f"-{row}-" in name]
+            self.rows[row] = [name for name in named if all(name in chunk for chunk in self._chunks)]
+        if not self.rows[ASKED_LATER[0]]:
+            del self.rows[ASKED_LATER[0]]
 
     def values(self, row: str, kind: str, measure: str) -> dict[str, float]:
         """Return query id → the measure's mean over seeds."""
@@ -41,10 +46,16 @@ class Confirmation:
         return {query: statistics.fmean(found) for query, found in each.items()}
 
     def tests(self) -> list[dict[str, Any]]:
-        """Return all comparisons in RR@10, Holm-corrected over the four of systems alone and the four of mixed ones."""
+        """Return all comparisons in RR@10, Holm-corrected over four.
+
+        The four of systems alone, the four of mixed ones, and the four of the row that was asked later.
+        """
         found = []
-        for kind in KINDS:
-            some = [self._test(row, baseline, kind) for row in TESTED for baseline in BASELINES]
+        families = [[(row, baseline, kind) for row in TESTED for baseline in BASELINES] for kind in KINDS]
+        if ASKED_LATER[0] in self.rows:
+            families.append([(ASKED_LATER[0], baseline, kind) for baseline in ASKED_LATER[1] for kind in KINDS])
+        for family in families:
+            some = [self._test(*each) for each in family]
             for test, corrected in zip(some, holm([test["p"] for test in some]), strict=True):
                 found.append({**test, "p_holm": corrected})
         return found

@@ -30,6 +30,7 @@ def quality(
         second: a row, the second reference beside the model alone.
     """
     comparisons = compared(rows, beside, baselines["zero_shot"][collection], collection, second)
+    gains = mixed_gains(rows, baselines["zero_shot"][collection], collection)
     head = ["row (seeds)", *MEASURES, f"RR@10, {HALF}", "RR@10 − zero-shot", f"RR@10 − {second.replace('_', ' ')}"]
     lines = []
     for name, kind in (("bm25", "per_query"), ("zero_shot", "per_query"), ("zero_shot", "mixed")):
@@ -41,8 +42,28 @@ def quality(
         tests = [cell["test"][collection] for cell in cells]
         values = [spread(tests, "per_query", measure) for measure in MEASURES]
         marks = [comparison_of(comparisons, name, reference) for reference in ("zero_shot", second)]
-        lines.append([f"{name} ({len(cells)})", *values, spread(tests, "mixed", "RR@10"), *marks])
+        mixed = spread(tests, "mixed", "RR@10") + gains.get(name, "")
+        lines.append([f"{name} ({len(cells)})", *values, mixed, *marks])
     return markdown(head, lines), comparisons
+
+
+def mixed_gains(rows: Rows, alone: dict[str, Any], collection: str) -> dict[str, str]:
+    """Return what rows gain on the model alone where both are mixed with BM25, Holm-corrected over the rows.
+
+    Nothing of rows that were not mixed.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    base = alone.get("mixed", {}).get("RR@10", {})
+    for name, cells in rows.items():
+        tests = [cell["test"][collection] for cell in cells]
+        if base and all("mixed" in test for test in tests):
+            own = {query: statistics.fmean(test["mixed"]["RR@10"][query] for test in tests) for query in base}
+            found[name] = statistics.fmean(own[query] - base[query] for query in base), p_value(own, base)
+    corrected = holm([p for _, p in found.values()])
+    return {
+        name: f" ({difference:+.3f}, p {shown(p)})"
+        for (name, (difference, _)), p in zip(found.items(), corrected, strict=True)
+    }
 
 
 def compared(rows: Rows, beside: Rows, alone: dict[str, Any], collection: str, second: str) -> Comparisons:

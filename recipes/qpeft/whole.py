@@ -10,7 +10,8 @@ from statistics import fmean
 from typing import Any
 
 from bench import DEPTHS, MINI, TEST_QUERIES, Bench, measure_on, order, per_query, write
-from cells import Cell, main, shipped, transfer_homes, variants
+from cells import Cell, lora, main, shipped, transfer_homes, variants
+from confirmation import ASKED_LATER
 
 from qpeft import adapters
 from qpeft.adapters._folder import load_adapter
@@ -119,19 +120,24 @@ def confirm(bench: Bench, number: int, of: int) -> None:
     collection = bench.collection(HOME)
     fresh = bench.queries(HOME, "test", known + FRESH_QUERIES)[known:]
     plain = bench.prompt()
+    later = [cell for cell in lora() if cell.row == ASKED_LATER[0] and cell.home == HOME and cell.seed == 1]
     for start in range(0, FRESH_QUERIES, FRESH_CHUNK)[number::of]:
         target = bench.output / "confirm" / f"{start:04d}.json"
-        if target.exists():
+        found: dict[str, Any] = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
+        missing = [cell for cell in (*trained_at_home(), *later) if cell.name not in found]
+        if found and not missing:
             continue
         run = bench.first_stage(HOME, fresh[start : start + FRESH_CHUNK], DEPTHS[HOME])
         items = list(candidates_from_run(run, collection.queries("test"), collection.passages, DEPTHS[HOME]))
-        judged = {item.query.id: collection.qrels("test")[item.query.id] for item in items}
-        found = {"bm25": {"per_query": per_query(run, judged)}}
-        found["zero_shot"] = measure_on(bench, plain, HOME, None, items=items)
-        for cell in trained_at_home():
+        if not found:
+            judged = {item.query.id: collection.qrels("test")[item.query.id] for item in items}
+            found = {"bm25": {"per_query": per_query(run, judged)}, "made": provenance()}
+            found["zero_shot"] = measure_on(bench, plain, HOME, None, items=items)
+        for cell in missing:
             opened = load_adapter(bench.output / "adapters" / cell.name, bench.lm())
             found[cell.name] = measure_on(bench, bench.prompt(opened), HOME, opened.adapter, items=items)
-        write(target, {**found, "made": provenance()})
+            opened.adapter.withdraw()
+        write(target, found)
         print(time.strftime("%H:%M:%S"), target.name, flush=True)
 
 
