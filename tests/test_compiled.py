@@ -1,5 +1,10 @@
 """Compiled norms and MLPs: scores as without, gradients to the bit as without, clear errors where it cannot be done."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -81,13 +86,18 @@ def test_the_option_compiles_what_is_opened(saved_model):
     assert describe_lm(opened["yes"], ModelConfig(str(saved_model)))["compiled"]
 
 
-def test_a_missing_compiler_and_a_model_without_parts_are_errors(monkeypatch, saved_model):
-    torch._dynamo.reset()
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    monkeypatch.setattr("torch._inductor.config.fx_graph_cache", False)
-    with pytest.raises(OptionError, match=r"^--compile yes: \w+"):
-        load_lm(ModelConfig(str(saved_model), compile="yes"))
-    torch._dynamo.reset()
+def test_a_missing_compiler_is_an_error_of_the_command(tmp_path, saved_model):
+    """In a process of its own: torch remembers which compiler it found."""
+    command = [sys.executable, "-m", "qpeft", "score", "--model", str(saved_model), "--compile", "yes"]
+    command += ["--query", "why", "--passage", "the sky"]
+    environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert re.search(r"--compile yes: \w+: \S", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_without_such_parts_is_an_error():
     bare = build_family("gpt2")
     for layer in bare.transformer.h:
         layer.feed_backward = layer._modules.pop("mlp")

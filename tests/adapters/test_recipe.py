@@ -154,7 +154,7 @@ def test_tables_of_what_is_finished(module, tmp_path):
     assert "+0.215 (p" in other
     (tuned,) = (part for part in text.split("### ") if part.startswith("Learning rates of LoRA"))
     assert "| zero_shot | 0.414 |  |  |" in tuned
-    assert "| lora-lr0.001 |  | 0.400 | 0.500 |" in tuned
+    assert "| lora-lr0.001 (1) |  | 0.400 | 0.500 |" in tuned
     assert "| qpeft_a (2) | 12,345 | 67 | 100 |" in text
     assert "| adapter | mini (2) | squad (2) |" in text
     assert "| qpeft_r-k5, 640 queries | 0.650 (+0.050) | 0.650 (+0.050) |" in text
