@@ -27,9 +27,9 @@ class Zero(NamedTuple):
     """Measure → query id → value."""
 
 
-def averaged(cells: list[dict[str, Any]], collection: str, measure: str) -> dict[str, float]:
-    """Return query id → the measure's mean over seeds."""
-    values = [cell["test"][collection]["per_query"][measure] for cell in cells]
+def averaged(cells: list[dict[str, Any]], collection: str, measure: str, kind: str = "per_query") -> dict[str, float]:
+    """Return query id → the measure's mean over seeds; `kind` is `mixed` for what was mixed with BM25."""
+    values = [cell["test"][collection][kind][measure] for cell in cells]
     return {query: statistics.fmean(v[query] for v in values) for query in values[0]}
 
 

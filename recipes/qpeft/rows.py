@@ -55,9 +55,8 @@ def mixed_gains(rows: Rows, alone: dict[str, Any], collection: str) -> dict[str,
     found: dict[str, tuple[float, float]] = {}
     base = alone.get("mixed", {}).get("RR@10", {})
     for name, cells in rows.items():
-        tests = [cell["test"][collection] for cell in cells]
-        if base and all("mixed" in test for test in tests):
-            own = {query: statistics.fmean(test["mixed"]["RR@10"][query] for test in tests) for query in base}
+        if base and all("mixed" in cell["test"][collection] for cell in cells):
+            own = averaged(cells, collection, "RR@10", "mixed")
             found[name] = statistics.fmean(own[query] - base[query] for query in base), p_value(own, base)
     corrected = holm([p for _, p in found.values()])
     return {

@@ -85,9 +85,13 @@ def load_lm(config: ModelConfig) -> LanguageModel:
     head = _head(model, Path(path), info, config.model)
     _choose_attention(model, config.attention_kernel, device)
     _check_causal(model, config.model)
-    facts |= {"head": head, "has_words": not _classifies(settings)}
-    facts["compiled"] = Compiled(model) if config.compile == "yes" else None
-    lm = CausalLM(model, tokenizer, store=_context_store(config), **facts)
+    facts |= {
+        "head": head,
+        "has_words": not _classifies(settings),
+        "compiled": Compiled(model) if config.compile == "yes" else None,
+        "store": _context_store(config),
+    }
+    lm = CausalLM(model, tokenizer, **facts)
     if config.passage_cache_folder is not None and lm.store is not None:
         own = {**base_identity(lm), "dtype": lm.dtype, "storage": config.passage_cache_storage}
         lm.store.folder = Path(config.passage_cache_folder) / fingerprint(own)[:16]
