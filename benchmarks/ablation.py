@@ -187,7 +187,8 @@ def measure(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
     bench.add(FULL, bench.lm)
     bench.add("float32", load_lm(ModelConfig(bench.folder, dtype="float32", **bench.settings)))
     bench.add(
-        "norms and MLPs compiled", load_lm(ModelConfig(bench.folder, dtype=args.dtype, compile="yes", **bench.settings))
+        "compiled (--compile yes)",
+        load_lm(ModelConfig(bench.folder, dtype=args.dtype, compile="yes", **bench.settings)),
     )
     bench.add("layers in 8 bits, states scaled as they come", eight := eight_bits(bench))
     for name in ("sdpa", "eager"):

@@ -207,7 +207,7 @@ class Bench:
             **{f"qpeft, attention {kernel}": (using(kernel), lambda: means(lm, rows)) for kernel in KERNELS},
             **{f"packed rows, {kernel}": (using(kernel), lambda: packed(lm, rows, budget)) for kernel in PACKED},
         }
-        ways["qpeft, norms and MLPs compiled"] = (using(self.kernel, compiled=True), lambda: means(lm, rows))
+        ways["qpeft --compile yes"] = (using(self.kernel, compiled=True), lambda: means(lm, rows))
         if self.args.device != "cpu":
             ways[f"qpeft, attention {FLEX}"] = (using(FLEX), lambda: means(lm, rows))
             ways[f"packed rows, {FLEX}"] = (using(FLEX), lambda: packed(lm, rows, budget))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 
+from qpeft import memory
 from qpeft.provenance import provenance
 from qpeft.tuning import FOLDER
 
@@ -94,7 +95,7 @@ def synchronize() -> None:
 
 
 def set_up(threads: int | None) -> None:
-    """Prepare this process: threads, quiet libraries, and settings as they come.
+    """Prepare this process: threads, quiet libraries, settings as they come, and memory held as `qpeft rerank` does.
 
     Args:
         threads: of torch and the tokenizers; None leaves torch's choice.
@@ -103,6 +104,7 @@ def set_up(threads: int | None) -> None:
         torch.set_num_threads(threads)
     os.environ["RAYON_NUM_THREADS"] = str(torch.get_num_threads())
     os.environ[FOLDER] = os.devnull  # what `qpeft doctor --tune` found here is left out
+    memory.hold()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

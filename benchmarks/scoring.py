@@ -55,7 +55,7 @@ PEER_PAIRS = {True: 32, False: 8}
 """Candidates of the first query that the other packages score."""
 LOOP, LOOP_HALF = "plain loop, fp32", "plain loop, bf16"
 OURS, COLD, WARM = "qpeft", "qpeft, passage cache empty", "qpeft, passage cache filled"
-COMPILED = "qpeft, norms and MLPs compiled"
+COMPILED = "qpeft --compile yes"
 BARE, BARE_FLOAT = "matrix products alone", "matrix products alone, fp32"
 TARGETS = {
     True: (

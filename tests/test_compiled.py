@@ -1,9 +1,10 @@
-"""Compiled norms and MLPs: scores as without, gradients to the bit as without, clear errors where it cannot be done."""
+"""Compiled norms, MLPs and rotations: scores as without, gradients to the bit, clear errors where it cannot be done."""
 
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -20,13 +21,13 @@ from tiny_models import FAMILIES, build_family, can_compile
 
 needs_compiler = pytest.mark.skipif(not can_compile(), reason="no C++ compiler")
 EXPECTED = {  # compiled modules of a layer
-    "llama": ["RMSNorm"] * 2 + ["MLP"],
-    "mistral": ["RMSNorm"] * 2 + ["MLP"],
-    "qwen3": ["RMSNorm"] * 4 + ["MLP"],
-    "gemma2": ["RMSNorm"] * 4 + ["MLP"],
+    "llama": ["RMSNorm"] * 2 + ["MLP", "Attention"],
+    "mistral": ["RMSNorm"] * 2 + ["MLP", "Attention"],
+    "qwen3": ["RMSNorm"] * 4 + ["MLP", "Attention"],
+    "gemma2": ["RMSNorm"] * 4 + ["MLP", "Attention"],
     "gpt2": ["MLP"],
-    "gpt_neox": ["MLP"],
-    "mixtral": ["RMSNorm"] * 2,
+    "gpt_neox": ["MLP", "Attention"],
+    "mixtral": ["RMSNorm"] * 2 + ["Attention"],
     "bert": ["Intermediate"],
 }
 
@@ -37,18 +38,44 @@ def changed(model):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_norms_and_mlps_are_compiled_and_experts_are_not(name, monkeypatch):
-    tried = []
-    monkeypatch.setattr("qpeft.compiled._try", lambda part, model: tried.append(part))
+def test_norms_mlps_and_rotations_are_compiled_and_experts_are_not(name, monkeypatch):
+    monkeypatch.setattr("qpeft.compiled._try", lambda model: None)
     model = build_family(name)
     Compiled(model)
     kinds = [next(kind for kind in set(EXPECTED[name]) if kind in type(part).__name__) for part in changed(model)]
     assert sorted(kinds) == sorted(EXPECTED[name])
-    assert set(tried) == set(changed(model)), "every one of the first layer is tried"
+
+
+def test_the_rotation_is_another_one_in_this_model_alone(monkeypatch):
+    """And attention whose forward something else wraps is left alone."""
+    calls = []
+
+    def counting(function):
+        def counted(*args, **kwargs):
+            calls.append(function.__name__)
+            return function(*args, **kwargs)
+
+        return counted
+
+    monkeypatch.setattr("qpeft.compiled._compile", counting)
+    model, other = build_family("llama"), build_family("llama")
+    wrapped = model.model.layers[0].self_attn
+    wrapped.forward = partial(wrapped.forward)
+    compiled = Compiled(model)
+    calls.clear()
+    tokens = torch.arange(5)[None]
+    with torch.no_grad():
+        found = model(tokens).logits
+        assert calls.count("apply_rotary_pos_emb") == len(model.model.layers) - 1
+        calls.clear()
+        assert torch.equal(other(tokens).logits, found)
+        with compiled.off():
+            assert torch.equal(model(tokens).logits, found)
+    assert not calls
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "gpt_neox"])
 def test_scores_are_those_of_the_model_in_any_company(name, make_lm):
     lm = make_lm(name)
     rows = rows_for(lm)

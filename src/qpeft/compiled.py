@@ -1,4 +1,4 @@
-"""What stands between the matrix products of a layer, as `torch.compile` makes it: norms, and the activations of MLPs.
+"""What stands between the matrix products of a layer, as `torch.compile` makes it: norms, activations, rotations.
 
 Done one by one, each of their operations reads and writes every state. Attention, and how layers follow each other,
 stay as they are, so that caches, spared positions, ablations and cut models need to know nothing of this. Nor does
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -19,16 +20,18 @@ from qpeft.errors import OptionError
 
 MLPS = ("mlp", "feed_forward", "intermediate")
 """What layers call their MLPs, or the part of one that ends in the activation. Those with experts are left alone."""
+ROTATION = "apply_rotary_pos_emb"
+"""What transformers' modules call the function that rotates queries and keys; attention finds it by that name."""
 
 
 class Compiled:
-    """Norms and MLPs of a model's layers, which compute as compiled while no gradients are taken.
+    """Norms, MLPs and rotations of a model's layers, which compute as compiled while no gradients are taken.
 
     Args:
-        model: whose norms and MLPs get another `forward`.
+        model: whose modules get another `forward`.
 
     Attributes:
-        on: whether they do.
+        on: whether they compute as compiled.
 
     Raises:
         ModelError: which modules the layers are cannot be told.
@@ -38,22 +41,24 @@ class Compiled:
     def __init__(self, model: Any) -> None:
         self.on = True
         layers = find_layers(model).modules
-        found = [part for layer in layers for part in _parts(layer)]
-        if not found:
+        parts = [part for layer in layers for part in _parts(layer)]
+        attentions = [module for layer in layers for module in layer.modules() if _rotates(module)]
+        if not parts and not attentions:
             raise OptionError("--compile yes: in the layers of this model is nothing to compile")
-        for part in found:
-            part.forward = self._either(part.forward)
+        for part in parts:
+            part.forward = self._either(part.forward, _compile(part.forward))
+        rotations = {rotation: _compile(rotation) for rotation in map(_rotation, attentions)}
+        for attention in attentions:
+            rotating = _rotating(attention, rotations[_rotation(attention)])
+            attention.forward = self._either(attention.forward, rotating)
         try:
-            for part in _parts(layers[0]):
-                _try(part, model)
+            _try(model)
         except Exception as error:  # whatever a compiler raises that is not there, or fails
             raise OptionError(f"--compile yes: {type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
 
-    def _either(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        compiled = torch.compile(forward, dynamic=True)
-
+    def _either(self, plain: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
         def chosen(*args: Any, **kwargs: Any) -> Any:
-            one = forward if not self.on or torch.is_grad_enabled() else compiled
+            one = plain if not self.on or torch.is_grad_enabled() else compiled
             return one(*args, **kwargs)
 
         return chosen
@@ -78,8 +83,30 @@ def _parts(layer: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
+def _rotates(module: nn.Module) -> bool:
+    """Whether it is attention whose own forward calls a rotation; one that something else wraps is left alone."""
+    code = getattr(getattr(module.forward, "__func__", None), "__code__", None)
+    return code is not None and ROTATION in code.co_names
+
+
+def _rotation(attention: Any) -> Any:
+    """Return the function that an attention rotates with."""
+    return attention.forward.__func__.__globals__[ROTATION]
+
+
+def _rotating(attention: Any, rotation: Any) -> Any:
+    """Return an attention's forward as it is, but for the rotation; what its module calls by that name stays."""
+    own = attention.forward.__func__
+    names = {**own.__globals__, ROTATION: rotation}
+    other = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+    other.__kwdefaults__ = own.__kwdefaults__
+    return MethodType(other, attention)
+
+
+def _compile(function: Any) -> Any:
+    return torch.compile(function, dynamic=True)
+
+
 @torch.no_grad()
-def _try(part: nn.Module, model: Any) -> None:
-    weight = next(part.parameters())
-    width = len(weight) if weight.ndim == 1 else model.config.get_text_config().hidden_size
-    part(torch.zeros(2, 3, width, dtype=model.dtype, device=model.device))
+def _try(model: Any) -> None:
+    model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)

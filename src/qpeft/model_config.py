@@ -24,7 +24,7 @@ class ModelConfig:
     attention_kernel: str = "auto"
     """auto (on CPUs our own), or a name that transformers knows: eager, sdpa, flash_attention_2, flex_attention."""
     compile: Literal["auto", "yes", "no"] = "auto"
-    """Compile norms and MLPs when the model is opened (torch.compile); auto: if doctor --tune found that quicker."""
+    """Compile norms, MLPs and rotations (torch.compile) when opened; auto: if doctor --tune found that quicker."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load weights in 8 or 4 bits (needs bitsandbytes)."""
     trust_remote_code: bool = False

@@ -30,7 +30,7 @@ class Tuning:
     threads: int | None = None
     """Threads of torch on a CPU."""
     compiled: bool = False
-    """Whether norms and MLPs are compiled."""
+    """Whether norms, MLPs and rotations are compiled."""
 
 
 def tuning_file() -> Path:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpeft import methods
+from qpeft import memory, methods
 from qpeft.commands._partial import Partial
 from qpeft.commands._peek import peek
 from qpeft.commands._progress import progress_bar
@@ -85,6 +85,7 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     lm = load_lm(dataclasses.replace(model, dtype=partial.settings.get("dtype", model.dtype)))
     threads = partial.settings.get("threads", torch.get_num_threads())
     torch.set_num_threads(threads)
+    memory.hold()
     described = describe_lm(lm, model)
     facts: dict[str, Any] = {
         "command": "rerank",
