@@ -7,7 +7,9 @@ mistake shows in the scores.
 
 from __future__ import annotations
 
+import os
 import shutil
+import sys
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -115,7 +117,8 @@ def build_family(family: str, **options: object) -> torch.nn.Module:
 
 def can_compile() -> bool:
     """Return whether torch finds a C++ compiler here."""
-    return any(map(shutil.which, ("g++", "clang++")))
+    default = "clang++" if sys.platform == "darwin" else "g++"
+    return shutil.which(os.environ.get("CXX", default)) is not None
 
 
 def wordpiece_tokenizer() -> PreTrainedTokenizerFast:

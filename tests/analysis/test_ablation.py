@@ -184,6 +184,7 @@ def test_shared_work_changes_no_score(family, make_lm, monkeypatch):
     assert not any("forward" in vars(layer) for layer in find_layers(lm.model).modules)
 
 
+@pytest.mark.usefixtures("one_thread")  # the bits of experts depend on the batch, and batches on the threads
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bert"])
 @pytest.mark.parametrize("method", ["classifier", "yes_no"])
 def test_whatever_is_read_out(method, family, make_lm, monkeypatch):
@@ -210,6 +211,7 @@ def test_with_a_hint_beside_the_additions(make_lm, monkeypatch):
     assert shared.rank(ITEMS) == Ablated(lm, adapter, reranker, sets, share=False).rank(ITEMS)
 
 
+@pytest.mark.usefixtures("one_thread")  # so that a layer reads what its own batch left
 def test_where_states_cannot_be_shared_all_is_computed(make_lm, monkeypatch):
     """A layer that reads more than the states before it, such as what an earlier layer left somewhere."""
     lm, adapter, reranker = opened(make_lm, monkeypatch, "llama")
