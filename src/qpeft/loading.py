@@ -168,9 +168,9 @@ def describe_lm(lm: LanguageModel, config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def load_reranker(model: str = EMBEDDED, *, method: str = "query_likelihood", **options: Any) -> Reranker:
+def load_reranker(model: str = EMBEDDED, *, method: str | None = None, **options: Any) -> Reranker:
     """Open a model and build a method around it; see `Reranker.from_pretrained`."""
-    module = methods.load(method)
+    module = methods.load(methods.chosen(method, options.get("adapter")))
     of_model = {field.name for field in dataclasses.fields(ModelConfig)} - {"model"}
     of_method = {field.name for field in dataclasses.fields(module.Config)}
     for name in options:

@@ -237,12 +237,13 @@ class Reranker(abc.ABC):
     """Whether all candidates are scored alike, so that their scores may be mixed with others."""
 
     @staticmethod
-    def from_pretrained(model: str = "tiny-lm", *, method: str = "query_likelihood", **options: Any) -> Reranker:
+    def from_pretrained(model: str = "tiny-lm", *, method: str | None = None, **options: Any) -> Reranker:
         """Open a model and build a ranking method around it.
 
         Args:
             model: `tiny-lm` (embedded), a local folder, or a name on the model hub.
-            method: name of a file in `qpeft.methods`.
+            method: name of a file in `qpeft.methods`; by default what an `adapter` was trained for, else query
+                likelihood.
             options: fields of `qpeft.loading.ModelConfig` and of the method's `Config`.
 
         Raises:

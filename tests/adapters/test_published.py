@@ -99,6 +99,7 @@ def test_the_template_is_asked_for(published, tmp_path):
     opened = load_adapter(folder, lm)
     assert (opened.method, opened.template.name, opened.max_passage_tokens) == ("classifier", "rankllama", None)
     assert isinstance(opened.template, Template)
+    assert methods.chosen(None, folder) == opened.method
     with pytest.raises(OptionError, match="was trained for --method classifier"):
         methods.load("query_likelihood").build(methods.load("query_likelihood").Config(adapter=str(folder)), lm)
 

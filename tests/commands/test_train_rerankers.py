@@ -15,6 +15,7 @@ from qpeft.cli import main
 from qpeft.data.trec import read_run
 from qpeft.loading import load_lm
 from qpeft.model_config import ModelConfig
+from qpeft.types import Reranker
 from tiny_adapters import PASSAGES, QUERIES
 
 METHODS = ["classifier", "yes_no", "query_likelihood"]
@@ -55,15 +56,21 @@ def test_a_trained_reranker_ranks(method, arguments, rerank_arguments, saved_mod
     assert facts["options"]["loss"] == ("both" if method == "query_likelihood" else "softmax")
 
     command = rerank_arguments(tmp_path / "mine.trec", "--adapter", str(output))
-    assert main([*command, "--method", method]) == 0
+    assert main(command) == 0
+    assert json.loads((tmp_path / "mine.trec.provenance.json").read_text())["options"]["method"] == method
     run = read_run(tmp_path / "mine.trec")
     lm = load_lm(ModelConfig(str(saved_model), dtype="float32"))
     scorer = methods.open_scorer(lm, output)
     assert scorer.prompt.max_passage_tokens == 9
     assert len({hit.score for ranking in run.values() for hit in ranking.hits}) > 10
-    if method != "query_likelihood":
-        assert main(command) == 2
-        assert f"was trained for --method {method}" in capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["score", "--model", str(saved_model), "--adapter", str(output), "--query", "a", "--passage", "b"]) == 0
+    assert json.loads(capsys.readouterr().out)["score"] == pytest.approx(
+        Reranker.from_pretrained(str(saved_model), adapter=output).predict([("a", "b")])[0], abs=1e-4
+    )
+    other = "yes_no" if method == "classifier" else "classifier"
+    assert main([*command, "--method", other]) == 2
+    assert f"--method {other}: adapter {str(output)!r} was trained for --method {method}" in capsys.readouterr().err
 
 
 def test_answers_of_ones_own(arguments, tmp_path):

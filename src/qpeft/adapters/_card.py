@@ -21,7 +21,6 @@ def card(described: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
         provenance: what made it; `dev` and `training` are shown where present.
     """
     method = described.get("method", "query_likelihood")
-    options = 'adapter="path/to/this/folder"' + ("" if method == "query_likelihood" else f', method="{method}"')
     lines = [
         "---",
         "library_name: qpeft",
@@ -38,7 +37,7 @@ def card(described: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
         "```python",
         "from qpeft import Reranker",
         "",
-        f'reranker = Reranker.from_pretrained("{described["base_model_name_or_path"]}", {options})',
+        f'reranker = Reranker.from_pretrained("{described["base_model_name_or_path"]}", adapter="path/to/this/folder")',
         "```",
         "",
         f"* trained parameters: {described['trained_parameters']:,}",

@@ -143,10 +143,8 @@ def load_adapter(folder: str | Path, lm: CausalLM) -> AdapterFolder:
     Raises:
         AdapterError: no adapter folder, damaged, or made for another model; says what differs.
     """
-    folder = adapter_path(folder)
-    if not folder.exists():
-        raise AdapterError(f"no adapter {str(folder)!r}{nearest(str(folder), embedded_adapters())}")
-    if not (folder / FACTS).is_file() and is_published(foreign := _read_json(folder / CONFIG)):
+    folder = _existing(folder)
+    if foreign := _published(folder):
         adapter, path = open_published(folder, foreign, lm)
         adapter.eval().requires_grad_(False)
         template = load_template(PUBLISHED_TEMPLATE)
@@ -174,9 +172,32 @@ def load_adapter(folder: str | Path, lm: CausalLM) -> AdapterFolder:
         described["max_passage_tokens"],
         sha256,
         calibration,
-        described.get("method", "query_likelihood"),
+        described["method"],
         described.get("method_options", {}),
     )
+
+
+def method_of(folder: str | Path) -> str:
+    """Return what an adapter was trained for, without opening a model.
+
+    Raises:
+        AdapterError: no adapter folder, or damaged.
+    """
+    folder = _existing(folder)
+    return "classifier" if _published(folder) else str(read_config(folder)["method"])
+
+
+def _existing(name: str | Path) -> Path:
+    folder = adapter_path(name)
+    if not folder.exists():
+        raise AdapterError(f"no adapter {str(folder)!r}{nearest(str(folder), embedded_adapters())}")
+    return folder
+
+
+def _published(folder: Path) -> Any:
+    """Return PEFT's configuration of a folder that others made, or None."""
+    described = None if (folder / FACTS).is_file() else _read_json(folder / CONFIG)
+    return described if is_published(described) else None
 
 
 def open_adapter(
@@ -264,8 +285,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     whole = kind in ("QPEFT", "LORA") and wanted <= set(described)
     if not whole or not all(isinstance(described[part], dict) for part in parts):
         raise AdapterError(f"{path}: not an adapter of qpeft (peft_type {kind!r})")
-    facts: dict[str, Any] = described
-    return facts
+    return {"method": "query_likelihood", **described}
 
 
 def base_identity(lm: CausalLM) -> dict[str, Any]:

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import yaml
 
+from qpeft import methods
+from qpeft.errors import AdapterError
+
 
 def peek(arguments: Sequence[str], option: str, default: str) -> str:
     """Return an option's value before its parser exists: from the flags, else the YAML file, else the default."""
@@ -16,6 +19,14 @@ def peek(arguments: Sequence[str], option: str, default: str) -> str:
             content = yaml.safe_load(file)
             value = content.get(option) if isinstance(content, dict) else None
     return str(value or default)
+
+
+def peek_method(arguments: Sequence[str]) -> str:
+    """Return the method that the arguments ask for, or that their adapter was trained for."""
+    asked, adapter = (peek(arguments, option, "") or None for option in ("method", "adapter"))
+    with contextlib.suppress(AdapterError):  # said when the command runs, and not in place of its --help
+        return methods.chosen(asked, adapter)
+    return methods.chosen(asked, None)
 
 
 def _flag(arguments: Sequence[str], option: str) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from qpeft import memory, methods
 from qpeft.commands._partial import Partial
-from qpeft.commands._peek import peek
+from qpeft.commands._peek import peek_method
 from qpeft.commands._progress import progress_bar
 from qpeft.commands._sample import sample_run
 from qpeft.data.candidates import candidates_from_run, check_run
@@ -44,8 +44,8 @@ class Config:
     """The run file to write (.gz packs it)."""
     split: str = "test"
     """Whose queries."""
-    method: str = "query_likelihood"
-    """How passages are scored; its own options are listed below."""
+    method: str | None = None
+    """How passages are scored; by default as the adapter was trained, else query_likelihood. Its options are below."""
     depth: int = 100
     """Passages per query that are reranked."""
     interpolate: float | None = None
@@ -62,11 +62,13 @@ class Config:
 
 def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
     """Return this command's options, those of the model and those of the method."""
-    return Config, ModelConfig, methods.load(peek(arguments, "method", Config.method)).Config
+    return Config, ModelConfig, methods.load(peek_method(arguments)).Config
 
 
 def run(config: Config, model: ModelConfig, method: Any) -> None:
     """Rerank, write the run and its provenance, and say what happened to the input."""
+    name = methods.chosen(config.method, getattr(method, "adapter", None))
+    config = dataclasses.replace(config, method=name)
     collection = open_collection(config.collection)
     queries = collection.queries(config.split)
     first = sample_run(read_run(config.run), config.limit_queries, config.seed, config.depth)
@@ -103,9 +105,9 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
         "first_stage": {"tag": first.tag, "sha256": file_fingerprint(Path(config.run))},
         "model": described,
     }
-    reranker = methods.load(config.method).build(method, lm)
+    reranker = methods.load(name).build(method, lm)
     if config.interpolate is not None and not reranker.scores_all:
-        raise OptionError(f"--interpolate needs scores of all candidates; --method {config.method} gives some none")
+        raise OptionError(f"--interpolate needs scores of all candidates; --method {name} gives some none")
     facts |= reranker.facts
     for query_id in first:
         reranker.check(queries[query_id])
@@ -114,14 +116,14 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     items = candidates_from_run(first, queries, collection.passages, config.depth)
     rankings = [ranking for ranking, _ in zip(partial.rankings, items, strict=False)]
     resumed_at = len(rankings)
-    with closing(partial), progress_bar(config.method, len(first), resumed_at) as bar:
+    with closing(partial), progress_bar(name, len(first), resumed_at) as bar:
         for ranking in reranker.rerank(items):
             rankings.append(ranking)
             partial.add(ranking, reranker.counts)
             bar.advance(pairs=len(ranking.hits))
     seconds = time.perf_counter() - started
     counts = partial.counts(reranker.counts)
-    reranked = _with_rest(first, rankings, config)
+    reranked = _with_rest(first, rankings, config, config.tag or name)
     write_run(reranked, Path(config.output))
     cost = _cost(seconds, len(rankings) - resumed_at, reranker.counts.pairs, lm)
     facts |= {"counts": dataclasses.asdict(counts), "cost": cost.as_dict(), "resumed_at": resumed_at}
@@ -130,9 +132,8 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     _say(config, counts, cost, cache_idle=getattr(lm, "store", None) is not None and not (cost.cached or cost.encoded))
 
 
-def _with_rest(first: Run, rankings: list[Ranking], config: Config) -> Run:
+def _with_rest(first: Run, rankings: list[Ranking], config: Config, tag: str) -> Run:
     """Mix in the first stage where asked to, and append the passages below the depth in their order."""
-    tag = config.tag or config.method
     whole = Run(
         (
             ranking.followed_by(hit.passage_id for hit in first[ranking.query_id].hits[config.depth :])

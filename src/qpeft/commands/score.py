@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qpeft import methods
-from qpeft.commands._peek import peek
+from qpeft.commands._peek import peek_method
 from qpeft.data.records import parse_record
 from qpeft.errors import OptionError
 from qpeft.model_config import ModelConfig
@@ -30,13 +30,13 @@ class Config:
     """A passage; may be given several times."""
     title: tuple[str, ...] = ()
     """Titles of the passages, as many as there are passages, or none."""
-    method: str = "query_likelihood"
-    """How passages are scored; its own options are listed below."""
+    method: str | None = None
+    """How passages are scored; by default as the adapter was trained, else query_likelihood. Its options are below."""
 
 
 def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
     """Return this command's options, those of the model and those of the method."""
-    return Config, ModelConfig, methods.load(peek(arguments, "method", Config.method)).Config
+    return Config, ModelConfig, methods.load(peek_method(arguments)).Config
 
 
 def run(config: Config, model: ModelConfig, method: Any) -> None:
@@ -49,8 +49,9 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
         raise OptionError(f"{len(config.passage)} passages but {len(config.title)} titles")
     from qpeft.loading import load_lm
 
+    name = methods.chosen(config.method, getattr(method, "adapter", None))
     items = _from_options(config) if config.query is not None else _from_input()
-    reranker = methods.load(config.method).build(method, load_lm(model))
+    reranker = methods.load(name).build(method, load_lm(model))
     for query, passages in items:
         candidates = Candidates(
             Query("query", query), tuple(Passage(str(i), text, title) for i, (title, text) in enumerate(passages))

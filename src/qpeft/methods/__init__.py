@@ -22,6 +22,23 @@ _registry = Registry("method", __name__, __path__)
 available, load = _registry.available, _registry.load
 
 
+def chosen(asked: str | None, adapter: str | Path | None) -> str:
+    """Return the name of the method that is to be used.
+
+    Args:
+        asked: the one asked for, if any; else it is what the adapter was trained for, else query likelihood.
+        adapter: its folder, or the name of an embedded one; none if None.
+
+    Raises:
+        AdapterError: the adapter decides, and its folder cannot be read.
+    """
+    if asked is not None or adapter is None:
+        return asked or "query_likelihood"
+    from qpeft.adapters._folder import method_of
+
+    return method_of(adapter)
+
+
 def open_scorer(lm: LanguageModel, adapter: AdapterFolder | str | Path, **options: Any) -> RowScorer:
     """Return the scorer of a trained adapter, by the method that it was trained with.
 
