@@ -14,11 +14,12 @@ from qpeft.adapters._folder import WEIGHTS, load_adapter, read_config
 from qpeft.cli import main
 from qpeft.data.collection import open_collection
 from qpeft.data.trec import read_run, write_run
-from qpeft.loading import load_lm
+from qpeft.loading import load_lm, tuning_key_of
 from qpeft.model_config import ModelConfig
 from qpeft.template import Prompt, load_template
 from qpeft.training import trainer
 from qpeft.training.trainer import Learner
+from qpeft.tuning import Tuning, write_tuning
 from qpeft.types import Ranking, Run
 from tiny_adapters import NAMES, SMALL
 
@@ -159,6 +160,21 @@ def test_an_interrupted_training_resumes_to_the_same_bytes(arguments, tmp_path, 
     assert facts[0]["history"] == facts[1]["history"]
     assert facts[0]["dev"] == facts[1]["dev"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "whole"]
+
+
+def test_what_was_tuned_in_between_is_another_training(arguments, saved_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=5)
+        assert main(arguments(tmp_path / "mine")) == 130
+    config = ModelConfig(str(saved_model), passage_cache=4)
+    key = tuning_key_of(config, torch.device("cpu"))
+    write_tuning(key, Tuning("float32", "eager", 777))
+    capsys.readouterr()
+    assert main(arguments(tmp_path / "mine", "--resume")) == 2
+    assert "other options, data or model" in capsys.readouterr().err
+    write_tuning(key, None)
+    assert main(arguments(tmp_path / "mine", "--resume")) == 0
 
 
 def test_what_ended_before_its_first_checkpoint_starts_afresh(arguments, tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
     from qpeft.training.trainer import Collator, KeepSteps, fit
 
     check_loss(training.loss, teacher=teacher is not None, scores=method.SCORES)
-    lm = _open_lm(config, model, begun)
+    lm, described = _open_lm(config, model, begun)
     opened = _build(config, template, adapter_config, own, lm)
     adapter = opened.adapter
     say_counts(counts)
@@ -159,7 +159,7 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
     facts = {
         **_facts(config, training, model, adapter_config, own),
         "collection": collection and {"name": collection.name, "fingerprint": collection.fingerprint()},
-        "model": {**base_identity(lm), "dtype": lm.dtype},
+        "model": {**base_identity(lm), **described},
         "template": template.fingerprint,
     }
     qrels = collection.qrels(config.dev_split) if collection and config.dev_split and dev else {}
@@ -286,11 +286,11 @@ def _values(measured: Mapping[str, float | None]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in named)
 
 
-def _open_lm(config: Config, model: ModelConfig, begun: Mapping[str, Any]) -> Any:
-    """Open the model with the number type and threads that the training began with."""
+def _open_lm(config: Config, model: ModelConfig, begun: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Open the model with the number type and threads that the training began with; return what describes it too."""
     import torch
 
-    from qpeft.loading import load_lm
+    from qpeft.loading import describe_lm, load_lm
 
     if not model.passage_cache and not getattr(adapters.load(config.adapter), "CHANGES_LM", False):
         model = dataclasses.replace(model, passage_cache=4.0)
@@ -301,7 +301,7 @@ def _open_lm(config: Config, model: ModelConfig, begun: Mapping[str, Any]) -> An
     memory.hold()
     if lm.has_encoder:
         raise OptionError("training needs a decoder-only model")
-    return lm
+    return lm, describe_lm(lm, model)
 
 
 def _keep_all_or_none(lm: Any, adapter: HintWriter, needed: Callable[[], int]) -> None:
