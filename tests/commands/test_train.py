@@ -244,12 +244,6 @@ def test_a_folder_that_cannot_be_written(arguments, tmp_path, capsys):
     fails(command, capsys, tmp_path, "mine.checkpoints cannot be written: ", "Not a directory")
 
 
-def test_several_processes_are_refused_before_anything_is_read(arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    command = arguments(tmp_path / "mine", data=["--collection", "nowhere"])
-    fails(command, capsys, tmp_path, "WORLD_SIZE is 2", "one process and one device")
-
-
 def test_a_file_of_groups(arguments, train_file, collection, tmp_path, capsys):
     assert main(arguments(tmp_path / "mine", data=["--train-file", str(train_file)])) == 0
     facts = json.loads((tmp_path / "mine" / "provenance.json").read_text())

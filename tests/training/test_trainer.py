@@ -15,7 +15,8 @@ from qpeft.training import config as training_config
 from qpeft.training import contexts
 from qpeft.training.config import TrainingConfig
 from qpeft.training.dev import DevRanking
-from qpeft.training.trainer import Collator, KeepSteps, Learner, fit
+from qpeft.training.keep_steps import KeepSteps
+from qpeft.training.trainer import Collator, Learner, fit
 from tiny_adapters import NAMES, build, with_store
 from tiny_training import FAST, GROUPS, PASSAGES, batch_for, dev_for, prompt_for
 

@@ -14,6 +14,7 @@ from qpeft.errors import InputError
 from qpeft.retrieval.bm25 import BM25
 from qpeft.training.config import TrainingConfig
 from qpeft.training.groups import MiningCounts, groups_from_collection, groups_from_jsonl, unscored
+from qpeft.training.processes import processes
 from qpeft.types import Candidates, Group, Run
 
 if TYPE_CHECKING:
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
 
 def say(text: str) -> None:
-    """Print a line for the user, apart from any output."""
-    print(text, file=sys.stderr)
+    """Print a line for the user, apart from any output; of processes that train together, one does."""
+    if processes().first:
+        print(text, file=sys.stderr)
 
 
 def read_training_groups(

@@ -10,35 +10,35 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qpeft import adapters, memory, methods
-from qpeft.commands._claim import claimed
+from qpeft.commands._checkpoints import BEGUN, claim, leave_mark, read_begun, read_mark
 from qpeft.commands._peek import peek
 from qpeft.commands._training_data import find_dev_candidates, read_teacher, read_training_groups, say, say_counts
 from qpeft.data.collection import open_collection
-from qpeft.errors import OptionError, StateError, nearest
+from qpeft.errors import OptionError, nearest
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import file_fingerprint, fingerprint, provenance
 from qpeft.template import Prompt, Template, load_template
 from qpeft.training import config as training_config
-from qpeft.training.config import TrainingConfig, check_alone
+from qpeft.training.config import TrainingConfig
 from qpeft.training.groups import next_queries
+from qpeft.training.processes import processes
 from qpeft.types import Passage, Query
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
+    from transformers import TrainerCallback
+
     from qpeft.adapters._folder import AdapterFolder
     from qpeft.hints import HintWriter
 
 PRESETS = ("stable", "authors")
-BEGUN = "begun.json"
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,11 @@ def _method(name: str) -> Any:
 
 def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_config: Any, own: Any = None) -> None:
     """Train, keep the best state, write the adapter folder."""
-    check_alone()
+    here = processes()
     config = _with_defaults(config, training)
     output = Path(config.output)
     checkpoints = output.with_name(output.name + ".checkpoints")
-    begun = _begun(output, checkpoints, config)
+    begun = read_begun(output, checkpoints, resume=config.resume)
     collection = open_collection(config.collection) if config.collection else None
     groups, counts = read_training_groups(config, training, collection)
     dev = find_dev_candidates(config, collection)
@@ -143,7 +143,7 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
     from qpeft.losses import check_loss
     from qpeft.training.contexts import contexts_bytes
     from qpeft.training.dev import DevRanking
-    from qpeft.training.trainer import Collator, KeepSteps, fit
+    from qpeft.training.trainer import Collator, fit
 
     check_loss(training.loss, teacher=teacher is not None, scores=method.SCORES)
     lm, described = _open_lm(config, model, begun)
@@ -168,7 +168,12 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
     ranking = DevRanking(lm, scorer.prompt, dev, qrels, training.measure, read_on_dev, ranker) if dev else None
     collator = Collator(scorer.prompt, training, config.seed, teacher, read)
     _keep_all_or_none(lm, adapter, lambda: contexts_bytes(lm, scorer.prompt, groups, training, dev))
-    mark = {"options": fingerprint(facts), "dtype": lm.dtype, "threads": torch.get_num_threads()}
+    mark = {
+        "options": fingerprint(facts),
+        "dtype": lm.dtype,
+        "threads": torch.get_num_threads(),
+        "processes": here.count,
+    }
     save = functools.partial(
         save_adapter,
         name=opened.name,
@@ -179,10 +184,7 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
         method=opened.method,
         method_options=opened.method_options,
     )
-    keeping = []
-    if config.keep_every is not None:
-        keeping = [KeepSteps(config.keep_every, _keeper(output.with_name(output.name + ".steps"), mark, facts, save))]
-    with _claim(checkpoints, mark, begun):
+    with claim(checkpoints, mark, begun):
         fitted = fit(
             lm,
             adapter,
@@ -194,9 +196,11 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
             dev=ranking,
             resume=config.resume,
             progress=sys.stderr.isatty(),
-            callbacks=keeping,
+            callbacks=_keeping(config, mark, facts, save) if here.first else (),
             scorer=scorer,
         )
+    if not here.first:
+        return
     made = provenance(
         **facts,
         mining=dataclasses.asdict(counts),
@@ -204,6 +208,7 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
             "queries": len(groups),
             "seconds": round(fitted.seconds, 1),
             "steps": fitted.steps,
+            "processes": here.count,
             "trained_parameters": adapter.count_parameters(),
         },
         dev=ranking and {"measure": ranking.name, "queries": len(dev), "depth": config.dev_depth, **fitted.dev},
@@ -263,16 +268,22 @@ def _facts(config: Config, *others: Any) -> dict[str, Any]:
     }
 
 
-def _keeper(
-    steps: Path, mark: dict[str, Any], facts: Mapping[str, Any], save: Callable[..., None]
-) -> Callable[[int], None]:
-    """Return a function that keeps the adapter after so many steps."""
-    _leave_mark(steps, mark, _mark(steps) if (steps / BEGUN).exists() else {})
+def _keeping(
+    config: Config, mark: dict[str, Any], facts: Mapping[str, Any], save: Callable[..., None]
+) -> Sequence[TrainerCallback]:
+    """Return what keeps the adapter after so many steps, if that was asked for."""
+    from qpeft.training.keep_steps import KeepSteps
+
+    if config.keep_every is None:
+        return ()
+    output = Path(config.output)
+    steps = output.with_name(output.name + ".steps")
+    leave_mark(steps, mark, read_mark(steps) if (steps / BEGUN).exists() else {})
 
     def keep(step: int) -> None:
         save(steps / f"step-{step:06d}", provenance=provenance(**facts, training={"steps": step}))
 
-    return keep
+    return (KeepSteps(config.keep_every, keep),)
 
 
 def _draw(fitted: Any, measure: str, output: Path) -> None:
@@ -294,6 +305,7 @@ def _open_lm(config: Config, model: ModelConfig, begun: Mapping[str, Any]) -> tu
 
     if not model.passage_cache and not getattr(adapters.load(config.adapter), "CHANGES_LM", False):
         model = dataclasses.replace(model, passage_cache=4.0)
+    model = dataclasses.replace(model, device=processes().device(model.device))
     torch.set_num_threads(begun.get("threads", torch.get_num_threads()))  # the size of batches follows it
     lm: Any = load_lm(dataclasses.replace(model, dtype=begun.get("dtype", model.dtype)))
     # As in reranking: the last bits depend on the number type, which may be chosen by measurement, and on the threads.
@@ -343,47 +355,6 @@ def _build(config: Config, template: Template, adapter_config: Any, own: Any, lm
         method=config.method,
         method_options=options,
     )
-
-
-def _begun(output: Path, checkpoints: Path, config: Config) -> dict[str, Any]:
-    """Return what an unfinished training left of its options, number type and threads; nothing if there is none."""
-    if output.exists() and not (output / "adapter_config.json").is_file():
-        raise StateError(f"{output} exists and is no adapter folder")
-    if not any(checkpoints.glob("checkpoint-*")):
-        return {}
-    if not config.resume:
-        raise StateError(
-            f"{checkpoints} is an unfinished training: continue it with --resume, or delete it to start afresh"
-        )
-    return _mark(checkpoints)
-
-
-def _mark(folder: Path) -> dict[str, Any]:
-    """Return the options, number type and threads of the training that a folder is of."""
-    try:
-        found: dict[str, Any] = json.loads((folder / BEGUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StateError(f"{folder} cannot be continued: {BEGUN} is not readable; delete it") from error
-    return found
-
-
-@contextmanager
-def _claim(checkpoints: Path, mark: dict[str, Any], begun: dict[str, Any]) -> Iterator[None]:
-    """Leave a mark beside the checkpoints, and keep other processes from them."""
-    _leave_mark(checkpoints, mark, begun)
-    with claimed(checkpoints):
-        yield
-
-
-def _leave_mark(folder: Path, mark: dict[str, Any], begun: dict[str, Any]) -> None:
-    """Leave a mark beside what a training writes, or compare with the one that is there."""
-    if begun and begun != mark:
-        raise StateError(f"{folder} was made with other options, data or model; delete it to start afresh")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / BEGUN).write_text(json.dumps(mark) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StateError(f"{folder} cannot be written: {error}") from error
 
 
 def _check_queries(prompt: Prompt, adapter: HintWriter, queries: Sequence[Query], read: Mapping[str, Query]) -> None:

@@ -1,4 +1,4 @@
-"""What the Trainer is told: one process, one device, and when to log, measure and save."""
+"""What the Trainer is told: one device, and when to log, measure and save."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from qpeft.training.config import TrainingConfig
+from qpeft.training.processes import processes
 
 
 @dataclass
@@ -55,7 +56,8 @@ def trainer_arguments(
         measure: what dev is judged by; None: there is no dev.
         progress: show a progress bar.
     """
-    steps = math.ceil(math.ceil(rows / config.batch_queries) / config.gradient_accumulation)
+    batches = math.ceil(math.ceil(rows / config.batch_queries) / processes().count)
+    steps = math.ceil(batches / config.gradient_accumulation)
     every = max(1, steps // max(1, config.evaluations))
     return OneDevice(
         where=str(device),

@@ -1,8 +1,7 @@
-"""Options of training, and where it can run; apart from the trainer, so that neither asks for torch."""
+"""Options of training; apart from the trainer, so that they do not ask for torch."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -10,9 +9,6 @@ from typing import Literal
 from qpeft.errors import OptionError, nearest
 
 Loss = Literal["both", "point", "pair", "softmax", "cross_entropy", "sft", "ranknet", "plackett_luce", "margin_mse"]
-
-WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""By these a launcher tells a process how many there are; accelerate reads the same."""
 
 
 @dataclass(frozen=True)
@@ -113,16 +109,3 @@ class Authors(TrainingConfig):
     batch_queries: int = 4
     evaluations: int = 20
     patience: int = 6
-
-
-def check_alone() -> None:
-    """Raise an error in one of several processes: each would train all by itself, and write over the others.
-
-    Raises:
-        OptionError: a launcher such as torchrun started more than one.
-    """
-    for name in WORLD_SIZES:
-        if (count := os.environ.get(name, "")).isdigit() and int(count) > 1:
-            raise OptionError(
-                f"{name} is {count}: training takes one process and one device (--device); start it without a launcher"
-            )

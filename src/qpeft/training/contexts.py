@@ -15,6 +15,7 @@ from qpeft.encoding import AHEAD
 from qpeft.lm import CausalLM
 from qpeft.template import Prompt, Row
 from qpeft.training.config import TrainingConfig
+from qpeft.training.processes import processes
 from qpeft.types import Candidates, Group
 
 if TYPE_CHECKING:
@@ -63,18 +64,23 @@ class EncodeAhead(TrainerCallback):
         self, lm: CausalLM, adapter: Adapter, data: TrainingSet, collator: Collator, config: TrainingConfig
     ) -> None:
         self._lm, self._adapter, self._data, self._collator = lm, adapter, data, collator
-        self._queries, self._step = config.batch_queries, config.batch_queries * config.gradient_accumulation
+        self._queries, self._accumulation = config.batch_queries, config.gradient_accumulation
+        self._processes = processes()
         self._done = 0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Encode, unless that was done a few steps ago."""
-        place = state.global_step * self._step
-        if place < self._done:
+        batch = state.global_step * self._accumulation
+        if batch < self._done:
             return
         rows: list[Row] = []
-        while place < len(self._data) and len(rows) < AHEAD:
+        while (place := self._place(batch)) < len(self._data) and len(rows) < AHEAD:
             end = min(place + self._queries, len(self._data))
             rows += self._collator([self._data[i] for i in range(place, end)])["batch"].rows
-            place = end
+            batch += 1
         if rows and self._lm.encode_rows_ahead(rows, [self._adapter] * len(rows)) == len(rows):
-            self._done = place
+            self._done = batch
+
+    def _place(self, batch: int) -> int:
+        """Return where in the data a batch of this process begins: processes take batches in turn."""
+        return (batch * self._processes.count + self._processes.rank) * self._queries

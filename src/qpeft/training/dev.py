@@ -12,6 +12,7 @@ from qpeft.methods._pointwise import Pointwise
 from qpeft.methods._rows import RowScorer
 from qpeft.methods.query_likelihood import Config, QueryLikelihood
 from qpeft.template import Prompt
+from qpeft.training.processes import gathered, share
 from qpeft.types import Candidates, Query, Run
 
 
@@ -55,8 +56,9 @@ class DevRanking:
         self.name = str(parsed[0])
 
     def rank(self, adapter: HintWriter | None) -> Run:
-        """Return the candidates in the order of the model with an adapter, or of the model alone."""
-        return Run(Pointwise(self._scorer.using(adapter)).rerank(self._candidates), "dev")
+        """Return all candidates in the order of the model with an adapter, or of the model alone."""
+        part = list(Pointwise(self._scorer.using(adapter)).rerank(share(self._candidates)))
+        return Run(gathered(part), "dev")
 
     def measure(self, adapter: HintWriter | None) -> dict[str, float]:
         """Return the measure, averaged over the dev queries."""

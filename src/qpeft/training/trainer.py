@@ -1,8 +1,8 @@
 """Training of adapters on groups of passages, with `transformers.Trainer` underneath.
 
 From the Trainer come checkpoints, resume, schedules, accumulation, clipping, early stopping and logging. Ours are the
-rows, the losses, the frozen model beside the trained one, and the measure: dev is *ranked*. Training takes one process
-and one device, the frozen model's; several processes are refused.
+rows, the losses, the frozen model beside the trained one, and the measure: dev is *ranked*. A process takes one device,
+the frozen model's; several may train together (`processes`).
 
 A step's rows are a function of the seed and the number of the step alone, and encoded contexts do not depend on when
 they were encoded; so a run that was killed and resumed equals an uninterrupted one, to the bit on a CPU.
@@ -16,7 +16,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +38,12 @@ from qpeft.methods._rows import RowScorer
 from qpeft.template import Prompt, Row
 from qpeft.training.arguments import trainer_arguments
 from qpeft.training.checkpointing import checkpointed
-from qpeft.training.config import TrainingConfig, check_alone
+from qpeft.training.config import TrainingConfig
 from qpeft.training.contexts import EncodeAhead
 from qpeft.training.dev import DevRanking
 from qpeft.training.groups import draw, in_batch_negatives
+from qpeft.training.keep_steps import KeepSteps
+from qpeft.training.processes import together
 from qpeft.types import Group, Passage, Query
 
 WEIGHTS = "adapter.safetensors"
@@ -216,16 +218,23 @@ class AdapterTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch.save's
-            shutil.rmtree(folder, ignore_errors=True)
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
             raise StateError(f"{folder} cannot be written: {' '.join(str(error).split())[:200]}") from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:  # one process writes, and the Trainer calls this in all
+            return
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         learner: Any = self.accelerator.unwrap_model(self.model)
         temporary = folder / f"{WEIGHTS}.tmp"
         save_file({k: v.detach().cpu().contiguous() for k, v in learner.adapter.state_dict().items()}, temporary)
         temporary.replace(folder / WEIGHTS)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # what is written next makes the checkpoint a whole one
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._load_adapter(Path(resume_from_checkpoint))
@@ -237,33 +246,6 @@ class AdapterTrainer(Trainer):
     def _load_adapter(self, folder: Path) -> None:
         learner: Any = self.accelerator.unwrap_model(self.model)
         learner.adapter.load_state_dict(load_file(folder / WEIGHTS, device=str(self.args.device)))
-
-
-class KeepSteps(TrainerCallback):
-    """Keeps the adapter as it is every so many steps, before the first, and after the last.
-
-    Args:
-        every: steps.
-        save: writes it; called with the number of steps done.
-    """
-
-    def __init__(self, every: int, save: Callable[[int], None]) -> None:
-        self._every, self._save = every, save
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep what is untrained."""
-        if state.global_step == 0:
-            self._save(0)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep what was trained so far."""
-        if state.global_step % self._every == 0 or control.should_training_stop:
-            self._save(state.global_step)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the last step of a training whose patience is at its end, before the best state comes back."""
-        if state.global_step % self._every and control.should_training_stop and state.global_step < state.max_steps:
-            self._save(state.global_step)
 
 
 @dataclass(frozen=True)
@@ -313,10 +295,9 @@ def fit(
         scorer: of the method; by default query likelihood.
 
     Raises:
-        OptionError: options out of range, nothing to train, or one of several processes.
+        OptionError: options out of range, nothing to train, or a launcher other than torchrun.
         StateError: a checkpoint cannot be written; the one before it is whole.
     """
-    check_alone()
     started = time.perf_counter()
     found: dict[str, float | None] = {"zero_shot": None, "untrained": None, "trained": None}
 
@@ -326,27 +307,28 @@ def fit(
         (value,) = dev.measure(who).values()
         return value
 
-    adapter.eval()
-    newest = _newest(checkpoints) if resume else None
-    found["zero_shot"] = measure(None)
-    found["untrained"] = measure(adapter)
-    history: list[dict[str, float]] = []
-    steps = 0
-    if config.epochs:
-        made = _trainer(
-            lm, adapter, groups, collator, config,
-            checkpoints=checkpoints, seed=seed, dev=dev, callbacks=callbacks, progress=progress, scorer=scorer,
-        )  # fmt: skip
-        adapter.train()
-        with checkpointed(lm, adapter) if config.gradient_checkpointing else nullcontext():
-            made.train(resume_from_checkpoint=newest)
-        steps = int(made.state.global_step)
-        history = [
-            {key: value for key, value in entry.items() if isinstance(value, (int, float))}
-            for entry in made.state.log_history
-            if "train_runtime" not in entry  # the summary tells of the last start alone
-        ]
-        found["trained"] = made.state.best_metric
+    with together(lm.device):
+        adapter.eval()
+        newest = _newest(checkpoints) if resume else None
+        found["zero_shot"] = measure(None)
+        found["untrained"] = measure(adapter)
+        history: list[dict[str, float]] = []
+        steps = 0
+        if config.epochs:
+            made = _trainer(
+                lm, adapter, groups, collator, config,
+                checkpoints=checkpoints, seed=seed, dev=dev, callbacks=callbacks, progress=progress, scorer=scorer,
+            )  # fmt: skip
+            adapter.train()
+            with checkpointed(lm, adapter) if config.gradient_checkpointing else nullcontext():
+                made.train(resume_from_checkpoint=newest)
+            steps = int(made.state.global_step)
+            history = [
+                {key: value for key, value in entry.items() if isinstance(value, (int, float))}
+                for entry in made.state.log_history
+                if "train_runtime" not in entry  # the summary tells of the last start alone
+            ]
+            found["trained"] = made.state.best_metric
     adapter.eval()
     return Fitted(history, found, time.perf_counter() - started, steps)
 

@@ -1,0 +1,59 @@
+"""What an unfinished training leaves beside its checkpoints, so that it goes on as it began, and alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qpeft.commands._claim import claimed
+from qpeft.errors import StateError
+from qpeft.training.processes import processes
+
+BEGUN = "begun.json"
+
+
+def read_begun(output: Path, checkpoints: Path, *, resume: bool) -> dict[str, Any]:
+    """Return what an unfinished training left of its options, number type and threads; nothing if there is none."""
+    if output.exists() and not (output / "adapter_config.json").is_file():
+        raise StateError(f"{output} exists and is no adapter folder")
+    if not any(checkpoints.glob("checkpoint-*")):
+        return {}
+    if not resume:
+        raise StateError(
+            f"{checkpoints} is an unfinished training: continue it with --resume, or delete it to start afresh"
+        )
+    return read_mark(checkpoints)
+
+
+def read_mark(folder: Path) -> dict[str, Any]:
+    """Return the options, number type and threads of the training that a folder is of."""
+    try:
+        found: dict[str, Any] = json.loads((folder / BEGUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StateError(f"{folder} cannot be continued: {BEGUN} is not readable; delete it") from error
+    return found
+
+
+@contextmanager
+def claim(checkpoints: Path, mark: dict[str, Any], begun: dict[str, Any]) -> Iterator[None]:
+    """Leave a mark beside the checkpoints, and keep processes of other trainings from them."""
+    if not processes().first:
+        yield
+        return
+    leave_mark(checkpoints, mark, begun)
+    with claimed(checkpoints):
+        yield
+
+
+def leave_mark(folder: Path, mark: dict[str, Any], begun: dict[str, Any]) -> None:
+    """Leave a mark beside what a training writes, or compare with the one that is there."""
+    if begun and begun != mark:
+        raise StateError(f"{folder} was made with other options, data or model; delete it to start afresh")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / BEGUN).write_text(json.dumps(mark) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StateError(f"{folder} cannot be written: {error}") from error
