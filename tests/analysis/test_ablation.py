@@ -13,7 +13,7 @@ from qpeft.adapters import lora
 from qpeft.adapters._folder import AdapterFolder
 from qpeft.adapters._lora_targets import Place
 from qpeft.analysis.ablated import Ablated
-from qpeft.analysis.ablation import ALL, NONE, of_components, of_layers, of_projections, plan, references
+from qpeft.analysis.ablation import ALL, NONE, Ablation, of_components, of_layers, of_projections, plan
 from qpeft.depth import find_layers
 from qpeft.errors import ModelError, OptionError
 from qpeft.methods._pointwise import Pointwise
@@ -67,6 +67,10 @@ def opened(make_lm, monkeypatch, family, layers=3, method="query_likelihood", **
     return lm, adapter, Pointwise(scorer)
 
 
+def references(places):
+    return [Ablation("reference", ALL, frozenset(places)), Ablation("reference", NONE, frozenset())]
+
+
 def every_study(places, window=2):
     return [*references(places), *of_layers(places, window), *of_projections(places, grid=True), *of_components(places)]
 
@@ -111,10 +115,6 @@ def test_by_projection_and_component():
     assert found["mlp of both"] == {place for place in places if place.projection == "up"}
     assert found["attention of both"] == set(places) - found["mlp of both"]
     assert not list(of_components([place for place in places if place.component == "mlp"]))
-
-
-def test_references():
-    assert {each.name: each.active for each in references(grid(1))} == {ALL: set(grid(1)), NONE: set()}
 
 
 def prefixes(sets, layers):

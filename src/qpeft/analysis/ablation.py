@@ -40,12 +40,6 @@ class Ablation:
     projection: str = ""
 
 
-def references(places: Collection[Place]) -> Iterator[Ablation]:
-    """Yield what every study compares with."""
-    yield Ablation("reference", ALL, frozenset(places))
-    yield Ablation("reference", NONE, frozenset())
-
-
 def of_layers(places: Collection[Place], window: int) -> Iterator[Ablation]:
     """Yield the ablations by layer; names count layers from 1.
 
