@@ -21,6 +21,7 @@ CHOSEN = {
     ("query_likelihood", "reddit-shift"): 1e-3,
     ("query_likelihood", "squad"): 1e-4,
     ("yes_no", "reddit-shift"): 2e-3,
+    ("yes_no", "squad"): 3e-3,
 }
 """(method, collection) → learning rate, where dev chose another than 3e-4."""
 COLLECTIONS = ("reddit-shift", "squad")
