@@ -17,13 +17,14 @@ AGAIN = {("yes_no", "reddit-shift"): (1e-3, 2e-3, 3e-3), ("yes_no", "squad"): (1
 """(method, collection) → rates that are compared with all seeds, where seed 1 alone did not decide."""
 AROUND = (1e-3, 3e-3)
 """Rates that other losses of a method are tried at, beside the one that was chosen for its own."""
-CHOSEN = {
+CHOSEN: dict[tuple[str, ...], float] = {
     ("query_likelihood", "reddit-shift"): 1e-3,
     ("query_likelihood", "squad"): 1e-4,
     ("yes_no", "reddit-shift"): 2e-3,
     ("yes_no", "squad"): 3e-3,
+    ("yes_no", "squad", "sft"): 1e-3,
 }
-"""(method, collection) → learning rate, where dev chose another than 3e-4."""
+"""(method, collection) → learning rate, where dev chose another than 3e-4; with a loss, its own."""
 COLLECTIONS = ("reddit-shift", "squad")
 LOSSES = {"query_likelihood": "both", "classifier": "softmax", "yes_no": "softmax"}
 COMPARED = {"yes_no": ("softmax", "cross_entropy", "sft")}
@@ -66,7 +67,8 @@ class Cell:
     @property
     def learning_rate(self) -> float:
         """The one that is used."""
-        return self.rate or CHOSEN.get((self.method, self.collection), 3e-4)
+        own = (self.method, self.collection, self.loss)
+        return self.rate or CHOSEN.get(own) or CHOSEN.get(own[:2], 3e-4)
 
     @property
     def name(self) -> str:
