@@ -143,8 +143,10 @@ def tried(method: str, collection: str, loss: str | None = None) -> dict[float, 
     """
     cell = partial(Cell, collection, method, another_loss=loss)
     if loss is not None:
-        chosen = {cell().learning_rate: [cell(seed=seed) for seed in SEEDS]}
-        return {rate: [cell(rate=rate)] for rate in AROUND} | chosen
+        chosen = cell().learning_rate
+        found = {rate: [cell(rate=rate)] for rate in AROUND}
+        found[chosen] = [*found.get(chosen, [cell()]), *(cell(seed=seed) for seed in SEEDS[1:])]
+        return found
     again = AGAIN.get((method, collection), ())
     seeds = {rate: SEEDS if rate in again else SEEDS[:1] for rate in sorted({*RATES, *again})}
     return {rate: [cell(seed=seed, rate=rate) for seed in own] for rate, own in seeds.items()}

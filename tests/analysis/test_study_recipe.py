@@ -80,6 +80,8 @@ def test_what_is_trained_and_asked(cells):
     assert rates[0].name == "squad-classifier-all-r8-lr0.0001-seed1"
     assert len(rates) == 4
     tried = {(cell.loss, cell.learning_rate) for cell in asked(cells, "yes_no", ["rates"])}
-    assert tried == {("softmax", rate) for rate in cells.RATES} | {("cross_entropy", 1e-3), ("sft", 3e-3)}
+    assert tried == {("softmax", rate) for rate in cells.RATES} | {
+        (loss, rate) for loss in ("cross_entropy", "sft") for rate in cells.AROUND
+    }
     chosen = {cell.loss: cell.learning_rate for cell in asked(cells, "yes_no", ["losses"])[:-1]}
     assert chosen == {"softmax": 3e-3, "cross_entropy": 3e-3, "sft": 1e-3}
