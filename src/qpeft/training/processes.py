@@ -6,6 +6,7 @@ alone writes and speaks. A step of n processes is one of n times the gradient ac
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,7 +65,10 @@ def processes() -> Processes:
 
 @contextmanager
 def together(device: torch.device) -> Iterator[Processes]:
-    """Meet the other processes, if there are any; none goes on before all have come to the end."""
+    """Meet the other processes, if there are any; none goes on before all have come to the end.
+
+    What was made of the Trainer must be out of reach by then.
+    """
     from torch import distributed
 
     own = processes()
@@ -74,6 +78,9 @@ def together(device: torch.device) -> Iterator[Processes]:
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield own
+        # Whatever averages gradients holds the group too. Were it the last, it would wait for the group's threads with
+        # the interpreter locked, and one of them for the interpreter; by itself, the group waits without the lock.
+        gc.collect()
         distributed.barrier()
     finally:
         distributed.destroy_process_group()

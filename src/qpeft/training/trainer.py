@@ -329,6 +329,7 @@ def fit(
                 if "train_runtime" not in entry  # the summary tells of the last start alone
             ]
             found["trained"] = made.state.best_metric
+            del made
     adapter.eval()
     return Fitted(history, found, time.perf_counter() - started, steps)
 
