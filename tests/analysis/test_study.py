@@ -386,6 +386,15 @@ def test_how_many_layers_suffice():
     assert "Alone, the highest layer is within chance of all: 0." in text
 
 
+def test_a_rank_that_is_better_than_the_highest_is_not_called_within_chance():
+    design, subjects = designs()["ranks"]
+    values = measured(design, subjects)[0]
+    higher = {key: value + 0.3 * bool(key[1] and subjects[key[0]].rank == 1) for key, value in values.items()}
+    text = "\n".join(sentences(study(design, subjects, findings=findings(design, subjects, higher))))
+    assert re.search(r"Clear of chance, better than rank 8: rank 1 \(a drop of −0\.\d+ \[−", text)
+    assert "rank 1 on" not in text
+
+
 def test_where_nothing_was_shared_the_reason_is_told():
     work = {"layers_run": 0, "layers_without_sharing": 0, "why_not": "shared states change scores"}
     made = study(*designs()["ranks"], work=work)

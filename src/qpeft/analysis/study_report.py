@@ -154,8 +154,12 @@ def _of_order(study: Study) -> Iterator[str]:
         return
     best = max(found, key=lambda each: each.mean)
     yield f"The best is {best.name}: {number(best.mean, 3)}, a gain of {_signed(best.gain, best.gain_interval)}."
-    enough = [each for each in found if each.drop_interval and each.drop_interval[0] <= 0]
-    if enough:
+    better = [each for each in found if each.drop_interval and each.drop_interval[1] < 0]
+    if better:
+        gained = (f"{each.name} (a drop of {_signed(each.drop, each.drop_interval)})" for each in better)
+        yield f"Clear of chance, better than {study.full}: {', '.join(gained)}."
+    enough = [each for each in found if each not in better and each.drop_interval and each.drop_interval[0] <= 0]
+    if len(enough) > 1:
         yield (
             f"From {enough[0].name} on the difference to {study.full} is within chance: "
             f"{_signed(enough[0].drop, enough[0].drop_interval)}."
