@@ -108,7 +108,8 @@ def test_folders_say_their_method(make_lm, tmp_path):
         module = methods.load(name)
         with pytest.raises(OptionError, match="was trained for --method classifier"):
             module.build(module.Config(adapter=str(tmp_path / "a")), other)
-    assert 'method="classifier"' in (tmp_path / "a" / "README.md").read_text()
+    assert "A classifier reranker: " in (tmp_path / "a" / "README.md").read_text()
+    assert methods.chosen(None, tmp_path / "a") == "classifier"
 
 
 def test_the_best_window_counts(make_lm):
