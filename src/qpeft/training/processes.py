@@ -64,20 +64,19 @@ def processes() -> Processes:
 
 
 @contextmanager
-def together(device: torch.device) -> Iterator[Processes]:
+def together(device: torch.device) -> Iterator[None]:
     """Meet the other processes, if there are any; none goes on before all have come to the end.
 
     What was made of the Trainer must be out of reach by then.
     """
     from torch import distributed
 
-    own = processes()
-    if own.count == 1:
-        yield own
+    if processes().count == 1:
+        yield
         return
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield own
+        yield
         # Whatever averages gradients holds the group too. Were it the last, it would wait for the group's threads with
         # the interpreter locked, and one of them for the interpreter; by itself, the group waits without the lock.
         gc.collect()
