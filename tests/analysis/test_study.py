@@ -379,11 +379,11 @@ def test_how_many_layers_suffice():
     values = measured(design, subjects)[0]
     upper = {key: worth(key[0], {place for place in key[1] if place.layer > 0}) for key in values}
     text = "\n".join(sentences(study(design, subjects, findings=findings(design, subjects, upper))))
-    assert "Alone, the highest 2 layers are within chance of all: 0." in text
+    assert "Alone, the highest 2 layers are not clearly worse than all: 0." in text
     assert "lowest" not in text
     top = {key: worth(key[0], {place for place in key[1] if place.layer == 2}) for key in values}
     text = "\n".join(sentences(study(design, subjects, findings=findings(design, subjects, top))))
-    assert "Alone, the highest layer is within chance of all: 0." in text
+    assert "Alone, the highest layer is not clearly worse than all: 0." in text
 
 
 def test_a_rank_that_is_better_than_the_highest_is_not_called_within_chance():

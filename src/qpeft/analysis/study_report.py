@@ -95,7 +95,7 @@ def sentences(study: Study) -> Iterator[str]:
         "losses": _of_losses,
     }[study.study](study)
     run, would = study.work["layers_run"], study.work["layers_without_sharing"]
-    if would:
+    if run < would:
         yield f"States that ablations have in common were computed once: {run:,} layer runs instead of {would:,}."
     if study.work["why_not"]:
         yield f"{'Nothing' if not would else 'For some queries nothing'} was shared: {study.work['why_not']}."
@@ -118,7 +118,7 @@ def _of_layers(study: Study) -> Iterator[str]:
             least = min(enough, key=lambda each: each.x)
             layers = f"{words} layer is" if least.x == 1 else f"{words} {least.x:g} layers are"
             yield (
-                f"Alone, the {layers} within chance of all: {number(least.mean, 3)}, "
+                f"Alone, the {layers} not clearly worse than all: {number(least.mean, 3)}, "
                 f"a drop of {_signed(least.drop, least.drop_interval)}."
             )
 
