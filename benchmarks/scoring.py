@@ -51,8 +51,8 @@ STORE = 8
 """GiB of passage cache."""
 SIZES = {True: (3, 64, 5), False: (2, 16, 3)}
 """Queries, candidates of each, and rounds: for the embedded model, and for larger ones."""
-PEER_PAIRS = {True: 32, False: 8}
-"""Candidates of the first query that the other packages score."""
+T5_PAIRS = 32
+"""Candidates of the first query that are scored with a T5, by the other packages and by ours."""
 LOOP, LOOP_HALF = "plain loop, fp32", "plain loop, bf16"
 OURS, COLD, WARM = "qpeft", "qpeft, passage cache empty", "qpeft, passage cache filled"
 COMPILED = "qpeft --compile yes"
@@ -123,7 +123,7 @@ def check(scores: dict[str, Sequence[float]], dtype: str) -> dict[str, dict[str,
 class Bench:
     """The pairs, and the models that score them.
 
-    `first` are the first query's candidates: what is slow scores these alone, and is compared by pairs per second.
+    `first` are the first query's candidates: the loop's batch size is chosen with them, and scores are compared.
     """
 
     def __init__(self, args: argparse.Namespace, workplace: Path) -> None:
@@ -143,7 +143,7 @@ class Bench:
             self.loops[name], self.tried[name] = best_loop(model, self.lm.tokenizer, self.first)
         self.rows = plain(self.lm).prepare(pairs.texts(self.items)).rows
         self.bare = Ceiling(*needed(self.lm, self.rows), getattr(torch, args.dtype), "cpu")
-        self.bare_float = Ceiling(*needed(self.lm, self.rows[: self.first_count]), torch.float32, "cpu")
+        self.bare_float = Ceiling(*needed(self.lm, self.rows), torch.float32, "cpu")
 
     def open(self, dtype: str, **options: Any) -> Any:
         """Return the model as our commands open it."""
@@ -177,13 +177,13 @@ class Bench:
             return lambda: list(Pointwise(scorer()).rerank(self.items))
 
         return {
-            **{name: Case(lambda loop=loop: loop(self.first), self.first_count) for name, loop in self.loops.items()},
+            **{name: Case(lambda loop=loop: loop(self.items), self.count) for name, loop in self.loops.items()},
             OURS: Case(ranked(lambda: plain(self.lm)), self.count),
             COMPILED: Case(ranked(lambda: plain(self.compiled)), self.count),
             COLD: Case(ranked(lambda: plain(self.cached)), self.count, before=lambda: store(False)),
             WARM: Case(ranked(lambda: self.warm), self.count, before=lambda: store(True)),
             BARE: Case(self.bare, self.count),
-            BARE_FLOAT: Case(self.bare_float, self.first_count),
+            BARE_FLOAT: Case(self.bare_float, self.count),
         }
 
 
@@ -192,9 +192,10 @@ def compare(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
     bench = Bench(args, workplace)
     agreement = bench.agreement()
     cases = bench.cases()
-    some = [Candidates(bench.first[0].query, bench.first[0].passages[: PEER_PAIRS[args.shape == EMBEDDED]])]
-    theirs, absent = warmed(*open_peers(args.shape, bench.folder, workplace), some)
-    cases |= {name: Case(lambda score=score: score(some), len(some[0].passages)) for name, score in theirs.items()}
+    few = [Candidates(bench.first[0].query, bench.first[0].passages[:T5_PAIRS])]
+    theirs, absent = warmed(*open_peers(args.shape, bench.folder, workplace), few)
+    for name, score in theirs.items():
+        cases[name] = timed(score, few if counterpart(name) == OURS_T5 else bench.items)
     interleave(cases, args.rounds)
     return {
         "kind": "scoring",
@@ -213,6 +214,11 @@ def compare(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
         "against": {name: ratio(cases[counterpart(name)], case) for name, case in cases.items()},
         "targets": targets(cases, args.shape),
     }
+
+
+def timed(score: Score, items: Sequence[Candidates]) -> Case:
+    """Return a peer's case."""
+    return Case(lambda: score(items), len(pairs.texts(items)))
 
 
 def counterpart(name: str) -> str:

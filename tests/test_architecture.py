@@ -12,7 +12,7 @@ import qpeft
 ROOT = Path(qpeft.__file__).parent
 LAYERS = [
     {"errors"},
-    {"types", "registry"},
+    {"types", "registry", "agreement"},
     {"provenance", "model_config", "kept_tokens"},
     {"tuning", "cpu_attention", "memory"},
     {"template", "hints", "context_store", "depth", "losses", "read_out", "side_by_side"},

@@ -80,9 +80,9 @@ def test_bits_of_a_context_do_not_depend_on_its_company(family, make_lm, dtype):
     contexts = [(1, *range(3, n)) for n in (4, 7, 9, 12, 15, 16, 17, 20, 25, 31, 32, 33)]
     alone = [with_store(lm).encode(ids) for ids in contexts]
     shuffled = random.Random(0).sample(range(len(contexts)), len(contexts))
-    calls = []
+    calls, other = [], with_store(lm)
     with lm.model.register_forward_pre_hook(lambda *call: calls.append(call)):
-        together = with_store(lm).encode_all([contexts[i] for i in shuffled])
+        together = other.encode_all([contexts[i] for i in shuffled])
     assert (len(calls) == len(contexts)) == (family == "mixtral"), "experts are sent the tokens of all rows"
     for i, found in zip(shuffled, together, strict=True):
         assert torch.equal(found.cache, alone[i].cache)

@@ -91,6 +91,7 @@ class Work:
     def train(self, cell: Cell) -> None:
         """Train a cell, unless that is done."""
         folder = self.output / "adapters" / cell.name
+        rate = cell.rate or self.rate or cell.learning_rate
         if not folder.exists():
             kept = ["--keep-every", str(KEEP_EVERY)] if cell.kept else []
             queries = STEP_QUERIES // self.accumulation
@@ -98,11 +99,15 @@ class Work:
                 cell.name, cell.method,
                 "train", "--adapter", "lora", *of_method(cell.method), "--collection", str(self.data / cell.collection),
                 *flags(TRAINING), "--batch-queries", str(queries), "--gradient-accumulation", str(self.accumulation),
-                "--loss", cell.loss, "--learning-rate", f"{cell.rate or self.rate or cell.learning_rate:g}",
+                "--loss", cell.loss, "--learning-rate", f"{rate:g}",
                 "--modules", cell.modules, "--r", str(cell.rank), "--seed", str(cell.seed), *kept,
                 "--output", str(folder), "--resume",
             )  # fmt: skip
         made = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+        found = {"learning rate": made["options"]["learning_rate"], "number type": made["model"]["dtype"]}
+        wanted = {"learning rate": rate, "number type": self.dtype or DTYPES[cell.method]}
+        if found != wanted:
+            raise SystemExit(f"{folder} was trained with {found}, and {wanted} is asked for: give another --output")
         told = {name: made[name] for name in ("training", "dev", "history", "versions", "machine")}
         options = {name: made["options"][name] for name in ("learning_rate", "loss")}
         write(self.results / "training" / f"{cell.name}.json", {**options, "dtype": made["model"]["dtype"], **told})

@@ -21,6 +21,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
@@ -249,3 +251,21 @@ def filled_layers(count: int) -> list[DynamicLayer]:
     """Return the empty layers of a cache whose filling ends with `Filled`."""
     layers = [DynamicLayer() for _ in range(count - 1)]  # type: ignore[no-untyped-call]
     return [*layers, LastLayer()]  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def keeps_all(model: Any) -> bool:
+    """Whether keys and values of one shape, in every layer, are all that a decoder remembers of a context; tried."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ()
+    if model._is_stateful or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        return False
+    cache: Any = DynamicCache()
+    cache.layers = filled_layers(config.num_hidden_layers)
+    try:
+        with suppress(Filled):
+            model(input_ids=torch.tensor([[1, 2]], device=model.device), past_key_values=cache, use_cache=True)
+    except Exception:  # layers that keep what they remember otherwise, whatever that ends in
+        return False
+    shapes = {None if each is None else each.shape for kept in cache.layers for each in (kept.keys, kept.values)}
+    return len(shapes) == 1 and None not in shapes

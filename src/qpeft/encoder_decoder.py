@@ -5,6 +5,7 @@ Source: Sachan et al. 2022, arXiv 2204.07496.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,19 @@ class EncoderDecoderLM(PretrainedLM):
     """Reads the context with its encoder, and says how likely its decoder finds the target."""
 
     has_encoder = True
+
+    @functools.cached_property
+    def _start(self) -> int:
+        """The token that the decoder begins with."""
+        decoder = self.model.config.get_text_config(decoder=True)
+        places = (
+            (self.model.config, "decoder_start_token_id"),
+            (self.model.generation_config, "decoder_start_token_id"),
+        )
+        for settings, name in (*places, (decoder, "bos_token_id")):
+            if isinstance(found := getattr(settings, name, None), int):
+                return found
+        raise ModelError(f"{self.name}: its configuration does not say which token the decoder begins with")
 
     def _forward(
         self, rows: Sequence[Row], with_passage: bool, adapters: Sequence[HintWriter | None]
@@ -49,7 +63,7 @@ class EncoderDecoderLM(PretrainedLM):
             raise ModelError(f"{self.name}: adapters are for decoder-only models")
         contexts, context_mask = pad_ids([row.context for row in rows])
         targets, target_mask = pad_ids(after)
-        start = torch.full((len(rows), 1), self.model.config.decoder_start_token_id)
+        start = torch.full((len(rows), 1), self._start)
         logits: Tensor = self.model(
             input_ids=contexts.to(self.device),
             attention_mask=context_mask.to(self.device),

@@ -7,6 +7,7 @@
     │   └── QueryError        … an empty query, or one that does not fit the model
     ├── OptionError           an unknown option, or options that contradict each other
     ├── ModelError            a model that cannot be found, opened or used
+    │   └── PassageCacheError … that remembers of a passage what the cache cannot keep
     ├── AdapterError          an adapter folder that is damaged, or made for another model
     ├── ScoreError            scores that cannot be ranked: NaN, infinite, duplicate ids
     ├── StateError            an unfinished or foreign file stands where output should go
@@ -54,6 +55,10 @@ class OptionError(QpeftError):
 
 class ModelError(QpeftError):
     """A model that cannot be found, opened or used for what was asked."""
+
+
+class PassageCacheError(ModelError):
+    """A model that remembers more of a passage than the passage cache can keep."""
 
 
 class AdapterError(QpeftError):

@@ -24,7 +24,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qpeft.depth import find_layers
-from qpeft.errors import ModelError
 
 _INTO_ATTENTION = re.compile(r"(^|[._])(q|k|v|qkv)(_proj)?$|query|key|value|c_attn$")
 _CROSS = re.compile(r"EncDecAttention|encoder_attn|crossattention", re.IGNORECASE)
@@ -153,8 +152,8 @@ def _decoder(layers: Sequence[LayerShape], rows: Sequence[tuple[int, int]]) -> i
 def shape_of(model: nn.Module) -> ModelShape | None:
     """Return the shape of a causal or encoder-decoder model of the transformers library.
 
-    None where it is not understood: no single list of layers, no attention heads, or experts without a number of those
-    that a token is sent to.
+    None where it is not understood: no single list of layers, no attention heads, heads that differ from layer to
+    layer, or experts without a number of those that a token is sent to.
     """
     if not isinstance(model, PreTrainedModel):
         return None
@@ -164,7 +163,7 @@ def shape_of(model: nn.Module) -> ModelShape | None:
             return ModelShape(_layer_shapes(opened), _head(opened))
         encoder, decoder = _layer_shapes(opened.get_encoder()), _layer_shapes(opened.get_decoder())
         return ModelShape(decoder, _head(opened), encoder)
-    except (ModelError, AttributeError):
+    except Exception:  # whatever a configuration raises that tells shapes in another way, such as layer by layer
         return None
 
 

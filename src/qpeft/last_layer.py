@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from qpeft import cpu_attention
+from qpeft.agreement import agree
 from qpeft.context_store import Filled
 from qpeft.depth import Layers
 
@@ -33,6 +34,8 @@ CACHES = ("past_key_values", "layer_past")
 """What layers call the cache."""
 MULTIPLE = 8
 """As many positions of a row are computed, or a multiple: on CPUs a kernel is compiled for every shape that is new."""
+TRIED = 16
+"""Positions of the rows that it is tried with."""
 _KNOWN = {"hidden_states", "attention_mask", "position_ids", "position_embeddings"}
 
 
@@ -48,6 +51,26 @@ class LastLayer:
         self._lock = threading.Lock()
         self._users = 0
         self._replaced = ExitStack()
+
+    @torch.no_grad()
+    def works(self, model: Any) -> bool:
+        """Whether a model's last states are the same with this as without; tried with two rows of unlike lengths.
+
+        Attention that makes a mask by itself, for as many positions as it is given, would take those that count for the
+        last ones.
+        """
+        ids = torch.arange(10, 10 + 2 * TRIED, device=model.device) % model.config.get_text_config().vocab_size
+        positions = torch.arange(TRIED, device=model.device)[None]
+        inputs = {"input_ids": ids.view(2, TRIED), "position_ids": positions, "use_cache": False}
+        wanted = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        wanted[0, 3] = wanted[1, TRIED - 2] = True
+        try:
+            whole = model.base_model(**inputs).last_hidden_state
+            with self.only_at(wanted):
+                some = model.base_model(**inputs).last_hidden_state
+        except Exception:  # a layer that takes its arguments otherwise, whatever that ends in
+            return False
+        return agree(whole[wanted], some[wanted])
 
     @contextmanager
     def only_at(self, wanted: Tensor) -> Iterator[None]:
@@ -84,7 +107,6 @@ class _StandIn:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self._signature.bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
-        given = {name: value for name, value in given.items() if value is not None}
         if not self._understood(given):
             return self._layer(*args, **kwargs)
         states = given.pop("hidden_states")
@@ -122,9 +144,9 @@ class _Places:
 
     def choose(self, name: str, value: Any) -> Any:
         """Return what belongs to the positions of an argument of a layer."""
-        if name == "position_embeddings":
-            return tuple(map(self.of_states, value))
-        return self.of_states(value) if name == "position_ids" else value
+        if name == "position_embeddings" and value is not None:
+            return tuple(map(self.of_states, value)) if isinstance(value, tuple) else self.of_states(value)
+        return self.of_states(value) if name == "position_ids" and value is not None else value
 
     def of_states(self, values: Tensor) -> Tensor:
         """Return `[B, K, …]` of values `[B or 1, S, …]`."""

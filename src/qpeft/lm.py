@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from qpeft.compiled import Compiled
-from qpeft.context_store import ContextStore, Encoded
+from qpeft.context_store import ContextStore, Encoded, keeps_all
 from qpeft.depth import Layers, find_layers
 from qpeft.encoding import AHEAD, ContextEncoder
-from qpeft.errors import ModelError, OptionError
+from qpeft.errors import ModelError, OptionError, PassageCacheError
 from qpeft.flops import decoder_flops
 from qpeft.hints import HintWriter, Pairs, Slots, changing, common_layer, grouped
 from qpeft.last_layer import KERNELS, LastLayer
@@ -52,7 +52,8 @@ class CausalLM(ContextEncoder):
         compiled: the parts of its layers that were compiled.
 
     Raises:
-        ModelError: a store was given, but what the model remembers of a context is more than keys and values (Mamba).
+        PassageCacheError: a store was given, but what the model remembers of a context is more than keys and values of
+            one shape in every layer (Mamba).
     """
 
     has_encoder = False
@@ -81,12 +82,12 @@ class CausalLM(ContextEncoder):
         self._last: LastLayer | None = None
         with suppress(ModelError):
             self._layers = find_layers(model)
-            self._last = LastLayer(self._layers)
+            last = LastLayer(self._layers)
+            self._last = last if self.attention_kernel not in KERNELS or last.works(model) else None
         self._contexts = Past(model)
         self._applied: HintWriter | None = None
-        kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-        if store is not None and (model._is_stateful or not set(kinds) <= {"full_attention", "sliding_attention"}):
-            raise ModelError(f"{name}: the passage cache is for models whose layers are all attention")
+        if store is not None and not keeps_all(model):
+            raise PassageCacheError(f"{name}: the passage cache is for models whose layers are all attention")
 
     @property
     def embeddings(self) -> Any:
@@ -207,7 +208,7 @@ class CausalLM(ContextEncoder):
         """Change the model where an adapter does so, and spare its last layer what is not `wanted` `[B, S]`."""
         with (
             nullcontext() if batch.changing is self._applied else self._changed_by(batch.changing),
-            self._last.only_at(wanted) if self._last and batch.sparing else nullcontext(),
+            self._last.only_at(wanted) if self._last is not None and batch.sparing else nullcontext(),
         ):
             yield
 
@@ -224,7 +225,7 @@ class CausalLM(ContextEncoder):
     def spares_last_layer(self) -> bool:
         """Whether whole rows go through the last layer only where a token is predicted."""
         whole = self._layers is not None and len(self._layers.modules) == self._depth
-        return whole and self.attention_kernel in KERNELS
+        return whole and self._last is not None and self.attention_kernel in KERNELS
 
     def _count_rows(self, batch: Batch, predicted: int, more: int = 0) -> None:
         """Add a forward pass to what was computed: tokens that the head predicts, and more FLOPs behind the layers."""
@@ -360,7 +361,9 @@ class CausalLM(ContextEncoder):
         """Return mask and positions, and the contexts' keys and values, left-padded so that they end together."""
         mask = layout.mask.long()
         if encoded is None and self.padding_side == "right":  # what stands behind a row's tokens is not seen by them
-            return {"position_ids": torch.arange(mask.shape[1], device=self.device)[None], "use_cache": False}
+            # padding may reach further than the model has positions
+            positions = torch.arange(mask.shape[1]).clamp(max=self.max_length - 1)[None]
+            return {"position_ids": positions.to(self.device), "use_cache": False}
         if encoded is None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             return {

@@ -25,6 +25,7 @@ from transformers import (
 
 from qpeft import cpu_attention, methods
 from qpeft.adapters._folder import base_identity
+from qpeft.agreement import agree
 from qpeft.compiled import Compiled
 from qpeft.context_store import ContextStore
 from qpeft.encoder_decoder import EncoderDecoderLM
@@ -85,6 +86,7 @@ def load_lm(config: ModelConfig) -> LanguageModel:
     head = _head(model, Path(path), info, config.model)
     _choose_attention(model, config.attention_kernel, device)
     _check_causal(model, config.model)
+    _check_positions(model, config.model)
     facts |= {
         "head": head,
         "has_words": not _classifies(settings),
@@ -93,9 +95,16 @@ def load_lm(config: ModelConfig) -> LanguageModel:
     }
     lm = CausalLM(model, tokenizer, **facts)
     if config.passage_cache_folder is not None and lm.store is not None:
-        own = {**base_identity(lm), "dtype": lm.dtype, "storage": config.passage_cache_storage}
-        lm.store.folder = Path(config.passage_cache_folder) / fingerprint(own)[:16]
+        lm.store.folder = Path(config.passage_cache_folder) / _name_of_contexts(lm, config)
     return lm
+
+
+def _name_of_contexts(lm: CausalLM, config: ModelConfig) -> str:
+    """Return a name that is the same for contexts with the same numbers alone."""
+    own = {**base_identity(lm), "dtype": lm.dtype, "storage": config.passage_cache_storage}
+    if config.quantization != "none":
+        own["quantization"] = config.quantization
+    return fingerprint(own)[:16]
 
 
 def _classifies(settings: Any) -> bool:
@@ -256,11 +265,12 @@ def _batch_tokens(device: torch.device, config: ModelConfig) -> int:
 
 
 def _context_store(config: ModelConfig) -> ContextStore | None:
-    if config.passage_cache < 0:
-        raise OptionError(f"--passage-cache is {config.passage_cache}; it must not be negative")
-    if not config.passage_cache and config.passage_cache_folder is None:
+    size = config.passage_cache or 0.0
+    if size < 0:
+        raise OptionError(f"--passage-cache is {size}; it must not be negative")
+    if not size and config.passage_cache_folder is None:
         return None
-    return ContextStore(int(config.passage_cache * 2**30), storage=config.passage_cache_storage)
+    return ContextStore(int(size * 2**30), storage=config.passage_cache_storage)
 
 
 def _choose_attention(model: Any, name: str, device: torch.device) -> None:
@@ -275,7 +285,7 @@ def _choose_attention(model: Any, name: str, device: torch.device) -> None:
     try:
         model.set_attn_implementation(cpu_attention.NAME if name == "auto" else name)
         _two_rows(model)
-    except (ValueError, ImportError, NotImplementedError) as error:
+    except (ValueError, ImportError, NotImplementedError, AttributeError) as error:
         if name != "auto":
             raise OptionError(f"--attention-kernel {name}: {str(error).splitlines()[0]}") from error
         model.set_attn_implementation(before)  # it needs more than ours can do
@@ -287,11 +297,15 @@ def _two_rows(model: Any) -> torch.Tensor:
 
     Logits `[2, V]`, or of a classifier the last states `[2, d]`.
     """
-    rows = torch.tensor([[1, 2], [1, 3]], device=model.device)
+    return _outputs(model, torch.tensor([[1, 2], [1, 3]], device=model.device))[:, 0].float()
+
+
+def _outputs(model: Any, ids: torch.Tensor, **more: Any) -> torch.Tensor:
+    """Return logits `[B, T, V]`, or of a classifier the last states `[B, T, d]`."""
     if _classifies(model.config):
-        states: torch.Tensor = model.base_model(input_ids=rows, use_cache=False).last_hidden_state[:, 0].float()
+        states: torch.Tensor = model.base_model(input_ids=ids, use_cache=False, **more).last_hidden_state
         return states
-    logits: torch.Tensor = model(input_ids=rows, use_cache=False).logits[:, 0].float()
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False, **more).logits
     return logits
 
 
@@ -310,9 +324,19 @@ def _check_causal(model: Any, name: str) -> None:
         raise ModelError(f"model {name!r} reads in both directions, so it gives no likelihoods")
 
 
+@torch.inference_mode()
+def _check_positions(model: Any, name: str) -> None:
+    """Refuse a model that numbers its positions otherwise than from 0, such as RoBERTa: they are given it here."""
+    ids = torch.tensor([[3, 4, 5, 6]], device=model.device)
+    if not agree(_outputs(model, ids), _outputs(model, ids, position_ids=torch.arange(4, device=model.device)[None])):
+        raise ModelError(f"model {name!r} does not number its positions from 0, and is not supported")
+
+
 def _context_length(settings: Any) -> int | None:
     text = settings.get_text_config() if hasattr(settings, "get_text_config") else settings
     for name in ("max_position_embeddings", "n_positions", "seq_length"):
+        if name == "n_positions" and hasattr(text, "relative_attention_num_buckets"):
+            continue  # of T5, whose positions are relative: what it was trained on, and no limit
         value = getattr(text, name, None)
         if isinstance(value, int) and value > 0:
             return value

@@ -128,16 +128,24 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 """By name. Besides scores and mask, each takes those of the options of `loss` that its signature names."""
 
 
+COMPARING = frozenset({"pair", "ranknet", "softmax", "plackett_luce", "margin_mse"})
+"""Those that are 0 where a group has one passage."""
 ScoreKind = Literal["log_likelihood", "log_odds", "answers"]
 """Scores with a bound of 0, or with 0 in the middle; of the latter, those that are the log-odds of two answers."""
 
 
-def check_loss(name: str, *, teacher: bool, scores: ScoreKind | None = None) -> None:
+def check_loss(name: str, *, teacher: bool, scores: ScoreKind | None = None, alone: bool = False) -> None:
     """Raise the error that a loss would end in, before there are any scores.
+
+    Args:
+        name: of the loss.
+        teacher: whether there is one.
+        scores: their kind.
+        alone: whether positives stand alone, without negatives.
 
     Raises:
         OptionError: no loss has this name, or it learns from a teacher and there is none; or it makes no sense for
-            scores of this kind.
+            scores of this kind, or without negatives.
     """
     if name not in LOSSES:
         raise OptionError(f"unknown loss {name!r}{nearest(name, LOSSES)}")
@@ -149,6 +157,8 @@ def check_loss(name: str, *, teacher: bool, scores: ScoreKind | None = None) -> 
         raise OptionError("--loss cross_entropy: 0 must be the middle of the scores: --method classifier or yes_no")
     if scores in ("log_likelihood", "log_odds") and name == "sft":
         raise OptionError("--loss sft: it learns the tokens of two answers, which only --method yes_no has")
+    if alone and name in COMPARING:
+        raise OptionError(f"--loss {name}: it compares passages, and no query has negatives; see --negatives")
 
 
 def loss(

@@ -31,8 +31,9 @@ class ModelConfig:
     """Run Python code that comes with the model."""
     batch_tokens: int | None = None
     """Padded tokens in one forward pass; halved for as long as memory runs out."""
-    passage_cache: float = 0.0
-    """GiB of the device's memory for encoded passages: a second query is cheap then (query likelihood, no LoRA)."""
+    passage_cache: float | None = None
+    """GiB of the device's memory for encoded passages: a second query is cheap then (query likelihood, no LoRA); by
+    default 4 in training and 0 elsewhere."""
     passage_cache_folder: str | None = None
     """Folder for encoded passages that memory does not hold; qpeft index-cache fills it ahead."""
     passage_cache_storage: Literal["exact", "int8", "fp8"] = "exact"

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from qpeft import cpu_attention
+from qpeft.agreement import agree
 from qpeft.cpu_attention import Contexts
 
 
@@ -49,15 +50,18 @@ class Past:
 
     @torch.no_grad()
     def _layers_hand_on(self, context: Tensor) -> bool:
-        """Whether the layers hand the cache's keys to attention as they are; tried once."""
+        """Whether the layers hand the cache's keys and values to attention as they are; tried once."""
         if self._hands_on is None:
-            cache = DynamicCache()
-            cache.layers = [*_apart([context])]
             past = torch.tensor([[context.shape[3]]], device=context.device)
             mask = past.new_ones(1, context.shape[3] + 1)
+            logits = []
             try:
-                self._model(input_ids=past * 0, attention_mask=mask, position_ids=past, past_key_values=cache)
-                self._hands_on = True
+                for layers in (_apart([context]), _stacked([context], 1)):
+                    cache = DynamicCache()
+                    cache.layers = [*layers]
+                    given = {"attention_mask": mask, "position_ids": past, "past_key_values": cache}
+                    logits.append(self._model(input_ids=past * 0, **given).logits)
+                self._hands_on = agree(*logits)
             except Exception:  # keys without their contexts do not fit the mask, whatever that ends in
                 self._hands_on = False
         return self._hands_on

@@ -75,7 +75,7 @@ def test_all_judged_queries_count_and_no_others():
     assert found.per_query["RR@10"] == {"q1": 0.5, "missing": 0.0, "nothing judged": 0.0}
     assert found.per_query["AP"] == {"q1": 0.5, "missing": 0.0, "nothing judged": 0.0}
     assert found.per_query["CandR@1"] == {"q1": 0.0, "missing": 0.0, "nothing judged": 0.0}
-    assert found.per_query["CandR_clean@1"] == {"q1": 0.0}
+    assert found.per_query["CandR_clean@1"] == {"q1": 0.0, "missing": 0.0}, "to skip a query must not pay"
     assert found.means["RR@10"] == pytest.approx(0.5 / 3)
 
 

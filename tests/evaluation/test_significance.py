@@ -37,7 +37,7 @@ def test_p_values_are_scipys():
     a, b = scores(1), scores(2, gain=0.08)
     (found,) = compare(evaluation("a", m=a), [evaluation("b", m=b)], resamples=2000)
     assert found.p_values["t"] == pytest.approx(stats.ttest_rel(b, a).pvalue)
-    assert found.p_values["wilcoxon"] == pytest.approx(stats.wilcoxon(np.subtract(b, a)).pvalue)
+    assert found.p_values["wilcoxon"] == pytest.approx(stats.wilcoxon(np.subtract(b, a).round(9)).pvalue)
     reference = stats.permutation_test(
         (np.array(b), np.array(a)),
         lambda x, y, axis: np.mean(x - y, axis=axis),
@@ -105,6 +105,10 @@ def test_holm_lies_between_no_correction_and_bonferronis(p_values):
 def test_degenerate_differences_give_no_warning_and_no_made_up_p():
     zeros, one, equal, none = np.zeros(5), np.array([0.5]), np.full(4, 0.25), np.array([])
     assert (paired_t(zeros), wilcoxon(zeros), permutation(zeros)) == (1.0, 1.0, 1.0)
+    rounded = np.array([1 / 2 - 1 / 3, 1 / 6, -1 / 6, 0.5, 1.0, -0.25, 1 / 3])
+    exact = np.array([2, 2, -2, 6, 12, -3, 4])  # twelfths
+    assert len(set(np.abs(rounded))) > len(set(np.abs(exact))), "rounding makes two of one"
+    assert wilcoxon(rounded) == stats.wilcoxon(exact).pvalue
     assert (paired_t(one), wilcoxon(one), permutation(one)) == (None, 1.0, 1.0)
     assert paired_t(equal) is None
     assert permutation(equal) == 2 / 2**4

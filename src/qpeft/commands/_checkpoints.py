@@ -38,13 +38,13 @@ def read_mark(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def claim(checkpoints: Path, mark: dict[str, Any], begun: dict[str, Any]) -> Iterator[None]:
-    """Leave a mark beside the checkpoints, and keep processes of other trainings from them."""
+def claim(checkpoints: Path, mark: dict[str, Any]) -> Iterator[None]:
+    """Keep processes of other trainings from the checkpoints, and leave a mark beside them."""
     if not processes().first:
         yield
         return
-    leave_mark(checkpoints, mark, begun)
     with claimed(checkpoints):
+        leave_mark(checkpoints, mark, read_mark(checkpoints) if any(checkpoints.glob("checkpoint-*")) else {})
         yield
 
 

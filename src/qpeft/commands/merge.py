@@ -54,7 +54,8 @@ def run(config: Config, model: ModelConfig) -> None:
     opened = open_adapter(config.adapter, lm, None)
     base = base_identity(lm)
     merged, beside = merge(lm, opened)
-    stored = AutoConfig.from_pretrained(model_path(model.model), revision=model.revision).dtype
+    code = model.trust_remote_code
+    stored = AutoConfig.from_pretrained(model_path(model.model), revision=model.revision, trust_remote_code=code).dtype
     dtype = DTYPES[str(stored or "float32").removeprefix("torch.")] if model.dtype == "auto" else DTYPES[model.dtype]
     merged.to(dtype)
     tensors = {**merged.state_dict(), **{name: tensor.to(dtype) for name, tensor in beside.items()}}
@@ -62,7 +63,9 @@ def run(config: Config, model: ModelConfig) -> None:
     try:
         merged.save_pretrained(temporary, state_dict=tensors)
         lm.tokenizer.save_pretrained(temporary)
-        template = {k: v for k, v in dataclasses.asdict(opened.template).items() if v not in (None, False, "")}
+        template = {
+            k: v for k, v in dataclasses.asdict(opened.template).items() if v is not None and v is not False and v != ""
+        }
         (temporary / TEMPLATE).write_text(yaml.safe_dump(template, sort_keys=False, allow_unicode=True), "utf-8")
         facts = {
             "command": "merge",

@@ -22,7 +22,7 @@ from qpeft.commands._checkpoints import BEGUN, claim, leave_mark, read_begun, re
 from qpeft.commands._peek import peek
 from qpeft.commands._training_data import find_dev_candidates, read_teacher, read_training_groups, say, say_counts
 from qpeft.data.collection import open_collection
-from qpeft.errors import OptionError, nearest
+from qpeft.errors import OptionError, PassageCacheError, nearest
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import file_fingerprint, fingerprint, provenance
 from qpeft.template import Prompt, Template, load_template
@@ -91,6 +91,8 @@ class Config:
     """Write curves of loss and dev measure as a picture."""
 
     def __post_init__(self) -> None:
+        if not Path(self.output).name:
+            raise OptionError(f"--output {self.output}: it must name a folder to make")
         for name in ("train_queries", "dev_queries", "dev_depth", "negative_depth", "max_passage_tokens", "keep_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -145,7 +147,8 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
     from qpeft.training.dev import DevRanking
     from qpeft.training.trainer import Collator, fit
 
-    check_loss(training.loss, teacher=teacher is not None, scores=method.SCORES)
+    alone = not training.in_batch and not (training.negatives and any(group.negatives for group in groups))
+    check_loss(training.loss, teacher=teacher is not None, scores=method.SCORES, alone=alone)
     lm, described = _open_lm(config, model, begun)
     opened = _build(config, template, adapter_config, own, lm)
     adapter = opened.adapter
@@ -184,7 +187,7 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
         method=opened.method,
         method_options=opened.method_options,
     )
-    with claim(checkpoints, mark, begun):
+    with claim(checkpoints, mark):
         fitted = fit(
             lm,
             adapter,
@@ -237,8 +240,10 @@ def _with_defaults(config: Config, training: TrainingConfig) -> Config:
             split=config.split or "train",
             negative_depth=50 if config.negative_depth is None else config.negative_depth,
         )
-    if config.dev_run is not None and (config.collection is None or config.dev_split is None):
-        raise OptionError("--dev-run needs --collection and --dev-split: queries and judgements are theirs")
+    dev = config.collection is not None and config.dev_split is not None
+    for name, given in (("--dev-run", config.dev_run is not None), ("--patience", training.patience > 0)):
+        if given and not dev:
+            raise OptionError(f"{name} needs --collection and --dev-split: dev queries and judgements are theirs")
     if config.hint_queries != "own" and config.method != "query_likelihood":
         raise OptionError(f"--hint-queries {config.hint_queries} is for --method query_likelihood")
     if config.teacher is not None:
@@ -303,11 +308,18 @@ def _open_lm(config: Config, model: ModelConfig, begun: Mapping[str, Any]) -> tu
 
     from qpeft.loading import describe_lm, load_lm
 
-    if not model.passage_cache and not getattr(adapters.load(config.adapter), "CHANGES_LM", False):
-        model = dataclasses.replace(model, passage_cache=4.0)
-    model = dataclasses.replace(model, device=processes().device(model.device))
+    model = dataclasses.replace(model, device=processes().device(model.device), dtype=begun.get("dtype", model.dtype))
     torch.set_num_threads(begun.get("threads", torch.get_num_threads()))  # the size of batches follows it
-    lm: Any = load_lm(dataclasses.replace(model, dtype=begun.get("dtype", model.dtype)))
+    changes = getattr(adapters.load(config.adapter), "CHANGES_LM", False)
+    lm: Any
+    if model.passage_cache is None and not changes:
+        try:
+            lm = load_lm(dataclasses.replace(model, passage_cache=4.0))
+        except PassageCacheError as error:
+            say(f"{error}; rows go through it whole")
+            lm = load_lm(model)
+    else:
+        lm = load_lm(model)
     # As in reranking: the last bits depend on the number type, which may be chosen by measurement, and on the threads.
     torch.set_num_threads(begun.get("threads", torch.get_num_threads()))
     memory.hold()
@@ -320,7 +332,9 @@ def _keep_all_or_none(lm: Any, adapter: HintWriter, needed: Callable[[], int]) -
     """Keep no contexts if they do not all fit; see `training.contexts`."""
     from qpeft.context_store import ContextStore
 
-    if adapter.changes_lm or lm.store.folder is not None or (size := needed()) <= lm.store.capacity:
+    if adapter.changes_lm or lm.store is None or lm.store.folder is not None:
+        return
+    if (size := needed()) <= lm.store.capacity:
         return
     gib = [f"{some / 2**30:,.1f}" for some in (size, lm.store.capacity)]
     say(f"encoded contexts would take about {gib[0]} GiB, --passage-cache is {gib[1]}: they are encoded every time")

@@ -74,7 +74,8 @@ def evaluate(run: Run, qrels: Qrels, measures: str | Sequence[str]) -> Evaluatio
     """Evaluate a run per query and on average.
 
     All queries of `qrels` count, and no others: a judged query that the run does not rank scores 0, as with
-    `trec_eval -c`; a ranked query without judgements is ignored.
+    `trec_eval -c`; a ranked query without judgements is ignored. So do the clean candidate measures: they leave out
+    queries whose candidates hold nothing relevant, and none that the run skips, unless nothing is relevant for it.
 
     Args:
         run: what is evaluated is the order of its rankings; for those made by `Ranking.from_scores` this is the
@@ -94,7 +95,8 @@ def evaluate(run: Run, qrels: Qrels, measures: str | Sequence[str]) -> Evaluatio
     for query_id, grades in qrels.items():
         ranked = [grades.get(hit.passage_id, 0) for hit in run[query_id].hits] if query_id in run else []
         for measure in candidate_based:
-            value = measure.value(ranked)
+            skipped = query_id not in run and any(grade >= measure["rel"] for grade in grades.values())
+            value = 0.0 if skipped else measure.value(ranked)
             if value is not None:
                 values[str(measure)][query_id] = value
     others = [measure for measure in parsed if not isinstance(measure, CandidateMeasure)]

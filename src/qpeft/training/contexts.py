@@ -29,7 +29,7 @@ SAMPLE = 200
 def contexts_bytes(
     lm: CausalLM, prompt: Prompt, groups: Sequence[Group], config: TrainingConfig, dev: Sequence[Candidates]
 ) -> int:
-    """Return about how many bytes the encoded contexts of all epochs take, those of dev among them.
+    """Return about how many bytes the encoded contexts of all epochs take, those of dev among them; 0 if none are.
 
     Args:
         lm: the frozen model; it encodes one context.
@@ -45,6 +45,8 @@ def contexts_bytes(
     every = max(1, len(pairs) // SAMPLE)
     rows = [prompt.rows(query, passage)[0] for query, passage in pairs[::every]]
     lengths = [len(row.context[: row.hint]) for row in rows]
+    if not all(lengths):
+        return 0  # hints stand before everything, and nothing is encoded by itself
     cache = lm.encode(rows[0].context[: rows[0].hint]).cache
     return int((min(drawn, len(known)) + len(ranked)) * sum(lengths) / len(lengths) * cache.nbytes / cache.shape[3])
 

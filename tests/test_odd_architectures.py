@@ -1,0 +1,110 @@
+"""Architectures whose attention, positions or memory are unlike what saves work elsewhere: scored right, or refused."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qpeft.errors import ModelError, PassageCacheError
+from qpeft.loading import _name_of_contexts, load_lm
+from qpeft.model_config import ModelConfig
+from qpeft.template import Prompt, load_template
+from qpeft.types import Passage
+from reference import naive_log_probs
+from test_lm import QUERY, assert_close, rows_for
+from tiny_models import GATED, SMALL, SPECIAL, VOCABULARY, build_family, wordpiece_tokenizer
+
+LATENT = {
+    **GATED, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+}  # fmt: skip
+SHARING = {
+    **GATED, "head_dim": 8, "sliding_window": 8, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+KEEPING = {
+    # makes its own mask, for the last positions that there are
+    "gpt_neo": {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 8,
+        "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 128, "intermediate_size": 48,
+    },
+    "falcon": {**SMALL, "max_position_embeddings": 128, "multi_query": True},  # layers need an argument that is None
+    "diffllama": GATED,  # changes values between the cache and attention
+    "doge": GATED,  # attention that does not say whether it is causal
+    "opt": {**SMALL, "ffn_dim": 48, "max_position_embeddings": 128, "word_embed_proj_dim": 32},
+    "cohere2": {**GATED, "sliding_window": 8},
+}  # fmt: skip
+NOT_KEEPING = {
+    "deepseek_v2": LATENT,  # rotations as complex numbers; keys are wider than values
+    "deepseek_v3": LATENT,
+    "gemma3n_text": {**SHARING, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4},  # layers share keys
+    "gemma4_text": {**SHARING, "global_head_dim": 16},  # heads of two sizes
+    "lfm2": {**GATED, "layer_types": ["conv", "full_attention"]},
+}
+
+
+def save(name, folder, **options):
+    """Write a tiny model of an architecture with a tokenizer, and return the folder's name."""
+    torch.manual_seed(0)
+    settings = {**KEEPING, **NOT_KEEPING}.get(name, {})
+    config = AutoConfig.for_model(name, **{**settings, **SPECIAL, **options})
+    for each in list(config.to_dict()):
+        if "drop" in each and isinstance(getattr(config, each), float):
+            setattr(config, each, 0.0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    wordpiece_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def opened(folder, **options):
+    return load_lm(ModelConfig(folder, dtype="float32", device="cpu", **options))
+
+
+@pytest.mark.parametrize("name", [*KEEPING, *NOT_KEEPING])
+def test_scores_are_the_naive_reference_s(name, tmp_path):
+    folder = save(name, tmp_path)
+    lm = opened(folder)
+    rows = rows_for(lm)
+    expected = [naive_log_probs(lm.model, row) for row in rows]
+    assert_close(lm.log_probs(rows), expected)
+    if name in NOT_KEEPING:
+        with pytest.raises(PassageCacheError, match="the passage cache is for models whose layers are all attention"):
+            opened(folder, passage_cache=0.1)
+    else:
+        kept = opened(folder, passage_cache=0.1)
+        assert_close(kept.log_probs(rows), expected)
+        assert kept.store.hits + kept.store.misses > 0
+
+
+@pytest.mark.parametrize(("name", "spared"), [("gpt_neo", False), ("falcon", True), ("deepseek_v2", True)])
+def test_the_last_layer_is_spared_where_that_works(name, spared, tmp_path):
+    assert opened(save(name, tmp_path)).spares_last_layer == spared
+
+
+def test_padding_may_reach_further_than_there_are_positions(tmp_path):
+    build_family("gpt2", n_positions=41).save_pretrained(tmp_path)
+    wordpiece_tokenizer().save_pretrained(tmp_path)
+    passage = Passage("long", "the light of the sky is blue and the sea is salty " * 10)
+    for cache in (None, 0.1):
+        lm = opened(str(tmp_path), passage_cache=cache)
+        rows = Prompt(load_template("plain"), lm.tokenizer, lm.max_length).rows(QUERY, passage)
+        assert len(rows[0]) == 41
+        assert_close(lm.log_probs(rows), [naive_log_probs(lm.model, row) for row in rows])
+
+
+def test_positions_that_do_not_start_at_0_are_refused(tmp_path):
+    folder = save("roberta", tmp_path, **SMALL, intermediate_size=48, max_position_embeddings=130, is_decoder=True)
+    with pytest.raises(ModelError, match="does not number its positions from 0"):
+        opened(folder)
+
+
+def test_contexts_of_quantised_weights_are_kept_apart(saved_model):
+    config = {each: ModelConfig(str(saved_model), quantization=each) for each in ("none", "8bit", "4bit")}
+    lm = opened(str(saved_model))
+    assert len({_name_of_contexts(lm, each) for each in config.values()}) == 3
