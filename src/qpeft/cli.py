@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from qpeft.errors import OptionError, QpeftError, nearest
@@ -53,6 +54,9 @@ KEPT_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": 
 default in each of two places: memory grows by hundreds of MB before it levels off. Read when torch is imported."""
 
 
+_OPTION = re.compile(r"--[\w-]+(=.*)?", re.DOTALL)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -86,6 +90,7 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         verbs = [verb for verb in COMMANDS if verb.startswith(f"{name} ")]
         raise OptionError(f"{name!r} is followed by one of: {', '.join(verbs)}" if verbs else _unknown(name))
+    rest = [_dashed(argument) for argument in rest]
     module = importlib.import_module(f"qpeft.commands.{name.replace(' ', '_').replace('-', '_')}")
     configs = module.configs(rest) if hasattr(module, "configs") else (module.Config,)
     module.run(*parse(name, module.__doc__ or "", configs, rest))
@@ -131,11 +136,12 @@ def parse(name: str, description: str, configs: Sequence[type[Any]], arguments: 
         known = ["config"] + [field.name for config in configs for field in dataclasses.fields(config)]
         for config in configs:
             _add_options(parser, config)
-        values = parser.parse_args([_dashed(argument) for argument in arguments])
+        lists = {name for config in configs for name, hint in get_type_hints(config).items() if _is_list(hint)}
+        values = parser.parse_args(_gathered(list(map(_dashed, arguments)), lists))
     filled = []
     for config in configs:
         names = [field.name for field in dataclasses.fields(config)]
-        filled.append(config(**{n: _frozen(values[n]) for n in names}))
+        filled.append(config(**{name: _tuple(values[name]) if name in lists else values[name] for name in names}))
     return filled
 
 
@@ -160,8 +166,9 @@ def _add_options(parser: Any, config: type[Any]) -> None:
             options["required"] = True
         else:
             options["default"] = field.default
-        if get_origin(hint) is tuple:
-            options |= {"action": "append", "type": get_args(hint)[0]}
+        if _is_list(hint):
+            options["type"] = list[get_args(hint)[0]] | get_args(hint)[0]  # type: ignore[misc]
+            options["metavar"] = field.name.upper()
             if not required:
                 options["default"] = list(options["default"])
         elif hint is bool:
@@ -172,15 +179,39 @@ def _add_options(parser: Any, config: type[Any]) -> None:
 
 
 def _dashed(argument: str) -> str:
-    """Spell option names with dashes, whichever way they were typed."""
-    if not argument.startswith("--"):
+    """Spell option names with dashes, whichever way they were typed; what else begins with dashes is a text."""
+    if not _OPTION.fullmatch(argument):
         return argument
     name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
+    spelt = name.replace("_", "-")
+    return ("--print_config" if spelt == "--print-config" else spelt) + equals + value
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _is_list(hint: Any) -> bool:
+    return get_origin(hint) is tuple
+
+
+def _gathered(arguments: Sequence[str], lists: Collection[str]) -> list[str]:
+    """Return arguments in which an option that may be given several times stands once, with all its values."""
+    rest: list[str] = []
+    found: dict[str, list[str]] = {}
+    remaining = list(arguments)
+    while remaining:
+        name, equals, value = remaining.pop(0).partition("=")
+        if name.removeprefix("--").replace("-", "_") not in lists or not _OPTION.fullmatch(name):
+            rest.append(name + equals + value)
+        elif equals:
+            found.setdefault(name, []).append(value)
+        elif remaining and not _OPTION.fullmatch(remaining[0]):
+            found.setdefault(name, []).append(remaining.pop(0))
+        else:
+            rest.append(name)  # whose value is missing, as the parser will say
+    return [*rest, *(f"{name}={json.dumps(values)}" for name, values in found.items())]
+
+
+def _tuple(values: Any) -> Any:
+    """Return what was given as a tuple: in YAML, one of several may stand without brackets."""
+    return (values,) if isinstance(values, str) else tuple(values)
 
 
 def _one_line(message: str, known: Sequence[str]) -> str:

@@ -53,21 +53,12 @@ def load_lm(config: ModelConfig) -> LanguageModel:
     device = choose_device(config.device)
     config = tuned(config, device)
     dtype = choose_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
-    try:
-        settings = AutoConfig.from_pretrained(path, **options)
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        opened: Any = _class(settings).from_pretrained(
-            path, dtype=dtype, output_loading_info=True, **_quantized(config, device), **options
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(_explain(config, error)) from error
-    model, info = opened
-    if info["missing_keys"]:
-        raise ModelError(f"model {config.model!r} is no language model: {min(info['missing_keys'])} has no weights")
+    settings, tokenizer, model, info = _open(path, config, options, dtype, device)
     if config.quantization == "none":
         model = model.to(device)
-    if config.max_length is not None and config.max_length < 1:
-        raise OptionError(f"--max-length is {config.max_length}; it must be at least 1")
+    for name, given in (("max-length", config.max_length), ("batch-tokens", config.batch_tokens)):
+        if given is not None and given < 1:
+            raise OptionError(f"--{name} is {given}; it must be at least 1")
     limit = _context_length(settings)
     if config.max_length is not None:
         limit = config.max_length if limit is None else min(limit, config.max_length)
@@ -99,12 +90,47 @@ def load_lm(config: ModelConfig) -> LanguageModel:
     return lm
 
 
+def _open(path: str, config: ModelConfig, options: dict[str, Any], dtype: torch.dtype, device: torch.device) -> Any:
+    """Return configuration, tokenizer and model of a folder or hub name, and what was missing or in excess.
+
+    Raises:
+        ModelError: see `load_lm`.
+    """
+    try:
+        settings = AutoConfig.from_pretrained(path, **options)
+        tokenizer = _tokenizer(path, options)
+        opened: Any = _class(settings).from_pretrained(
+            path, dtype=dtype, output_loading_info=True, **_quantized(config, device), **options
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(_explain(config, error)) from error
+    model, info = opened
+    if info["missing_keys"]:
+        raise ModelError(f"model {config.model!r} is no language model: {min(info['missing_keys'])} has no weights")
+    return settings, tokenizer, model, info
+
+
 def _name_of_contexts(lm: CausalLM, config: ModelConfig) -> str:
     """Return a name that is the same for contexts with the same numbers alone."""
     own = {**base_identity(lm), "dtype": lm.dtype, "storage": config.passage_cache_storage}
     if config.quantization != "none":
         own["quantization"] = config.quantization
     return fingerprint(own)[:16]
+
+
+def _tokenizer(path: str, options: dict[str, Any]) -> Any:
+    """Open a tokenizer.
+
+    Raises:
+        OSError: there is none, or it cannot be read; transformers makes an empty one where its files are missing.
+    """
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, **options)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise OSError(f"its tokenizer cannot be read ({type(error).__name__}: {error})") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise OSError("it has no tokenizer, or an empty one: tokenizer.json or its like is missing")
+    return tokenizer
 
 
 def _classifies(settings: Any) -> bool:

@@ -54,6 +54,11 @@ def write_json(path: Path, facts: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
+def input_fingerprint(path: str) -> str | None:
+    """Return the SHA-256 of what was read; None for a pipe, which cannot be read a second time."""
+    return file_fingerprint(Path(path)) if Path(path).is_file() else None
+
+
 def file_fingerprint(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:

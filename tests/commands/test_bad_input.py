@@ -4,6 +4,7 @@ import shutil
 import pytest
 
 from qpeft.cli import main
+from tiny_models import build_family
 
 
 def fails(arguments, capsys, folder, *words):
@@ -47,7 +48,10 @@ def test_bad_runs(rerank_arguments, tmp_path, capsys, text, words):
         (["--device", "gpu7"], ["--device"]),
         (["--normalize", "median"], ["normalize"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
-        (["--windows", "8", "--window-overlap", "9"], ["window_overlap 9"]),
+        (["--tag", "tiny lm"], ["--tag 'tiny lm'"]),
+        (["--interpolate", "30"], ["--interpolate is 30"]),
+        (["--batch-tokens", "-5"], ["--batch-tokens is -5"]),
+        (["--windows", "8", "--window-overlap", "9"], ["--window-overlap 9"]),
         (["--cheap", "layers=1"], ["unknown option --cheap"]),
         (["--method", "cascade", "--cascade", "20:100"], ["--cascade 20:100"]),
         (["--method", "cascade", "--cheap", "layers=2"], ["has 2 layers; take from 1 to 1"]),
@@ -118,3 +122,26 @@ def test_unknown_measures_and_missing_files(toy, toy_run, tmp_path, capsys):
     )  # fmt: skip
     fails(["evaluate", "--collection", str(toy), "--run", str(tmp_path / "none")], capsys, tmp_path, "none")
     fails(["evaluate", "--collection", str(tmp_path / "nothing"), "--run", str(toy_run)], capsys, tmp_path, "nothing")
+
+
+def test_an_output_that_is_a_folder_is_refused_before_the_work(toy, rerank_arguments, tmp_path, capsys):
+    fails(rerank_arguments(tmp_path), capsys, tmp_path, f"--output {tmp_path}: is a folder")
+    fails(["retrieve", "--collection", str(toy), "--output", str(tmp_path)], capsys, tmp_path, "is a folder")
+
+
+def test_a_model_without_its_tokenizer(saved_model, rerank_arguments, tmp_path, capsys):
+    for name in ("bert", "llama"):
+        build_family(name).save_pretrained(tmp_path / name)
+        fails(rerank_arguments("out.trec", "--model", str(tmp_path / name)), capsys, tmp_path, name, "tokenizer")
+    shutil.copytree(saved_model, tmp_path / "damaged")
+    (tmp_path / "damaged" / "tokenizer.json").write_text('{"version": "1.0"}')
+    fails(rerank_arguments("out.trec", "--model", str(tmp_path / "damaged")), capsys, tmp_path, "tokenizer")
+
+
+def test_passages_to_score_without_a_query(capsys, tmp_path):
+    fails(["score", "--passage", "the sky"], capsys, tmp_path, "--passage and --title need a --query")
+
+
+def test_a_run_without_queries(rerank_arguments, tmp_path, capsys):
+    (tmp_path / "empty.trec").write_text("")
+    fails(rerank_arguments(tmp_path / "out.trec", run=tmp_path / "empty.trec"), capsys, tmp_path, "ranks no query")

@@ -3,7 +3,7 @@
 import pytest
 
 from qpeft.cli import main, parse
-from qpeft.commands import train
+from qpeft.commands import evaluate, score, train
 from qpeft.errors import OptionError
 from qpeft.training.config import Authors, TrainingConfig
 
@@ -44,3 +44,49 @@ def test_help_tells_how_to_turn_a_switch_off(capsys):
     assert ended.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("--in-batch [true|false]" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "expected"),
+    [
+        ("", ["--run", "a", "--run=b [c]"], ("a", "b [c]")),
+        ("run: [a, b]\n", [], ("a", "b")),
+        ("run: bm25.trec\n", [], ("bm25.trec",)),
+        ("run: [a, b]\n", ["--run", "['c']"], ("['c']",)),
+        ("", ["--run=1", "--run", "null", "--run", "--not an option"], ("1", "null", "--not an option")),
+    ],
+)
+def test_options_that_may_be_given_several_times(text, arguments, expected, tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text(f"collection: mini\n{text}")
+    (config,) = parse("evaluate", "", [evaluate.Config], ["--config", str(path), *arguments])
+    assert config.run == expected
+
+
+def test_a_missing_value_of_such_an_option():
+    with pytest.raises(OptionError, match=r"--run.*expected"):
+        parse("evaluate", "", [evaluate.Config], ["--run", "--collection", "mini"])
+
+
+def test_texts_that_begin_with_dashes_stay_as_they_are():
+    arguments = ["--query", "dry run", "--passage", "--dry_run is a_flag of x_y=3"]
+    (config,) = parse("score", "", [score.Config], arguments)
+    assert config.passage == ("--dry_run is a_flag of x_y=3",)
+
+
+@pytest.mark.parametrize("given", [["--first_stage", "dense"], ["--first-stage=bm25", "--first-stage", "dense"], None])
+def test_options_that_decide_on_others_may_be_spelt_and_given_as_any(given, tmp_path, capsys):
+    path = tmp_path / "options.yaml"
+    path.write_text("first_stage: dense\n")
+    with pytest.raises(SystemExit):
+        main(["retrieve", *(given or ["--config", str(path)]), "--help"])
+    assert "--encode-batch" in capsys.readouterr().out
+
+
+def test_options_can_be_printed_as_a_file_that_is_read_again(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--collection", "mini", "--run", "a", "--run", "b", "--print_config"])
+    path = tmp_path / "options.yaml"
+    path.write_text(capsys.readouterr().out)
+    (config,) = parse("evaluate", "", [evaluate.Config], ["--config", str(path)])
+    assert config == evaluate.Config(collection="mini", run=("a", "b"))

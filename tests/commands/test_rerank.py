@@ -1,6 +1,8 @@
 import gzip
 import json
+import os
 import signal
+import threading
 import time
 
 import pytest
@@ -131,6 +133,8 @@ def test_unfinished_runs_are_neither_lost_nor_mixed(rerank_arguments, tmp_path, 
     assert "other options" in capsys.readouterr().err
     assert partial.read_text() == before
     assert not output.exists()
+    assert main(rerank_arguments(output, *ALONE, "--resume", "--run", "/dev/null")) == 2
+    assert "is no file" in capsys.readouterr().err
     assert main(rerank_arguments(output, *ALONE, "--resume")) == 0
     assert output.read_bytes() == whole.read_bytes()
     counts = [json.loads((tmp_path / f"{n}.provenance.json").read_text())["counts"] for n in ("ql.trec", "whole.trec")]
@@ -214,3 +218,22 @@ def test_a_resumed_cascade_counts_as_an_uninterrupted_one(rerank_arguments, tmp_
     assert facts[0]["counts"] == facts[1]["counts"]
     assert facts[0]["cost"]["queries"] == facts[1]["cost"]["queries"] - 2
     assert facts[0]["cost"]["flops"] < facts[1]["cost"]["flops"]
+
+
+def test_what_is_done_after_scoring_may_change_when_a_run_goes_on(rerank_arguments, tmp_path):
+    unfinished(rerank_arguments, tmp_path / "ql.trec", *ALONE)
+    assert (
+        main(rerank_arguments(tmp_path / "ql.trec", *ALONE, "--resume", "--tag", "mine", "--interpolate", "0.3")) == 0
+    )
+    assert main(rerank_arguments(tmp_path / "other.trec", *ALONE, "--tag", "mine", "--interpolate", "0.3")) == 0
+    assert (tmp_path / "ql.trec").read_bytes() == (tmp_path / "other.trec").read_bytes()
+
+
+def test_a_run_from_a_pipe_has_no_hash(rerank_arguments, toy_run, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(toy_run.read_bytes()))
+    writer.start()
+    assert main(rerank_arguments(tmp_path / "ql.trec", run=pipe)) == 0
+    writer.join()
+    assert json.loads((tmp_path / "ql.trec.provenance.json").read_text())["first_stage"]["sha256"] is None

@@ -17,7 +17,7 @@ def peek(arguments: Sequence[str], option: str, default: str) -> str:
     if value is None and (path := _flag(arguments, "config")) is not None:
         with contextlib.suppress(OSError, yaml.YAMLError), open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
-            value = content.get(option) if isinstance(content, dict) else None
+            value = content.get(option.replace("-", "_")) if isinstance(content, dict) else None
     return str(value or default)
 
 
@@ -30,9 +30,11 @@ def peek_method(arguments: Sequence[str]) -> str:
 
 
 def _flag(arguments: Sequence[str], option: str) -> str | None:
-    for position, argument in enumerate(arguments):
+    """Return an option's last value, which is the one that counts."""
+    value = None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
         if argument.startswith(f"--{option}="):
-            return argument.split("=", 1)[1]
-        if argument == f"--{option}" and position + 1 < len(arguments):
-            return arguments[position + 1]
-    return None
+            value = argument.split("=", 1)[1]
+        elif argument == f"--{option}" and following is not None:
+            value = following
+    return value

@@ -14,7 +14,7 @@ from qpeft.commands import interpolate, rerank, retrieve
 from qpeft.commands._judgements import judgements, read_costs, read_runs
 from qpeft.data.candidates import candidates_from_run
 from qpeft.data.collection import open_collection
-from qpeft.data.files import write_text
+from qpeft.data.files import make_folder, write_text
 from qpeft.data.trec import read_run
 from qpeft.evaluation.measures import evaluate
 from qpeft.evaluation.significance import compare_all_pairs
@@ -49,7 +49,7 @@ class Config:
 def run(config: Config) -> None:
     """Retrieve, rerank, interpolate, compare; say what is being done and where the results are."""
     folder = Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     files = {
         (name, split): str(folder / f"{name}.{split}.trec")
         for name in ("bm25", "query_likelihood", "interpolated", *ADAPTERS)

@@ -7,8 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from qpeft.commands._output import check_output
 from qpeft.data.trec import read_run, write_run
-from qpeft.provenance import file_fingerprint, provenance, write_provenance
+from qpeft.provenance import input_fingerprint, provenance, write_provenance
 from qpeft.retrieval.fusion import reciprocal_rank_fusion
 
 
@@ -30,9 +31,10 @@ class Config:
 
 def run(config: Config) -> None:
     """Fuse and write the run with its provenance."""
+    check_output(config.output, config.tag)
     fused = reciprocal_rank_fusion([read_run(path) for path in config.run], config.depth, config.k, config.tag)
     output = Path(config.output)
     write_run(fused, output)
-    runs = [{"path": path, "sha256": file_fingerprint(Path(path))} for path in config.run]
+    runs = [{"path": path, "sha256": input_fingerprint(path)} for path in config.run]
     write_provenance(output, provenance(command="fuse", options=dataclasses.asdict(config), runs=runs))
     print(f"{output}: {len(fused)} queries", file=sys.stderr)

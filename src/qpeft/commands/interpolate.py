@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qpeft.commands._output import check_output
 from qpeft.data.collection import open_collection
 from qpeft.data.trec import read_run, write_run
 from qpeft.errors import OptionError
 from qpeft.evaluation.interpolation import choose_weight, interpolate
-from qpeft.provenance import file_fingerprint, provenance, write_provenance
+from qpeft.provenance import input_fingerprint, provenance, provenance_path, write_provenance
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,16 @@ class Config:
     measure: str = "RR@10"
     """What the weight is chosen by."""
     depth: int | None = None
-    """The reranking depth, where the reranked run carries the passages below it along."""
+    """The reranking depth, where the reranked run carries the passages below it along; by default as its provenance
+    says."""
     tag: str | None = None
     """Name of the system in the run file."""
 
 
 def run(config: Config) -> None:
     """Choose the weight if none is given, mix, and write the run with its provenance."""
+    check_output(config.output, config.tag)
+    config = dataclasses.replace(config, depth=config.depth or _reranked_depth(config.run))
     facts: dict[str, Any] = {"command": "interpolate", "options": dataclasses.asdict(config)}
     weight = config.weight
     if weight is None:
@@ -64,5 +69,15 @@ def run(config: Config) -> None:
     mixed = interpolate(read_run(config.first), read_run(config.run), weight, depth=config.depth, tag=config.tag)
     output = Path(config.output)
     write_run(mixed, output)
-    facts["runs"] = [{"path": path, "sha256": file_fingerprint(Path(path))} for path in (config.first, config.run)]
+    facts["runs"] = [{"path": path, "sha256": input_fingerprint(path)} for path in (config.first, config.run)]
     write_provenance(output, provenance(**facts, weight=weight))
+
+
+def _reranked_depth(run: str) -> int | None:
+    """Return how many passages of a query have real scores, if a file beside the run says it."""
+    try:
+        made = json.loads(provenance_path(Path(run)).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    depth = made.get("options", {}).get("depth") if made.get("command") == "rerank" else None
+    return depth if isinstance(depth, int) else None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qpeft import memory, methods
+from qpeft.commands._output import check_output
 from qpeft.commands._partial import Partial
 from qpeft.commands._peek import peek_method
 from qpeft.commands._progress import progress_bar
@@ -23,12 +24,12 @@ from qpeft.commands._sample import sample_run
 from qpeft.data.candidates import candidates_from_run, check_run
 from qpeft.data.collection import open_collection
 from qpeft.data.trec import read_run, write_run
-from qpeft.errors import OptionError
+from qpeft.errors import InputError, OptionError
 from qpeft.evaluation.cost import Cost, forget_peak_memory, peak_memory
 from qpeft.evaluation.interpolation import interpolate
 from qpeft.evaluation.tables import significant
 from qpeft.model_config import ModelConfig
-from qpeft.provenance import file_fingerprint, fingerprint, provenance, write_provenance
+from qpeft.provenance import fingerprint, input_fingerprint, provenance, write_provenance
 from qpeft.types import Ranking, Run, ScoringCounts
 
 
@@ -55,9 +56,16 @@ class Config:
     seed: int = 0
     """Of the sample."""
     tag: str | None = None
-    """Name of the system in the run file; by default the method and the model."""
+    """Name of the system in the run file; by default the method."""
     resume: bool = False
     """Continue an interrupted run."""
+
+    def __post_init__(self) -> None:
+        check_output(self.output, self.tag)
+        if self.interpolate is not None and not 0 <= self.interpolate <= 1:
+            raise OptionError(f"--interpolate is {self.interpolate}; it must be between 0 and 1")
+        if self.resume and not Path(self.run).is_file():
+            raise OptionError(f"--resume: --run {self.run} is no file, so whether it is the same run cannot be told")
 
 
 def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
@@ -72,6 +80,8 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     collection = open_collection(config.collection)
     queries = collection.queries(config.split)
     first = sample_run(read_run(config.run), config.limit_queries, config.seed, config.depth)
+    if not first:
+        raise InputError(f"{config.run} ranks no query")
     check_run(first, queries, collection.passages, config.depth)
 
     import torch
@@ -102,7 +112,7 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
             "split": config.split,
             "fingerprint": collection.fingerprint(),
         },
-        "first_stage": {"tag": first.tag, "sha256": file_fingerprint(Path(config.run))},
+        "first_stage": {"tag": first.tag, "sha256": input_fingerprint(config.run)},
         "model": described,
     }
     reranker = methods.load(name).build(method, lm)
@@ -111,7 +121,10 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     facts |= reranker.facts
     for query_id in first:
         reranker.check(queries[query_id])
-    partial.open(fingerprint(facts), {"dtype": described["dtype"], "threads": threads}, reranker.window)
+    # What is done after scoring may be asked for otherwise when an interrupted run goes on.
+    scoring = {name: value for name, value in facts["options"].items() if name not in ("tag", "interpolate")}
+    same = fingerprint({**facts, "options": scoring})
+    partial.open(same, {"dtype": described["dtype"], "threads": threads}, reranker.window)
     started = time.perf_counter()
     items = candidates_from_run(first, queries, collection.passages, config.depth)
     rankings = [ranking for ranking, _ in zip(partial.rankings, items, strict=False)]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qpeft.commands._output import check_output
 from qpeft.commands._peek import peek
 from qpeft.commands._progress import progress_bar
 from qpeft.data.collection import Collection, open_collection
@@ -47,6 +48,7 @@ def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
 
 def run(config: Config, stage: Any) -> None:
     """Retrieve and write the run with its provenance."""
+    check_output(config.output)
     if config.depth < 1:
         raise OptionError(f"--depth is {config.depth}; it must be at least 1")
     collection = open_collection(config.collection)

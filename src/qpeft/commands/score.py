@@ -45,6 +45,8 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
         raise OptionError("give --query and --passage, or JSON lines on standard input")
     if config.query is not None and not config.passage:
         raise OptionError("--query needs at least one --passage")
+    if config.query is None and (config.passage or config.title):
+        raise OptionError("--passage and --title need a --query")
     if config.title and len(config.title) != len(config.passage):
         raise OptionError(f"{len(config.passage)} passages but {len(config.title)} titles")
     from qpeft.loading import load_lm
@@ -57,7 +59,7 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
             Query("query", query), tuple(Passage(str(i), text, title) for i, (title, text) in enumerate(passages))
         )
         (ranking,) = reranker.rerank([candidates])
-        placed = {int(hit.passage_id): (rank, hit.score) for rank, hit in enumerate(ranking.hits, start=1)}
+        placed = {int(hit.passage_id): (rank, hit.score) for rank, hit in enumerate(ranking.by_position(), start=1)}
         for index, (_, text) in enumerate(passages):
             rank, score = placed[index]
             line = {"query": query, "index": index, "rank": rank, "score": score, "passage": text}

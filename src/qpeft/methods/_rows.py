@@ -234,7 +234,7 @@ def window(config: Options, lm: LanguageModel) -> Window:
 
 def _check(config: Options) -> None:
     if config.windows and config.window_overlap >= config.windows:
-        raise OptionError(f"--window_overlap {config.window_overlap} must be below --windows {config.windows}")
+        raise OptionError(f"--window-overlap {config.window_overlap} must be below --windows {config.windows}")
     for name, least in (("max_passage_tokens", 1), ("windows", 0), ("window_overlap", 0), ("queries_per_batch", 1)):
         value = getattr(config, name)
         if value is not None and value < least:

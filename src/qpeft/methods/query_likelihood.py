@@ -88,7 +88,7 @@ def build_scorer(
         OptionError: options that contradict each other.
     """
     if config.document_prior and lm.has_encoder:
-        raise OptionError("--document_prior needs a decoder-only model")
+        raise OptionError("--document-prior needs a decoder-only model")
     config, prompt, opened, facts = open_prompt("query_likelihood", config, lm, opened, kept, template=TEMPLATE)
     if not prompt.template.target:
         raise OptionError(f"--template {prompt.template.name}: it has no target, whose likelihood could be the score")
