@@ -1,3 +1,4 @@
+import copy
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertLMHeadModel
 
 from qpeft import Reranker
+from qpeft.encoder_decoder import EncoderDecoderLM
 from qpeft.errors import MissingDependencyError, ModelError, OptionError, QueryError
 from qpeft.loading import describe_lm, load_lm
 from qpeft.methods import query_likelihood
@@ -179,3 +181,23 @@ def test_the_embedded_model_loads_with_transformers_alone_and_ranks():
         ],
     )
     assert ranked[0]["corpus_id"] == 1
+
+
+def test_positions_of_a_t5_are_no_limit(t5, tmp_path):
+    t5.model.config.n_positions = 512
+    t5.model.save_pretrained(tmp_path)
+    t5.tokenizer.save_pretrained(tmp_path)
+    assert load_lm(ModelConfig(str(tmp_path), max_length=1024)).max_length == 1024
+    assert load_lm(ModelConfig(str(tmp_path))).max_length == 512
+
+
+def test_which_token_a_decoder_begins_with(t5):
+    model = copy.deepcopy(t5.model)
+    model.config.decoder_start_token_id, model.generation_config.decoder_start_token_id = None, 7
+    found = [EncoderDecoderLM(model, t5.tokenizer, name="t5", max_length=64, batch_tokens=64)._start]
+    model.generation_config.decoder_start_token_id, model.config.bos_token_id = None, 9
+    found.append(EncoderDecoderLM(model, t5.tokenizer, name="t5", max_length=64, batch_tokens=64)._start)
+    assert found == [7, 9]
+    model.config.bos_token_id = None
+    with pytest.raises(ModelError, match="which token the decoder begins with"):
+        EncoderDecoderLM(model, t5.tokenizer, name="t5", max_length=64, batch_tokens=64)._start  # noqa: B018

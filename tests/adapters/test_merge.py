@@ -12,7 +12,7 @@ from qpeft.adapters._folder import save_adapter
 from qpeft.cli import main
 from qpeft.loading import load_lm
 from qpeft.model_config import ModelConfig
-from qpeft.template import load_template
+from qpeft.template import Template, load_template
 from tiny_adapters import PASSAGES, QUERIES
 from tiny_adapters import build as build_adapter
 from tiny_models import build_family, wordpiece_tokenizer
@@ -155,3 +155,13 @@ def test_what_cannot_be_merged(family, saved, tmp_path, capsys, monkeypatch):
     assert main([*command, str(tmp_path / "a")]) == 2
     assert "exists and is no folder of a merged model" in capsys.readouterr().err
     assert (tmp_path / "m" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("family", ["llama"])
+def test_a_template_is_kept_as_it_is(family, saved, tmp_path, monkeypatch, capsys):
+    template = Template("mine", 0, "passage: {passage}{hint}", "question: {query}", lowercase=False)
+    monkeypatch.setattr("test_merge.load_template", lambda name: template)
+    adapted(saved, tmp_path / "a", "query_likelihood")
+    command = ["merge", "--model", str(saved), "--adapter", str(tmp_path / "a"), "--output", str(tmp_path / "m")]
+    assert main(command) == 0
+    assert load_template(str(tmp_path / "m" / "template.yaml")) == template

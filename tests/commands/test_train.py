@@ -12,8 +12,10 @@ from test_bad_input import fails
 
 from qpeft.adapters._folder import WEIGHTS, load_adapter, read_config
 from qpeft.cli import main
+from qpeft.commands._checkpoints import claim, read_mark
 from qpeft.data.collection import open_collection
 from qpeft.data.trec import read_run, write_run
+from qpeft.errors import StateError
 from qpeft.loading import load_lm, tuning_key_of
 from qpeft.model_config import ModelConfig
 from qpeft.template import Prompt, load_template
@@ -21,7 +23,9 @@ from qpeft.training import trainer
 from qpeft.training.trainer import Learner
 from qpeft.tuning import Tuning, write_tuning
 from qpeft.types import Ranking, Run
+from test_odd_architectures import save as save_odd
 from tiny_adapters import NAMES, SMALL
+from tiny_models import build_family, byte_level_tokenizer
 
 GROUPS = [
     {"query": "why is the sky blue?", "pos": ["the sky is blue"], "neg": ["the sea is salty", "the old cat"]},
@@ -368,6 +372,7 @@ def command_model(command):
         (["--run", "some.trec"], ["--run: --train-file has"]),
         (["--negative-depth", "50"], ["--negative-depth: --train-file has"]),
         (["--dev-run", "some.trec"], ["--dev-run needs --collection"]),
+        (["--patience", "1"], ["--patience needs --collection"]),
         (["--teacher", "some.trec"], ["--teacher: --loss both has none; take margin_mse or plackett_luce"]),
     ],
 )
@@ -429,6 +434,8 @@ def test_a_report(arguments, tmp_path):
         ("soft_prompt", ["--dev-depth", "0"], ["dev-depth is 0"]),
         ("soft_prompt", ["--dev-queries", "0"], ["dev-queries is 0"]),
         ("soft_prompt", ["--max-passage-tokens", "0"], ["max-passage-tokens is 0"]),
+        ("soft_prompt", ["--output", "."], ["--output .: it must name a folder"]),
+        ("soft_prompt", ["--loss", "pair", "--negatives", "0"], ["--loss pair: it compares passages"]),
     ],
 )
 def test_bad_options(arguments, tmp_path, capsys, adapter, more, words):
@@ -495,11 +502,45 @@ def test_an_adapter_of_another_model(arguments, rerank_arguments, saved_model, t
 
 
 def test_contexts_that_do_not_all_fit_are_encoded_every_time(arguments, tmp_path, capsys):
-    folders = {cache: tmp_path / cache for cache in ("1", "0.0000001")}
+    folders = {cache: tmp_path / cache for cache in ("1", "0.0000001", "0")}
     for cache, folder in folders.items():
         assert main(arguments(folder, "--passage-cache", cache)) == 0
         told = "encoded contexts would take about 0.0 GiB" in capsys.readouterr().err
-        assert told == (cache != "1")
-    kept, encoded = (load_file(folder / WEIGHTS) for folder in folders.values())
+        assert told == (cache == "0.0000001")
+    kept, encoded, whole = (load_file(folder / WEIGHTS) for folder in folders.values())
     for name, tensor in kept.items():
         torch.testing.assert_close(encoded[name], tensor, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(whole[name], tensor, atol=1e-3, rtol=1e-3)
+
+
+def test_models_that_remember_more_than_the_cache_keeps_are_trained_on_whole_rows(arguments, tmp_path, capsys):
+    model = save_odd("lfm2", tmp_path / "lfm2")
+    assert main(arguments(tmp_path / "mine", "--model", model)) == 0
+    assert "rows go through it whole" in capsys.readouterr().err
+    command = arguments(tmp_path / "other", "--model", model, "--passage-cache", "1")
+    fails(command, capsys, tmp_path, "the passage cache is for models whose layers are all attention")
+
+
+def test_a_hint_before_everything(arguments, tmp_path):
+    build_family("llama").save_pretrained(tmp_path / "model")
+    byte_level_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "first.yaml").write_text(
+        'name: first\nversion: 0\ncontext: "{hint}Passage: {passage}\\n"\ntarget: "{query}"\n'
+    )
+    more = ["--model", str(tmp_path / "model"), "--template", str(tmp_path / "first.yaml")]
+    assert main(arguments(tmp_path / "mine", *more, adapter="soft_prompt")) == 0
+    assert (tmp_path / "mine" / WEIGHTS).is_file()
+
+
+def test_a_training_that_is_refused_leaves_the_mark_of_the_other(tmp_path):
+    checkpoints = tmp_path / "mine.checkpoints"
+    with claim(checkpoints, {"options": "one"}):
+        with (
+            pytest.raises(StateError, match="another process is working on it"),
+            claim(checkpoints, {"options": "two"}),
+        ):
+            pass
+        (checkpoints / "checkpoint-1").mkdir()
+    assert read_mark(checkpoints) == {"options": "one"}
+    with pytest.raises(StateError, match="was made with other options"), claim(checkpoints, {"options": "two"}):
+        pass

@@ -43,6 +43,14 @@ def test_fuse_and_interpolate(toy, toy_run, rerank_arguments, tmp_path, capsys):
     capsys.readouterr()
     assert main(arguments) == 2
     assert "--dev-run" in capsys.readouterr().err
+    assert main(rerank_arguments(reranked, "--depth", "3")) == 0
+    assert main([*arguments, "--weight", "0.3"]) == 0
+    found, shallow, deep = (
+        {(query, hit.passage_id): hit.score for query, ranking in run.items() for hit in ranking.hits}
+        for run in (read_run(mixed), *(interpolate(first, read_run(reranked), 0.3, depth=depth) for depth in (3, None)))
+    )
+    assert found == pytest.approx(shallow, rel=1e-5)
+    assert found != pytest.approx(deep, rel=1e-5)
 
 
 def test_the_weight_is_chosen_on_dev_alone(toy, tmp_path):
@@ -78,6 +86,9 @@ def test_score_from_options_and_from_standard_input(saved_model, capsys, monkeyp
     again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert again[:2] == lines
     assert again[2]["score"] == pytest.approx(lines[0]["score"], abs=1e-5)
+    assert main(["score", *model, "--query", "why", "--passage", "same", "--passage", "same"]) == 0
+    ranks = [json.loads(line)["rank"] for line in capsys.readouterr().out.splitlines()]
+    assert ranks == [1, 2], "equal scores keep the order given"
     monkeypatch.setattr(sys, "stdin", io.StringIO('{"query": "why"}\n'))
     assert main(["score", *model]) == 2
     assert "standard input:1" in capsys.readouterr().err

@@ -43,6 +43,7 @@ def claim(checkpoints: Path, mark: dict[str, Any]) -> Iterator[None]:
     if not processes().first:
         yield
         return
+    _make(checkpoints)
     with claimed(checkpoints):
         leave_mark(checkpoints, mark, read_mark(checkpoints) if any(checkpoints.glob("checkpoint-*")) else {})
         yield
@@ -52,8 +53,15 @@ def leave_mark(folder: Path, mark: dict[str, Any], begun: dict[str, Any]) -> Non
     """Leave a mark beside what a training writes, or compare with the one that is there."""
     if begun and begun != mark:
         raise StateError(f"{folder} was made with other options, data or model; delete it to start afresh")
+    _make(folder)
+    try:
+        (folder / BEGUN).write_text(json.dumps(mark) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StateError(f"{folder} cannot be written: {error}") from error
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / BEGUN).write_text(json.dumps(mark) + "\n", encoding="utf-8")
     except OSError as error:
         raise StateError(f"{folder} cannot be written: {error}") from error
