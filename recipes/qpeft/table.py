@@ -173,7 +173,9 @@ def main() -> None:
     texts, everything = tested(tables, baselines, args.output)
     draw(tables, baselines, args.output)
     if (args.cells.parent / "confirm").is_dir():
-        confirmation = Confirmation(args.cells.parent / "confirm")
+        trial = args.cells.parent / "first-trial.json"
+        before = json.loads(trial.read_text(encoding="utf-8"))["bm25"]["per_query"]["RR@10"] if trial.exists() else ()
+        confirmation = Confirmation(args.cells.parent / "confirm", before)
         everything["confirmation"] = confirmation.tests()
         texts.insert(0, confirmation.markdown(everything["confirmation"]))
     if (stages := args.cells.parent / "first-stages.json").is_file():

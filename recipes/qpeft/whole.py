@@ -28,7 +28,7 @@ from qpeft.types import Run
 HOME = "reddit-shift"
 FRESH_QUERIES, FRESH_CHUNK = 1500, 100
 SHIPPED = ("qpeft_a", "qpeft_r")
-STAGE_QUERIES = {"reddit-shift": 300, "squad": 300, "wiki-shift": 200}
+STAGE_QUERIES = {"reddit-shift": 300, "squad": 300, "wiki-shift": 200, MINI: 76}
 CHOICE_QUERIES = 300
 STAGE_DEPTH, FUSED_DEPTH = 20, 100
 """Candidates that are reranked, and hits of each first stage that are fused."""
@@ -112,7 +112,7 @@ def first_trial(bench: Bench) -> dict[str, Any]:
 
 
 def confirm(bench: Bench, number: int, of: int) -> None:
-    """Rank test queries that no other group reads, with the main adapters: a test of what the table suggested.
+    """Rank further test queries with the main adapters: a test of what the table suggested.
 
     Chunk by chunk of queries, so that a chunk's passages are encoded once for all adapters.
     """
