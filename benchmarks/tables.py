@@ -8,6 +8,8 @@ A marker names a result's file; while there is none, "not measured yet" stands t
 
     <!-- result: scoring-tiny-lm-cpu.json -->
     <!-- end -->
+
+and `README.md`, with a line of each `brief: FILE FILE`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,11 +25,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
+README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 MISSING = "*not measured yet*"
 ANSWERS = {True: "yes", False: "no", None: "absent"}
 """Whether what was wanted is met."""
-MARKED = re.compile(r"(<!-- result: (?P<file>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (?P<kind>result|brief): (?P<files>[\w. -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -50,11 +54,16 @@ def rate(case: dict[str, Any]) -> str:
     return f"{number(case['pairs/s'])} ({number(case['slowest'])}–{number(case['quickest'])})"
 
 
+def count(case: dict[str, Any]) -> int:
+    """Return how many pairs a case scores in a round."""
+    return round(case["pairs/s"] * statistics.median(case["seconds"]))
+
+
 def scoring(result: dict[str, Any]) -> str:
     """Return the tables of `scoring.py`."""
     against = result["against"]
-    cases = [[name, rate(case), spread(against[name])] for name, case in result["cases"].items()]
-    absent = [[name, why, ""] for name, why in result["absent"].items()]
+    cases = [[name, count(case), rate(case), spread(against[name])] for name, case in result["cases"].items()]
+    absent = [[name, "", why, ""] for name, why in result["absent"].items()]
     wanted = [
         [f"{each['case']} / {each['against']}", f"≥ {each['wanted']:g}", spread(each["measured"]),
          ANSWERS[each["met"]]]
@@ -65,11 +74,29 @@ def scoring(result: dict[str, Any]) -> str:
         [
             _pairs(result) + f" {result['gflop per pair']:g} GFLOP a pair. Largest differences from the float32 loop's "
             "scores: " + ", ".join(f"{name} {found['largest difference']:.1e}" for name, found in agreement) + " nats.",
-            table(["way", "pairs/s (slowest–quickest round)", "qpeft does so many times as many"], cases + absent),
+            table(
+                ["way", "pairs", "pairs/s (slowest–quickest round)", "qpeft does so many times as many"], cases + absent
+            ),
             table(["wanted", "at least", "measured", "met"], wanted),
             _made(result),
         ]
     )
+
+
+def brief(results: Iterable[dict[str, Any]]) -> str:
+    """Return a line for each result of `scoring.py`: ours, and how many times as quick it is as others."""
+    others = {
+        "the plain loop": "plain loop, fp32",
+        "CrossEncoder, fp32": "sentence-transformers CrossEncoder, fp32",
+        "CrossEncoder, bf16": "sentence-transformers CrossEncoder, bf16",
+    }
+    lines = []
+    for result in results:
+        machine, rates = result["made"]["machine"], {name: case["pairs/s"] for name, case in result["cases"].items()}
+        times = [f"{result['against'][name]['median']:.1f} ×" for name in others.values()]
+        kept = number(rates["qpeft, passage cache filled"])
+        lines.append([f"{machine['processor']}, {machine['cores']} cores", number(rates["qpeft"]), *times, kept])
+    return table(["", "pairs/s", *others, "pairs/s, passages kept encoded"], lines)
 
 
 def ablation(result: dict[str, Any]) -> str:
@@ -207,9 +234,12 @@ def page(text: str) -> str:
     """Return the page with every marked place filled from its result."""
 
     def fill(place: re.Match[str]) -> str:
-        path = RESULTS / place["file"]
-        found = render(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else MISSING
-        return f"{place[1]}{found}\n{place[3]}"
+        paths = [RESULTS / name for name in place["files"].split()]
+        if not all(path.is_file() for path in paths):
+            return f"{place[1]}{MISSING}\n{place[4]}"
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        found = brief(results) if place["kind"] == "brief" else render(results[0])
+        return f"{place[1]}{found}\n{place[4]}"
 
     return MARKED.sub(fill, text)
 
@@ -223,12 +253,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for path in args.results:
         print(render(json.loads(path.read_text(encoding="utf-8"))))
     if args.update or args.check:
-        text = PAGE.read_text(encoding="utf-8")
-        filled = page(text)
-        if args.update:
-            PAGE.write_text(filled, encoding="utf-8")
-        elif filled != text:
-            sys.exit(f"{PAGE.name} is not what benchmarks/results say; run benchmarks/tables.py --update")
+        for path in (PAGE, README):
+            text = path.read_text(encoding="utf-8")
+            filled = page(text)
+            if args.update:
+                path.write_text(filled, encoding="utf-8")
+            elif filled != text:
+                sys.exit(f"{path.name} is not what benchmarks/results say; run benchmarks/tables.py --update")
 
 
 if __name__ == "__main__":

@@ -298,10 +298,17 @@ class TestResults:
         assert filled.endswith("<!-- end -->\nafter\n")
         assert tables.page(filled) == filled
 
-    def test_the_performance_page_says_what_the_results_say(self):
-        text = tables.PAGE.read_text(encoding="utf-8")
+    @pytest.mark.parametrize(("page", "least"), [(tables.PAGE, 6), (tables.README, 1)])
+    def test_pages_say_what_the_results_say(self, page, least):
+        text = page.read_text(encoding="utf-8")
         assert tables.page(text) == text, "run benchmarks/tables.py --update"
-        assert len(tables.MARKED.findall(text)) >= 6
+        assert len(tables.MARKED.findall(text)) >= least
+
+    def test_other_ways_score_the_same_pairs(self):
+        result = json.loads((tables.RESULTS / "scoring-tiny-lm-cpu-amx.json").read_text(encoding="utf-8"))
+        counts = {name: tables.count(case) for name, case in result["cases"].items()}
+        assert {n for name, n in counts.items() if not name.endswith("(T5)")} == {result["pairs"]["pairs"]}
+        assert {n for name, n in counts.items() if name.endswith("(T5)")} == {scoring.T5_PAIRS}
 
 
 def test_small_batches_of_candidates_are_pairs():

@@ -68,6 +68,19 @@ def test_other_queries_positives_are_negatives_too(lm):
         assert {row.context for row in rows} == {row.context for row in alone.rows}
 
 
+def test_other_queries_negatives_are_negatives_too(lm):
+    adapter = build("soft_prompt", lm)
+    batch, _ = batch_for(lm, adapter, negatives=1, in_batch=True)
+    alone, _ = batch_for(lm, adapter, negatives=1)
+    drawn = {row.context for row in alone.rows}
+    assert len(drawn) > len(alone.mask), "positives and negatives"
+    width, start = batch.mask.shape[1], 0
+    for own in batch.mask.sum(1).tolist():
+        assert {row.context for row in batch.rows[start : start + own]} == drawn
+        start += own
+    assert width == len(drawn)
+
+
 def ids(passages):
     return [passage.id for passage in passages]
 

@@ -26,7 +26,7 @@ class TrainingConfig:
     negatives: int = 3
     """Negatives per query and step."""
     in_batch: bool = False
-    """Positives of the other queries of a batch are negatives too."""
+    """Passages of the other queries of a batch, positives and negatives, are negatives too."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"

@@ -143,7 +143,7 @@ def draw(group: Group, negatives: int, epoch: int, seed: int) -> tuple[Passage, 
 
 
 def in_batch_negatives(group: Group, drawn: Sequence[Passage], others: Iterable[Passage]) -> tuple[Passage, ...]:
-    """Return which positives of other queries may stand as negatives beside those drawn for a group, each once.
+    """Return which passages of other queries may stand as negatives beside those drawn for a group, each once.
 
     One is passed over if it is or says the same as a positive of the group or what was drawn for it, or holds one of
     the query's answers.

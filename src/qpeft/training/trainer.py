@@ -111,9 +111,9 @@ class Collator:
         """Return one batch, under the name of the model's argument."""
         drawn = [draw(group, self._config.negatives, epoch, self._seed) for epoch, group in items]
         if self._config.in_batch:
-            positives = [passages[0] for passages in drawn]
+            all_drawn = [passage for passages in drawn for passage in passages]
             drawn = [
-                (*passages, *in_batch_negatives(group, passages, positives))
+                (*passages, *in_batch_negatives(group, passages, all_drawn))
                 for (_, group), passages in zip(items, drawn, strict=True)
             ]
         width = max(map(len, drawn))
