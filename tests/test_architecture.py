@@ -16,7 +16,7 @@ LAYERS = [
     {"provenance", "model_config", "kept_tokens"},
     {"tuning", "cpu_attention", "memory"},
     {"template", "hints", "context_store", "depth", "losses", "read_out", "side_by_side"},
-    {"compiled", "layout", "flops", "last_layer", "past", "replay", "waiting"},
+    {"compiled", "layout", "flops", "last_layer", "past", "replay", "waiting", "model_checks"},
     {"data", "retrieval"},
     {"evaluation"},
     {"pretrained"},

@@ -108,3 +108,11 @@ def test_contexts_of_quantised_weights_are_kept_apart(saved_model):
     config = {each: ModelConfig(str(saved_model), quantization=each) for each in ("none", "8bit", "4bit")}
     lm = opened(str(saved_model))
     assert len({_name_of_contexts(lm, each) for each in config.values()}) == 3
+
+
+def test_rows_stay_within_the_first_of_two_sets_of_rotations(tmp_path):
+    rotations = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    options = {**GATED, "original_max_position_embeddings": 32, "rope_parameters": rotations}
+    folder = save("phi3", tmp_path, **options)
+    assert (opened(folder).max_length, opened(folder, max_length=100).max_length) == (32, 100)
+    assert opened(folder, max_length=20).max_length == 20

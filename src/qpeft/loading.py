@@ -25,12 +25,12 @@ from transformers import (
 
 from qpeft import cpu_attention, methods
 from qpeft.adapters._folder import base_identity
-from qpeft.agreement import agree
 from qpeft.compiled import Compiled
 from qpeft.context_store import ContextStore
 from qpeft.encoder_decoder import EncoderDecoderLM
 from qpeft.errors import MissingDependencyError, ModelError, OptionError, nearest
 from qpeft.lm import CausalLM
+from qpeft.model_checks import check_causal, check_positions, choose_attention, classifies
 from qpeft.model_config import EMBEDDED, ModelConfig
 from qpeft.pretrained import LanguageModel
 from qpeft.provenance import fingerprint
@@ -59,13 +59,10 @@ def load_lm(config: ModelConfig) -> LanguageModel:
     for name, given in (("max-length", config.max_length), ("batch-tokens", config.batch_tokens)):
         if given is not None and given < 1:
             raise OptionError(f"--{name} is {given}; it must be at least 1")
-    limit = _context_length(settings)
-    if config.max_length is not None:
-        limit = config.max_length if limit is None else min(limit, config.max_length)
     facts: dict[str, Any] = {
         "name": config.model,
         "folder": Path(path) if Path(path).is_dir() else None,
-        "max_length": limit or 512,
+        "max_length": _context_length(settings, config.max_length),
         "batch_tokens": config.batch_tokens or _batch_tokens(device, config),
     }
     if settings.is_encoder_decoder:
@@ -75,12 +72,12 @@ def load_lm(config: ModelConfig) -> LanguageModel:
             raise OptionError("--compile is for decoder-only models")
         return EncoderDecoderLM(model, tokenizer, **facts)
     head = _head(model, Path(path), info, config.model)
-    _choose_attention(model, config.attention_kernel, device)
-    _check_causal(model, config.model)
-    _check_positions(model, config.model)
+    choose_attention(model, config.attention_kernel, device)
+    check_causal(model, config.model)
+    check_positions(model, config.model)
     facts |= {
         "head": head,
-        "has_words": not _classifies(settings),
+        "has_words": not classifies(settings),
         "compiled": Compiled(model) if config.compile == "yes" else None,
         "store": _context_store(config),
     }
@@ -133,12 +130,8 @@ def _tokenizer(path: str, options: dict[str, Any]) -> Any:
     return tokenizer
 
 
-def _classifies(settings: Any) -> bool:
-    return any(name.endswith("ForSequenceClassification") for name in settings.architectures or ())
-
-
 def _class(settings: Any) -> Any:
-    if _classifies(settings):
+    if classifies(settings):
         return AutoModelForSequenceClassification
     return AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
 
@@ -154,7 +147,7 @@ def _head(model: Any, folder: Path, info: Any, name: str) -> Head | None:
             with safe_open(path, "pt", device=str(model.device)) as file:
                 if WEIGHT in file.keys():  # noqa: SIM118 — it is no mapping
                     return Head(linear_head(file.get_tensor(WEIGHT)))
-    if not _classifies(model.config):
+    if not classifies(model.config):
         return None
     module = getattr(model, "score", None)
     if not isinstance(module, nn.Linear) or module.out_features != 1:
@@ -299,42 +292,6 @@ def _context_store(config: ModelConfig) -> ContextStore | None:
     return ContextStore(int(size * 2**30), storage=config.passage_cache_storage)
 
 
-def _choose_attention(model: Any, name: str, device: torch.device) -> None:
-    """Set how attention is computed.
-
-    Raises:
-        OptionError: the model has no such attention.
-    """
-    if name == "auto" and device.type != "cpu":
-        return
-    before = model.config._attn_implementation
-    try:
-        model.set_attn_implementation(cpu_attention.NAME if name == "auto" else name)
-        _two_rows(model)
-    except (ValueError, ImportError, NotImplementedError, AttributeError) as error:
-        if name != "auto":
-            raise OptionError(f"--attention-kernel {name}: {str(error).splitlines()[0]}") from error
-        model.set_attn_implementation(before)  # it needs more than ours can do
-
-
-@torch.inference_mode()
-def _two_rows(model: Any) -> torch.Tensor:
-    """Return what stands at the first position of two rows that differ in the second.
-
-    Logits `[2, V]`, or of a classifier the last states `[2, d]`.
-    """
-    return _outputs(model, torch.tensor([[1, 2], [1, 3]], device=model.device))[:, 0].float()
-
-
-def _outputs(model: Any, ids: torch.Tensor, **more: Any) -> torch.Tensor:
-    """Return logits `[B, T, V]`, or of a classifier the last states `[B, T, d]`."""
-    if _classifies(model.config):
-        states: torch.Tensor = model.base_model(input_ids=ids, use_cache=False, **more).last_hidden_state
-        return states
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False, **more).logits
-    return logits
-
-
 def _check_choices(config: Any) -> None:
     for name, kind in typing.get_type_hints(type(config)).items():
         choices = typing.get_args(kind)
@@ -343,30 +300,21 @@ def _check_choices(config: Any) -> None:
             raise OptionError(f"{name} is {value!r}{nearest(str(value), choices)}")
 
 
-def _check_causal(model: Any, name: str) -> None:
-    """Refuse a model that reads in both directions, such as plain BERT: it would see the query that it should guess."""
-    first, second = _two_rows(model)
-    if not torch.allclose(first, second, rtol=1e-2, atol=1e-2):
-        raise ModelError(f"model {name!r} reads in both directions, so it gives no likelihoods")
+def _context_length(settings: Any, asked: int | None) -> int:
+    """Return how many tokens a row may have: what the model was made for, or what is asked for if that is less.
 
-
-@torch.inference_mode()
-def _check_positions(model: Any, name: str) -> None:
-    """Refuse a model that numbers its positions otherwise than from 0, such as RoBERTa: they are given it here."""
-    ids = torch.tensor([[3, 4, 5, 6]], device=model.device)
-    if not agree(_outputs(model, ids), _outputs(model, ids, position_ids=torch.arange(4, device=model.device)[None])):
-        raise ModelError(f"model {name!r} does not number its positions from 0, and is not supported")
-
-
-def _context_length(settings: Any) -> int | None:
+    A model with a second set of rotations for long rows (longrope) takes it for all rows of a batch that has one, so
+    by default there are none.
+    """
     text = settings.get_text_config() if hasattr(settings, "get_text_config") else settings
-    for name in ("max_position_embeddings", "n_positions", "seq_length"):
-        if name == "n_positions" and hasattr(text, "relative_attention_num_buckets"):
-            continue  # of T5, whose positions are relative: what it was trained on, and no limit
-        value = getattr(text, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
+    names = ["max_position_embeddings", "n_positions", "seq_length"]
+    if hasattr(text, "relative_attention_num_buckets"):
+        names.remove("n_positions")  # of T5: what it was trained on, and no limit
+    found = [value for name in names if isinstance(value := getattr(text, name, None), int) and value > 0][:1]
+    rotations = getattr(text, "rope_parameters", None) or {}
+    if asked is None and rotations.get("rope_type") == "longrope":
+        found.append(rotations["original_max_position_embeddings"])
+    return min([*found, *([] if asked is None else [asked])], default=512)
 
 
 def _quantized(config: ModelConfig, device: torch.device) -> dict[str, Any]:
