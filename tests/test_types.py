@@ -1,12 +1,13 @@
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qpeft.errors import ScoreError
-from qpeft.types import Candidates, Passage, Query, Ranking, Run, Window
+from qpeft.errors import OptionError, ScoreError
+from qpeft.types import Candidates, Passage, Query, Ranking, Reranker, Run, Window, whole
 
 ids = st.text(st.characters(exclude_categories=("Cs",)), max_size=5)
 scored = st.dictionaries(ids, st.floats(-1e30, 1e30) | st.sampled_from([0.0, -0.0, 1.0, 1.0 + 1e-12]), max_size=8).map(
@@ -119,3 +120,52 @@ def test_windows_are_told_from_any_number_of_finished_queries(sizes, window, fin
         for border in borders
         if border <= finished and (border < len(items) or window.whole(sizes) == len(items))
     )
+
+
+@dataclass
+class Longest(Reranker):
+    """Scores a passage by how much longer it is than the query."""
+
+    def check(self, query):
+        pass
+
+    def rerank(self, items):
+        for item in items:
+            scores = ((p.id, len(p.text) - len(item.query.text)) for p in item.passages)
+            yield Ranking.from_scores(item.query.id, scores)
+
+
+@pytest.mark.parametrize("pair", [("why sky", "blue"), ["why sky", "blue"], ("ab", "cd")])
+def test_a_single_pair_gets_a_single_score(pair):
+    assert Longest().predict(pair) == Longest().predict([pair])[0] == len(pair[1]) - len(pair[0])
+
+
+def test_pairs_get_a_score_each():
+    pairs = [("a", "bbb"), ("a", "b"), ("aa", "b")]
+    assert (
+        Longest().predict(pairs) == Longest().predict(iter(pairs)) == Longest().predict(map(list, pairs)) == [2, 0, -1]
+    )
+    assert Longest().predict([]) == Longest().predict(()) == []
+
+
+@pytest.mark.parametrize("pairs", ["ab", ("a", "b", "c"), ["ab"], [("a", "b"), "ab"], [("a", "b", "c")]])
+def test_what_is_no_pair_is_refused(pairs):
+    with pytest.raises(OptionError, match=r"is one text|is not a pair"):
+        Longest().predict(pairs)
+
+
+def test_a_text_in_the_place_of_passages_is_refused():
+    with pytest.raises(OptionError, match="passages is one text, 'abc', not a list"):
+        Longest().rank("sky", "abc")
+
+
+def test_half_characters_are_replaced():
+    assert Query("q", "why \ud83d", ("\udc00",)) == Query("q", "why \ufffd", ("\ufffd",))
+    assert Passage("p", "\ud83d\ude00", "a\udce9b") == Passage("p", "\U0001f600", "a\ufffdb")
+
+
+@given(st.text(st.characters()))
+def test_whole_text_can_be_written_and_stays_as_it_is(text):
+    found = whole(text)
+    assert whole(found) == found.encode().decode() == found
+    assert found == text or any("\ud800" <= character <= "\udfff" for character in text)

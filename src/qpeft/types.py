@@ -10,11 +10,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, ClassVar, NotRequired, Protocol, TypedDict, final
+from typing import Any, ClassVar, NotRequired, Protocol, TypedDict, TypeVar, final, overload
 
 import numpy as np
 
 from qpeft.errors import OptionError, ScoreError
+
+T = TypeVar("T")
+
+
+def whole(text: str) -> str:
+    """Join surrogate pairs and replace lone surrogates, which no tokenizer and no file takes, by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +36,10 @@ class Query:
     text: str
     answers: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", whole(self.text))
+        object.__setattr__(self, "answers", tuple(map(whole, self.answers)))
+
 
 @dataclass(frozen=True, slots=True)
 class Passage:
@@ -33,6 +48,10 @@ class Passage:
     id: str
     text: str
     title: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", whole(self.text))
+        object.__setattr__(self, "title", whole(self.title))
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,13 +285,25 @@ class Reranker(abc.ABC):
     def rerank(self, items: Iterable[Candidates]) -> Iterator[Ranking]:
         """Yield one ranking per item, lazily and in order."""
 
+    @overload
+    def predict(self, pairs: tuple[str, str]) -> float: ...
+
+    @overload
+    def predict(self, pairs: Sequence[tuple[str, str]]) -> list[float]: ...
+
     @final
-    def predict(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    def predict(self, pairs: tuple[str, str] | Sequence[tuple[str, str]]) -> float | list[float]:
         """Return a score per (query text, passage text), as sentence-transformers' `CrossEncoder.predict` does.
 
-        Consecutive pairs with the same query are ranked as one list of candidates.
+        Consecutive pairs with the same query are ranked as one list of candidates. A single pair gets a single score.
+
+        Raises:
+            OptionError: what is given is neither pairs of texts nor one.
         """
-        groups = groupby(pairs, key=itemgetter(0))
+        given = as_list(pairs, "pairs")
+        if given and isinstance(given[0], str):
+            return self.predict([_pair(given)])[0]
+        groups = groupby(map(_pair, given), key=itemgetter(0))
         scores: list[float] = []
         for ranking in self.rerank([_candidates(query, [text for _, text in group]) for query, group in groups]):
             by_position = {int(hit.passage_id): hit.score for hit in ranking.hits}
@@ -287,7 +318,11 @@ class Reranker(abc.ABC):
 
         Returns:
             Entries of sentence-transformers' shape: `corpus_id` is the index into `passages`.
+
+        Raises:
+            OptionError: `top_k` is less than 1, or `passages` is one text.
         """
+        passages = as_list(passages, "passages")
         if top_k is not None and top_k < 1:
             raise OptionError(f"top_k is {top_k}; it must be at least 1")
         ranked: list[RankedPassage] = []
@@ -301,6 +336,23 @@ class Reranker(abc.ABC):
     def _ranking(self, query: str, passages: Sequence[str]) -> Ranking:
         (ranking,) = self.rerank([_candidates(query, passages)])
         return ranking
+
+
+def as_list(texts: Iterable[T], what: str) -> list[T]:
+    """Return a list.
+
+    Raises:
+        OptionError: it is one text, which would be read letter by letter.
+    """
+    if isinstance(texts, str):
+        raise OptionError(f"{what} is one text, {texts!r:.60}, not a list")
+    return list(texts)
+
+
+def _pair(pair: Any) -> tuple[str, str]:
+    if isinstance(pair, str) or len(pair) != 2:
+        raise OptionError(f"{pair!r:.60} is not a pair of a query and a passage")
+    return pair[0], pair[1]
 
 
 def _candidates(query: str, passages: Sequence[str]) -> Candidates:

@@ -120,6 +120,8 @@ def test_requests(tmp_path):
         ({"candidates": REQUEST["candidates"] * 2}, "a passage occurs twice"),
         ({"candidates": [*REQUEST["candidates"], {"docid": "d", "doc": "x"}]}, "3 of 4 passages have a 'score'"),
         ({"candidates": [{"docid": "d", "doc": "x", "score": "1"}]}, "score '1' is not a finite number"),
+        ({"candidates": [{"docid": "d", "doc": "x", "score": 10**400}]}, "is not a finite number"),
+        ({"candidates": [{"docid": "\ud83d", "doc": "x"}]}, r"candidates\[0\]: the id '.ud83d' has half a character"),
         ({"candidates": [{"docid": "d", "doc": "x", "score": float("nan")}]}, "score nan is not a finite number"),
     ],
 )
@@ -127,3 +129,18 @@ def test_malformed_requests(tmp_path, change, message):
     with pytest.raises(FormatError, match=message) as caught:
         list(read_requests(write(tmp_path, REQUEST, REQUEST | change)))
     assert caught.value.line == 2
+
+
+def test_half_characters_are_replaced_in_texts(tmp_path):
+    line = {
+        "query": "why \ud83d",
+        "positive": {"title": "\udc00", "text": "\ud83d\ude00 \ud83d"},
+        "answers": ["\ud83d"],
+    }
+    path = write(tmp_path, line)
+    assert "\\ud83d" in path.read_text(), "as JSON that others write has it"
+    (group,) = read_groups(path)
+    assert (group.query.text, group.query.answers) == ("why \ufffd", ("\ufffd",))
+    assert (group.positives[0].title, group.positives[0].text) == ("\ufffd", "\U0001f600 \ufffd")
+    for layout in ("flagembedding", "tevatron"):
+        write_groups([group], tmp_path / layout, layout)

@@ -63,6 +63,7 @@ def test_empty_corpus(tmp_path, reader):
     ("line", "message"),
     [
         ("{", "not JSON"),
+        ('{"_id": "\\ud83d", "text": "x"}', "the id '.ud83d' has half a character"),
         ("[1]", "not a JSON object"),
         ('{"text": "x"}', "no '_id' or 'id'"),
         ('{"_id": "x"}', "no 'text' or 'contents'"),

@@ -16,6 +16,7 @@ from qpeft.errors import FormatError, InputError
 
 REQUEST = {"query": {"qid": 1, "text": "é"}, "candidates": [{"docid": "d", "doc": "é", "score": 1}]}
 QUESTION = {"question": "é", "ctxs": [{"id": 1, "text": "é"}], "positive_ctxs": [{"text": "é"}]}
+HUGE, DEEP = '{"a": ' + "9" * 5000 + "}", "[" * 3000 + "]" * 3000
 LINES = {
     "run": (lambda path: dict(read_run(path)), "é Q0 d 1 1.0 t\nq Q0 d 1 1.0 t\n"),
     "qrels": (read_qrels, "é 0 d 1\nq 0 d 1\n"),
@@ -92,7 +93,7 @@ def test_blank_lines_and_line_ends(tmp_path, read_lines_and_content):
     assert read(put(tmp_path, content.rstrip("\n"), "no end")) == expected
 
 
-@pytest.mark.parametrize("bad", ["{", "oops", "\x00", "[]", '{"query": {}}'])
+@pytest.mark.parametrize("bad", ["{", "oops", "\x00", "[]", '{"query": {}}', HUGE, DEEP])
 def test_malformed_line_is_named(tmp_path, read_lines_and_content, bad):
     read, content = read_lines_and_content
     path = put(tmp_path, f"{content}\n{bad}\n")

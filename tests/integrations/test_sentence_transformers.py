@@ -133,3 +133,16 @@ def test_the_nano_beir_evaluator(encoder, candidates, tmp_path, monkeypatch):
     results = CrossEncoderNanoBEIREvaluator(["msmarco"], dataset_id=str(folder), batch_size=4)(encoder)
     alone = CrossEncoderRerankingEvaluator(samples(candidates), name="mini")(encoder)
     assert results["NanoBEIR_R100_mean_mrr@10"] == pytest.approx(alone["mini_mrr@10"])
+
+
+@pytest.mark.parametrize("options", [{"convert_to_numpy": False}, {"convert_to_tensor": True}])
+def test_rank_returns_numbers_whatever_is_asked_of_predict(encoder, options):
+    texts = [passage for _, passage in PAIRS[:2]]
+    assert encoder.rank(PAIRS[0][0], texts, **options) == encoder.rank(PAIRS[0][0], texts)
+
+
+def test_a_text_in_the_place_of_several_is_refused(encoder):
+    with pytest.raises(OptionError, match="documents is one text, 'abc'"):
+        encoder.rank("sky", "abc")
+    with pytest.raises(OptionError, match="pairs is one text, 'ab'"):
+        encoder.predict("ab")

@@ -43,9 +43,14 @@ def test_cohere_v1_with_objects_and_rank_fields(client, offline):
     assert_ranked(found["results"], expected(offline))
     assert all(result["document"] == OBJECTS[result["index"]] for result in found["results"])
     assert found["meta"]["api_version"]["version"] == "1"
-    fields = [{"kind": "sea", "note": text, "n": 3, "deep": [1]} for text in DOCUMENTS]
-    found = post(client, "/v1/rerank", query=QUERY, documents=fields, rank_fields=["note", "n", "deep", "none"])
-    assert_ranked(found["results"], expected(offline, [f"{text} 3" for text in DOCUMENTS]))
+    fields = [{"kind": "sea", "note": text, "n": 3, "tags": ["a", 1], "text": None} for text in DOCUMENTS]
+    found = post(client, "/v1/rerank", query=QUERY, documents=fields, rank_fields=["note", "n", "tags", "none"])
+    assert_ranked(found["results"], expected(offline, [f"{text} 3 a 1" for text in DOCUMENTS]))
+    assert all(result["document"] == fields[result["index"]] for result in found["results"])
+    titled = [{"title": "Sea", "text": text, "url": "u"} for text in DOCUMENTS]
+    found = post(client, "/v1/rerank", query=QUERY, documents=titled, rank_fields=["text"])
+    assert_ranked(found["results"], expected(offline))
+    assert all(result["document"] == titled[result["index"]] for result in found["results"])
 
 
 def test_jina(client, offline):

@@ -62,7 +62,11 @@ plausible = st.fixed_dictionaries(
     optional={
         **dict.fromkeys(NAMES, anything),
         "query": texts,
-        "documents": st.lists(texts | st.dictionaries(texts, texts | anything, max_size=3), max_size=4),
+        "rank_fields": st.lists(st.sampled_from(["", "a"]) | texts, max_size=2) | anything,
+        "documents": st.lists(
+            texts | st.dictionaries(st.sampled_from(["", "a", "text"]) | texts, texts | anything, max_size=3),
+            max_size=4,
+        ),
         "texts": st.lists(texts, max_size=4),
         "text_1": texts | st.lists(texts, max_size=3),
         "text_2": texts | st.lists(texts, max_size=3),

@@ -39,6 +39,12 @@ LONG = " ".join(["the sea"] * 100)
         ("/v1/rerank", {**GOOD, "documents": ["a", {"body": "a"}]}, 422, "documents.1.text"),
         ("/v1/rerank", {**GOOD, "documents": [3], "rank_fields": ["a"]}, 422, "documents.0"),
         ("/v1/rerank", {**GOOD, "rank_fields": []}, 422, "rank_fields"),
+        ("/v1/rerank", {**GOOD, "documents": [{"text": "a"}], "rank_fields": [[]]}, 422, "rank_fields.0"),
+        ("/v1/rerank", {**GOOD, "documents": [{"a": 1}, {"b": 1}], "rank_fields": ["a"]}, 422, "rank_fields"),
+        ("/v1/rerank", {**GOOD, "documents": [{"a": None, "text": "b"}], "rank_fields": ["a"]}, 422, "rank_fields"),
+        ("/v1/rerank", {**GOOD, "documents": [{"a": []}], "rank_fields": ["a"]}, 422, "rank_fields"),
+        ("/v1/rerank", {**GOOD, "documents": [{"a": 1, "b": {}}], "rank_fields": ["a", "b"]}, 422, "rank_fields"),
+        ("/v1/rerank", {**GOOD, "documents": [{"a": [1, [2]]}], "rank_fields": ["a"]}, 422, "rank_fields"),
         ("/rerank", {"query": QUERY}, 422, "documents"),
         ("/rerank", {**GOOD, "documents": [["a"]]}, 422, "documents.0"),
         ("/score", {"text_1": QUERY}, 422, "body"),
@@ -116,6 +122,13 @@ def test_unknown_models_are_answered_with_the_nearest(small):
         (b'{"query": "why", "documents": ["sky \\ud83d\\ude00 \\u0000\\u001b[31m\\u2028"]}', 200, "\U0001f600"),
         (b'{"query": "why", "documents": ["sky"], "model": "\\ud800\\u0000"}', 404, "no model"),
         (b'{"query": "why", "documents": [{"\\ud800": "\\ud800", "text": "sky"}], "\\ud800": 1}', 200, "sky"),
+        (b'{"query": "why", "documents": [{"\\ud800": "sky \\udc00"}], "rank_fields": ["\\ud800"]}', 200, "sky \ufffd"),
+        (b'{"query": "why", "documents": [{"a": 1, "b": [NaN, 1e999]}], "rank_fields": ["a"]}', 200, "[null,null]"),
+        (
+            b'{"query": "why", "documents": [{"a": 1, "b": ' + b"[" * 700 + b"]" * 700 + b'}], "rank_fields": ["a"]}',
+            422,
+            "nested too deep",
+        ),
     ],
 )
 def test_whatever_bytes_come_it_is_no_fault_of_the_server(small, content, status, says):

@@ -147,7 +147,7 @@ def _with_id(context: Record) -> Passage:
 def _score(context: Record) -> float:
     try:
         score = float(context.get("score"))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         score = math.nan
     if not math.isfinite(score):
         raise context.error(f"score {context.get('score')!r:.60} is not a finite number")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
@@ -111,7 +111,7 @@ def _requested(candidate: Record) -> Passage:
 
 def _score(candidate: Record) -> float:
     score = candidate.get("score")
-    if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+    if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= sys.float_info.max:
         raise candidate.error(f"score {score!r:.60} is not a finite number")
     return float(score)
 

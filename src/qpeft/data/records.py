@@ -10,7 +10,7 @@ from typing import Any
 
 from qpeft.data.files import StrPath, numbered_lines, open_text, write_text
 from qpeft.errors import FormatError
-from qpeft.types import Passage, Query
+from qpeft.types import Passage, Query, whole
 
 PASSAGE_ID = ("_id", "id", "docid", "doc_id", "passage_id", "psg_id")
 QUERY_ID = ("_id", "id", "query_id", "qid")
@@ -46,7 +46,7 @@ class Record:
         raise self.error(f"no {' or '.join(repr(name) for name in names)}")
 
     def text(self, *names: str, default: str | None = None) -> str:
-        """Return a string, or the default.
+        """Return a string, made whole, or the default.
 
         Raises:
             FormatError: it is missing and there is no default, or it is no string.
@@ -56,20 +56,22 @@ class Record:
         value = self.get(*names)
         if not isinstance(value, str):
             raise self.error(f"{names[0]!r} is {value!r:.60}, not a string")
-        return value
+        return whole(value)
 
     def id(self, *names: str, default: str | None = None) -> str:
         """Return an id: a string, or an integer written as one.
 
         Raises:
-            FormatError: it is missing and there is no default, or it is empty or of another kind.
+            FormatError: it is missing and there is no default, or it is empty or of another kind, or no file could hold
+                it. It is not made whole as a text is, since two ids could become one.
         """
-        if default is not None and not self.has(*names):
-            return default
-        value = self.get(*names)
+        value = self.get(*names) if default is None or self.has(*names) else default
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
             raise self.error(f"the id is {value!r:.60}, not a string or an integer")
-        return str(value)
+        found = str(value)
+        if whole(found) != found:
+            raise self.error(f"the id {found!r:.60} has half a character (a lone surrogate)")
+        return found
 
     def items(self, *names: str) -> list[Any]:
         """Return a list, empty if missing; a lone string or object is a list of one.
@@ -106,7 +108,7 @@ class Record:
         return [self.child(value, f"{names[0]}[{i}]") for i, value in enumerate(self.items(*names))]
 
     def strings(self, *names: str) -> tuple[str, ...]:
-        """Return a list of strings, empty if missing.
+        """Return a list of strings, made whole, empty if missing.
 
         Raises:
             FormatError: it is no list, or an entry is no string.
@@ -115,7 +117,7 @@ class Record:
         for value in values:
             if not isinstance(value, str):
                 raise self.error(f"{names[0]!r} holds {value!r:.60}, not a string")
-        return tuple(values)
+        return tuple(map(whole, values))
 
     def passage(self) -> Passage:
         """Read a passage: an id, a text, perhaps a title.
@@ -162,10 +164,7 @@ def parse_record(line: str | bytes, path: StrPath, number: int | None) -> Record
     Raises:
         FormatError: it is not a JSON object.
     """
-    try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FormatError(path, number, f"not JSON: {error}") from error
+    value = _parse(line, path, number)
     if not isinstance(value, dict):
         raise FormatError(path, number, f"{value!r:.60} is not a JSON object")
     return Record(value, path, number)
@@ -179,10 +178,21 @@ def read_json(path: StrPath) -> Any:
         FormatError: it is not JSON.
     """
     with open_text(path) as file:
-        try:
-            return json.load(file)
-        except json.JSONDecodeError as error:
-            raise FormatError(path, error.lineno, f"not JSON: {error.msg}") from error
+        text = file.read()
+    return _parse(text, path, None)
+
+
+def _parse(text: str | bytes, path: StrPath, number: int | None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FormatError(path, number or error.lineno, f"not JSON: {error.msg}, column {error.colno}") from error
+    except UnicodeDecodeError as error:
+        raise FormatError(path, number, f"not UTF-8: {error.reason}") from error
+    except RecursionError as error:
+        raise FormatError(path, number, "JSON that is nested too deep") from error
+    except ValueError as error:  # of Python's own bound on the digits of an integer
+        raise FormatError(path, number, "JSON with an integer of too many digits") from error
 
 
 def content_id(title: str, text: str) -> str:

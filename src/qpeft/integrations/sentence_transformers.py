@@ -7,7 +7,7 @@ from typing import Any
 
 from qpeft.errors import MissingDependencyError, OptionError
 from qpeft.integrations._opening import open_reranker
-from qpeft.types import RankedPassage, Reranker
+from qpeft.types import RankedPassage, Reranker, as_list
 
 try:
     import torch
@@ -70,6 +70,7 @@ class CrossEncoder:
         pairs = inputs if inputs is not None else sentences
         if pairs is None:
             raise OptionError("predict needs pairs of query and passage")
+        pairs = as_list(pairs, "pairs")
         single = len(pairs) > 0 and isinstance(pairs[0], str)
         asked = [(str(query), str(passage)) for query, passage in ([pairs] if single else pairs)]
         scores = torch.tensor(self.reranker.predict(asked), dtype=torch.float32)
@@ -86,7 +87,12 @@ class CrossEncoder:
         return_documents: bool = False,
         **others: Any,
     ) -> list[RankedPassage]:
-        """Rank texts, best first; see `Reranker.rank` for what comes back, and `predict` for the other arguments."""
+        """Rank texts, best first; see `Reranker.rank` for what comes back, and `predict` for the other arguments.
+
+        Scores come back as numbers, whatever `convert_to_numpy` and `convert_to_tensor` say.
+        """
+        documents = as_list(documents, "documents")
+        others = {**others, "convert_to_tensor": True}
         scores = self.predict([(query, text) for text in documents], **others).tolist()
         order = sorted(range(len(scores)), key=lambda index: -scores[index])
         ranked = [RankedPassage(corpus_id=index, score=scores[index]) for index in order[:top_k]]

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Json, Tag, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from qpeft.server.ranking import Ask, Search
-from qpeft.types import Passage
+from qpeft.types import Passage, whole
 
 UNSPECIFIED = "default/not-specified"
 """What infinity's client sends as `model` when it was given none."""
 
 
 def _whole(value: Any) -> Any:
-    """Join surrogate pairs and replace lone surrogates, which no tokenizer takes, by U+FFFD."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return value
+    return whole(value) if isinstance(value, str) else value
 
 
 def _unless_null(default: Any) -> Callable[[Any], Any]:
@@ -46,6 +42,12 @@ class Document(BaseModel):
 
     text: Text
     title: Annotated[Text, BeforeValidator(_unless_null(""))] = ""
+
+
+class PartlyRead(Document):
+    """A document of which the `rank_fields` are read, as `text`; `sent` is all of it, given as JSON."""
+
+    sent: Json[dict[str, Any]]
 
 
 # Unions are decided by looking, so that an error is about what was meant. A tag stands in pydantic's locations of
@@ -108,16 +110,40 @@ class RerankV1(RerankV2):
         if not isinstance(body, dict):
             return body
         fields, documents = body.get("rank_fields"), body.get("documents")
-        if not isinstance(fields, list) or not isinstance(documents, list):
+        if not isinstance(fields, list) or not all(isinstance(field, str) for field in fields):
             return body
-        return {**body, "documents": [_of_fields(document, fields) for document in documents]}
+        if not fields or not isinstance(documents, list):
+            return body
+        return {**body, "documents": [_partly_read(each, fields, place) for place, each in enumerate(documents)]}
 
 
-def _of_fields(document: Any, fields: Sequence[Any]) -> Any:
+def _partly_read(document: Any, fields: Sequence[str], place: int) -> Any:
+    """Join what the fields hold: texts, numbers, and lists of them.
+
+    Raises:
+        ValidationError: of `rank_fields`; none of them is there, or one holds something else.
+    """
     if not isinstance(document, dict):
         return document
-    values = [document.get(field) for field in fields if isinstance(field, str)]
-    return {"text": " ".join(str(value) for value in values if isinstance(value, str | int | float))}
+    parts: list[str | float] = []
+    for field in fields:
+        value = document.get(field)
+        found = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(each, str | int | float) for each in found):
+            raise _wrong_fields(f"{field!r:.60} of document {place} is neither text nor number nor a list of them")
+        parts += found
+    if not parts:
+        raise _wrong_fields(f"document {place} has none of these fields")
+    try:
+        sent = whole(json.dumps(document, ensure_ascii=False))
+        return PartlyRead.model_validate({"text": " ".join(map(str, parts)), "sent": sent})
+    except (ValidationError, RecursionError):
+        raise _wrong_fields(f"document {place} is nested too deep") from None
+
+
+def _wrong_fields(message: str) -> ValidationError:
+    error = PydanticCustomError("rank_fields", "{message}", {"message": message})
+    return ValidationError.from_exception_data("rank_fields", [{"type": error, "loc": ("rank_fields",), "input": None}])
 
 
 class RerankTei(BaseModel):

@@ -7,10 +7,11 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, RootModel
 
 from qpeft.server.dialects.requests import (
     Document,
+    PartlyRead,
     RerankBatch,
     RerankDocuments,
     RerankTei,
@@ -30,12 +31,16 @@ class ShownDocument(BaseModel):
     title: str | None = None
 
 
+class SentDocument(RootModel[dict[str, Any]]):
+    """A document of the request with all of its fields, where `rank_fields` says which of them were read."""
+
+
 class Ranked(BaseModel):
     """A document at its place; `index` is its position in the request."""
 
     index: int
     relevance_score: float
-    document: ShownDocument | None = None
+    document: ShownDocument | SentDocument | None = None
     explanation: dict[str, Any] | None = Field(
         None, description="As `qpeft explain --json` prints it; absent for a document without tokens."
     )
@@ -230,11 +235,15 @@ def _ranked(answer: Answer, documents: Sequence[str | Document] | None) -> list[
         Ranked(
             index=result.index,
             relevance_score=result.score,
-            document=None if documents is None else _shown(documents[result.index]),
+            document=None if documents is None else _returned(documents[result.index]),
             explanation=result.explanation,
         )
         for result in answer.results
     ]
+
+
+def _returned(document: str | Document) -> ShownDocument | SentDocument:
+    return SentDocument(document.sent) if isinstance(document, PartlyRead) else _shown(document)
 
 
 def _shown(document: str | Document) -> ShownDocument:
