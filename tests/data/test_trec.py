@@ -129,6 +129,11 @@ def test_qrels_formats(tmp_path):
         ("q 0 d 1\nq 0 e yes\n", 2, "'yes' is not an integer"),
         ("q 0 d 1.0\n", 1, "not an integer"),
         ("a\tb\tc\na\tb\tc\n", 2, "not an integer"),
+        ("q 0 d --1\n", 1, "'--1' is not an integer"),
+        ("q d --1\n", 1, "'--1' is not an integer"),
+        ("q d 1.5\nq d 1\n", 1, "'1.5' is not an integer"),
+        ("q 0 d 1_0\n", 1, "'1_0' is not an integer"),
+        ("q 0 d " + "9" * 5000 + "\n", 1, "at most 18 digits"),
         ("q 0 d 1\nq 0 e 1\nq 0 d 2\n", 3, "grade 2, but 1 before"),
     ],
 )

@@ -16,6 +16,7 @@ from qpeft.types import Qrels, Ranking, Run
 # From this magnitude on, rounding to float32 gives infinity.
 _FLOAT32_LIMIT = 2.0**128 - 2.0**103
 _BLANKS = re.compile(r"[ \t]+")
+_GRADE = re.compile(r"[+-]?\d{1,18}")  # what 64 bits hold, as evaluators do
 
 
 def read_run(path: StrPath) -> Run:
@@ -102,12 +103,12 @@ def iter_qrels(path: StrPath) -> Iterator[Judgement]:
                     path, number, f"{len(columns)} columns, but qrels have 4 (query 0 passage grade) or 3 (BEIR)"
                 )
             width = len(columns)
-            if width == 3 and not _is_integer(columns[2]):
+            if width == 3 and not any(map(str.isdecimal, columns[2])):
                 continue
         if len(columns) != width:
             raise FormatError(path, number, f"{len(columns)} columns, but {width} in the lines above")
-        if not _is_integer(columns[-1]):
-            raise FormatError(path, number, f"grade {columns[-1]!r} is not an integer")
+        if not _GRADE.fullmatch(columns[-1]):
+            raise FormatError(path, number, f"grade {columns[-1]!r:.60} is not an integer of at most 18 digits")
         yield Judgement(number, columns[0], columns[-2], int(columns[-1]))
 
 
@@ -145,10 +146,6 @@ def _score(text: str, path: StrPath, number: int) -> float:
     if not abs(score) < _FLOAT32_LIMIT:
         raise FormatError(path, number, f"score {text} cannot be ranked")
     return score
-
-
-def _is_integer(text: str) -> bool:
-    return text.lstrip("+-").isdecimal()
 
 
 def _check_words(path: StrPath, line: int, *words: str) -> None:
