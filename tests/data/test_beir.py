@@ -113,6 +113,15 @@ def test_fingerprint_sees_both_ends_and_the_size_of_a_large_corpus(beir):
     assert len(seen) == 4
 
 
+def test_a_change_that_the_fingerprint_misses_is_told_by_the_time(beir, tmp_path):
+    path = beir.folder / "corpus.jsonl"
+    path.write_text("a" + "x" * 2**22 + "z")
+    fingerprint, written = beir.fingerprint(), beir.written()
+    path.write_text("a" + "x" * 2**21 + "y" + "x" * (2**21 - 1) + "z")
+    os.utime(path, ns=(written + 1, written + 1))
+    assert (beir.fingerprint(), beir.written()) == (fingerprint, written + 1)
+
+
 def test_a_run_goes_into_the_folder(tmp_path):
     run = Run([Ranking("q1", (Hit("p1", 1.0),))], "t")
     write_beir(tmp_path / "a", PASSAGES, QUERIES, {}, run)

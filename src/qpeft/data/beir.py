@@ -90,6 +90,10 @@ class BeirCollection:
         digest.update(_ends(self._corpus))
         return digest.hexdigest()
 
+    def written(self) -> int:
+        """Return when the file of the corpus was last written, in ns since 1970."""
+        return self._corpus.stat().st_mtime_ns
+
     @cached_property
     def _all_queries(self) -> dict[str, Query]:
         queries: dict[str, Query] = {}

@@ -47,7 +47,18 @@ class Collection(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Return a hash of the content, the same wherever the collection is stored."""
+        """Return a hash of the content, the same wherever the collection is stored.
+
+        Of a large corpus, it sees no more than the size and the ends.
+        """
+        ...
+
+    def written(self) -> int | None:
+        """Return when the corpus was last written, in ns since 1970, or None if it never changes.
+
+        Belongs into what says what an index was made from, as the fingerprint misses some changes; but not into
+        provenance, as a copy has another time.
+        """
         ...
 
 

@@ -88,6 +88,9 @@ class IrdsCollection:
             digest.update(json.dumps(part).encode())
         return digest.hexdigest()
 
+    def written(self) -> None:
+        """Return None: what an id of ir_datasets stands for does not change."""
+
     @cached_property
     def _split_ids(self) -> dict[str, str]:
         import ir_datasets
