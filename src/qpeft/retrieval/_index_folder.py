@@ -21,14 +21,16 @@ def new_index_folder(folder: Path, passage_ids: list[str], options: Mapping[str,
     """Yield a temporary folder to save an index in; it becomes `folder` when all went well.
 
     Raises:
-        StateError: `folder` holds something that is not an index of this package.
+        StateError: `folder` is a file, or holds something that is not an index of this package.
+        InputError: it cannot be made.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / _OPTIONS).is_file():
-        raise StateError(f"{folder} is not empty and not a qpeft index; it is left as it is")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _check_replaceable(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}") from error
     try:
         yield temporary
         (temporary / _IDS).write_text(json.dumps(passage_ids), encoding="utf-8")
@@ -54,5 +56,17 @@ def read_index_folder(folder: Path) -> tuple[list[str], dict[str, Any]]:
 
 
 def is_index_of(folder: Path, options: Mapping[str, Any]) -> bool:
-    """Say whether `folder` holds a whole index that was made with exactly these options."""
+    """Say whether `folder` holds a whole index that was made with exactly these options.
+
+    Raises:
+        StateError: no index can be saved there, as in `new_index_folder`.
+    """
+    _check_replaceable(folder)
     return (folder / _OPTIONS).is_file() and read_index_folder(folder)[1] == dict(options)
+
+
+def _check_replaceable(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise StateError(f"{folder} is a file, not the folder of an index; it is left as it is")
+    if folder.exists() and any(folder.iterdir()) and not (folder / _OPTIONS).is_file():
+        raise StateError(f"{folder} is not empty and not a qpeft index; it is left as it is")

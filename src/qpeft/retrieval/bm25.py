@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,13 @@ import Stemmer
 from qpeft.errors import InputError, OptionError, nearest
 from qpeft.retrieval._index_folder import new_index_folder, read_index_folder
 from qpeft.types import Passage, Query, Ranking
+
+STOPWORDS = frozenset({
+    "da", "danish", "de", "german", "en", "english", "en_plus", "english_plus", "es", "spanish", "fr", "french",
+    "it", "italian", "ko", "korean", "nl", "dutch", "no", "norwegian", "pt", "portuguese", "ru", "russian",
+    "sv", "swedish", "tr", "turkish", "zh", "chinese",
+})  # fmt: skip
+"""Languages whose stop-words bm25s has; it does not list them itself."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,14 @@ class Config:
     """Saturation of term frequency."""
     b: float = 0.75
     """Strength of length normalisation."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.k1 < math.inf:
+            raise OptionError(f"--k1 is {self.k1}; it must be at least 0")
+        if not 0 <= self.b <= 1:
+            raise OptionError(f"--b is {self.b}; it must be between 0 and 1")
+        if self.stopwords and self.stopwords not in STOPWORDS:
+            raise OptionError(f"no stop-words of {self.stopwords!r}{nearest(self.stopwords, STOPWORDS)}")
 
 
 class BM25:

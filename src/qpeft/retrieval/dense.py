@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qpeft.errors import MissingDependencyError, ModelError, OptionError
+from qpeft.errors import InputError, MissingDependencyError, ModelError, OptionError
 from qpeft.retrieval._index_folder import new_index_folder, read_index_folder
 from qpeft.types import Passage, Query, Ranking
 
@@ -27,9 +27,17 @@ class Config:
     encode_batch: int = 64
     """Texts encoded at once."""
 
+    def __post_init__(self) -> None:
+        if self.encode_batch < 1:
+            raise OptionError(f"--encode-batch is {self.encode_batch}; it must be at least 1")
+
 
 class Dense:
-    """An exact index of unit-length passage embeddings `[passages, d]`, float32."""
+    """An exact index of unit-length passage embeddings `[passages, d]`, float32.
+
+    Raises:
+        InputError: there is no passage.
+    """
 
     def __init__(self, passages: Iterable[Passage], config: Config | None = None, *, progress: bool = False) -> None:
         self.config = config or Config()
@@ -39,6 +47,8 @@ class Dense:
         for passage in passages:
             self.passage_ids.append(passage.id)
             texts.append(f"{passage.title} {passage.text}".strip())
+        if not texts:
+            raise InputError("there is no passage to search in")
         self._embeddings = self._encode(texts, progress=progress)
 
     @classmethod
