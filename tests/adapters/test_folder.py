@@ -184,7 +184,15 @@ def test_configurations_that_cannot_be_used(folder, lm, tmp_path):
         (json.dumps(described | {"options": options | {"k": "many"}}), "cannot be used: .*not supported between"),
         (json.dumps(described | {"template": template | {"colour": "red"}}), "cannot be used: .*colour"),
         (json.dumps(described | {"template": template | {"target": "why"}}), "target holds .query"),
-        (json.dumps(described | {"base": None}), "not an adapter of qpeft"),
+        (json.dumps(described | {"base": None}), "'base' cannot be None"),
+        (json.dumps(described | {"adapter": 5}), "'adapter' cannot be 5"),
+        (json.dumps(described | {"method": ["yes_no"]}), "'method' cannot be ..yes_no"),
+        (json.dumps(described | {"method_options": 1}), "'method_options' cannot be 1"),
+        (json.dumps(described | {"max_passage_tokens": "many"}), "'max_passage_tokens' cannot be 'many'"),
+        (json.dumps(described | {"max_passage_tokens": True}), "'max_passage_tokens' cannot be True"),
+        (json.dumps(described | {"max_passage_tokens": 0}), "'max_passage_tokens' is 0"),
+        (json.dumps(described | {"template": template | {"instruction": 5}}), f"{CONFIG} cannot be used"),
+        ("[" * 3000 + "]" * 3000, "not readable as JSON"),
     ):
         (folder / CONFIG).write_text(text)
         with pytest.raises(AdapterError, match=words) as caught:

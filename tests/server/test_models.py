@@ -1,5 +1,6 @@
 """Adapters over one base: chosen by request, loaded and dropped while it runs, and never by a path."""
 
+import json
 import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ import pytest
 
 from qpeft.adapters._folder import load_adapter, save_adapter
 from qpeft.methods.query_likelihood import Config, build_scorer
+from qpeft.server import models
 from qpeft.server.settings import Settings
 from qpeft.template import load_template
 from qpeft.types import Passage, Query
@@ -197,6 +199,45 @@ def test_what_could_not_be_loaded_leaves_nothing_in_the_model(client, lm, folder
         refused = client.post("/v1/adapters/damaged")
         assert (refused.status_code, "cannot be read" in refused.json()["message"]) == (409, True)
     assert sum(parameter.numel() for parameter in lm.model.parameters()) == before
+
+
+def change(folder, **facts):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+
+
+def test_a_damaged_adapter_keeps_no_other_from_being_served(lm, folder, caplog):
+    for name, facts in (
+        ("limit", {"max_passage_tokens": "many"}),
+        ("kind", {"adapter": 5}),
+        ("method", {"method": "yes_noo"}),
+    ):
+        shutil.copytree(folder / "qpeft_a", folder / name)
+        change(folder / name, **facts)
+    with caplog.at_level("WARNING"), ready(lambda: lm, Settings(port=0, adapters=str(folder))) as client:
+        assert {"tiny-llama", *(f"tiny-llama:{name}" for name in NAMES)} <= set(names(client))
+        for name in ("limit", "kind", "method"):
+            assert client.post(f"/v1/adapters/{name}").status_code == 409
+    facts = {record.facts["adapter"]: record.facts["reason"] for record in caplog.records if hasattr(record, "facts")}
+    assert "'max_passage_tokens' cannot be 'many'" in facts["limit"]
+    assert "'adapter' cannot be 5" in facts["kind"]
+    assert "unknown method 'yes_noo'; did you mean 'yes_no'" in facts["method"]
+
+
+def test_a_fault_in_an_adapter_keeps_no_other_from_being_served(lm, folder, caplog, monkeypatch):
+    opened = models.open_adapter
+
+    def fail(path, *others):
+        if path.name == "lora":
+            raise AttributeError("what nobody thought of")
+        return opened(path, *others)
+
+    monkeypatch.setattr(models, "open_adapter", fail)
+    with caplog.at_level("WARNING"), ready(lambda: lm, Settings(port=0, adapters=str(folder))) as client:
+        assert names(client) == ["tiny-llama", "tiny-llama:qpeft_a", "tiny-llama:qpeft_r"]
+    (failed,) = [record for record in caplog.records if getattr(record, "facts", {}).get("adapter") == "lora"]
+    assert "what nobody thought of" in failed.facts["reason"]
+    assert failed.exc_info
 
 
 def test_links_out_of_the_folder_are_refused(client, saved, folder, tmp_path):

@@ -48,6 +48,11 @@ from qpeft.template import Template, load_template
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "qpeft.json"
 FILES = (CONFIG, WEIGHTS, FACTS, CALIBRATION, "README.md", "provenance.json", "training.png")
 """All that an adapter folder may hold."""
+PARTS = {"adapter": str, "options": dict, "template": dict, "base": dict, "max_passage_tokens": int | None} | {
+    "method": str, "method_options": dict,
+}  # fmt: skip
+"""What must stand in a configuration, unless it is `OPTIONAL`, and as what."""
+OPTIONAL = {"method", "method_options"}
 
 
 @dataclass(frozen=True)
@@ -246,7 +251,7 @@ def _build(folder: Path, described: Mapping[str, Any], lm: CausalLM) -> tuple[Ad
         if described.get("head"):
             adapter.add_head(lm)
         return adapter, Template(**described["template"])
-    except (OptionError, InputError, TypeError) as error:
+    except (OptionError, InputError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise AdapterError(f"adapter {str(folder)!r}: {CONFIG} cannot be used: {error}") from error
 
 
@@ -280,11 +285,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         path = folder / FACTS
         described = _read_json(path)
     kind = described.get("peft_type") if isinstance(described, dict) else None
-    wanted = {"adapter", "options", "template", "base", "max_passage_tokens"}
-    parts = ("options", "template", "base")
-    whole = kind in ("QPEFT", "LORA") and wanted <= set(described)
-    if not whole or not all(isinstance(described[part], dict) for part in parts):
+    if kind not in ("QPEFT", "LORA") or not set(PARTS) - OPTIONAL <= set(described):
         raise AdapterError(f"{path}: not an adapter of qpeft (peft_type {kind!r})")
+    for name, part in PARTS.items():
+        if name in described and (isinstance(described[name], bool) or not isinstance(described[name], part)):
+            raise AdapterError(f"{path}: {name!r} cannot be {described[name]!r:.60}")
+    if (bound := described["max_passage_tokens"]) is not None and bound < 1:
+        raise AdapterError(f"{path}: 'max_passage_tokens' is {bound}; it must be at least 1")
     return {"method": "query_likelihood", **described}
 
 
@@ -317,7 +324,7 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise AdapterError(f"no adapter in {str(path.parent)!r}: {path.name} is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: not readable as JSON ({error})") from error
 
 
@@ -337,8 +344,8 @@ def _check_base(folder: Path, base: Mapping[str, Any], lm: CausalLM) -> None:
     for key, words in (("sha256", "weights"), ("revision", "revision")):
         if base.get(key) and found[key] and base[key] != found[key]:
             raise AdapterError(
-                f"adapter {str(folder)!r} was trained for {base.get('name')!r} with {words} {base[key]:.12}; "
-                f"{lm.name!r} has {words} {found[key]:.12}"
+                f"adapter {str(folder)!r} was trained for {base.get('name')!r} with {words} {base[key]!s:.12}; "
+                f"{lm.name!r} has {words} {found[key]!s:.12}"
             )
     if not (base.get("sha256") and found["sha256"]) and base.get("name") != found["name"]:
         raise AdapterError(f"adapter {str(folder)!r} was trained for {base.get('name')!r}, not for {lm.name!r}")

@@ -133,16 +133,18 @@ class Models:
             opened = open_adapter(available[name], self.lm, None)
         except OptionError as error:
             raise AdapterError(str(error)) from error
-        method = methods.load(opened.method)
-        config = method.Config(max_passage_tokens=self._settings.max_passage_tokens)
         try:
+            method = methods.load(opened.method)
+            config = method.Config(max_passage_tokens=self._settings.max_passage_tokens)
             scorer = method.build_scorer(config, self.lm, opened, kept=self._kept)
             if opened.calibration is not None:
                 _check(name, opened.calibration, self._origin(scorer, method, config))
             made = ServedModel(f"{self.base}:{name}", scorer, opened, opened.calibration, opened.method)
             warm_up(made)
-        except BaseException:
+        except BaseException as error:
             opened.adapter.withdraw()
+            if isinstance(error, OptionError):
+                raise AdapterError(f"adapter {name!r}: {error}") from error
             raise
         return made
 
@@ -178,6 +180,8 @@ class Models:
                 self.serve(self.open(name))
             except QpeftError as error:
                 log("adapter not served", logging.WARNING, adapter=name, reason=str(error))
+            except Exception as error:  # whatever a damaged folder ends in, the others are served
+                log("adapter not served", logging.WARNING, adapter=name, reason=repr(error), exception=error)
 
 
 def _name(method: Any) -> str:
