@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2
 import pytest
 
-from qpeft.errors import FormatError, InputError, ModelError
+from qpeft.errors import FormatError, InputError, ModelError, OptionError
 from qpeft.server import guard
 from qpeft.server.guard import KEYS_VARIABLE, Keys, read_keys
 from qpeft.server.logs import JsonLines
@@ -90,6 +90,11 @@ def test_keys_from_a_file_and_from_the_environment(tmp_path, monkeypatch):
     assert read_keys(str(file)) == ["third", "fourth", "first", "second"]
     monkeypatch.delenv(KEYS_VARIABLE)
     assert read_keys(None) == []
+    for nothing in ("", " , "):
+        monkeypatch.setenv(KEYS_VARIABLE, nothing)
+        with pytest.raises(OptionError, match="QPEFT_API_KEYS is set but has no key"):
+            read_keys(str(file))
+    monkeypatch.delenv(KEYS_VARIABLE)
     file.write_text("fine\nnot fine\n")
     with pytest.raises(FormatError, match=r"keys:2: a key is printable ASCII") as caught:
         read_keys(str(file))

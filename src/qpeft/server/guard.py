@@ -19,7 +19,7 @@ from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qpeft.errors import FormatError, InputError
+from qpeft.errors import FormatError, InputError, OptionError
 from qpeft.server.logs import log
 from qpeft.server.refusals import Refusal, of_fault, response
 from qpeft.server.service import Service
@@ -39,8 +39,12 @@ def read_keys(file: str | None) -> list[str]:
     Raises:
         InputError: the file cannot be read.
         FormatError: a key is not printable ASCII, or the file has none.
+        OptionError: the environment's variable is set, but has none.
     """
-    keys = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key.strip()]
+    given = os.environ.get(KEYS_VARIABLE)
+    keys = [key.strip() for key in (given or "").split(",") if key.strip()]
+    if given is not None and not keys:
+        raise OptionError(f"{KEYS_VARIABLE} is set but has no key; unset it if everybody may ask")
     if file is not None:
         try:
             lines = Path(file).read_text(encoding="utf-8").splitlines()
