@@ -7,7 +7,7 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from qpeft.context_store import ContextStore, Encoded, Packed
-from qpeft.errors import ModelError
+from qpeft.errors import InputError, ModelError
 from qpeft.lm import CausalLM
 from qpeft.template import Prompt, load_template
 from qpeft.types import Query
@@ -179,6 +179,17 @@ def test_eight_bits_take_half_the_room_and_change_scores_a_little(family, make_l
     again = with_store(lm, 0, tmp_path, storage=storage)
     assert_same(again.log_probs(rows), first, exactly=True)
     assert again.store.misses == 0
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match=r"passage cache .*file.* cannot be made"):
+            ContextStore(ENOUGH, folder)
+        store = ContextStore(ENOUGH)
+        with pytest.raises(InputError, match="cannot be made"):
+            store.folder = folder
+        assert store.folder is None
 
 
 def test_a_position_with_large_numbers_does_not_spoil_the_others():

@@ -33,6 +33,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from qpeft.errors import InputError
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -114,8 +116,8 @@ class ContextStore:
 
     def __init__(self, capacity: int, folder: Path | None = None, storage: Storage = "exact") -> None:
         self.capacity = capacity
-        self.folder = folder
         self.storage = storage
+        self.folder = folder
         self._kept: OrderedDict[Key, Packed] = OrderedDict()
         self._put: set[Key] = set()
         self.bytes_kept = 0
@@ -124,6 +126,24 @@ class ContextStore:
         self.misses = 0
         self._lock = threading.Lock()
         self._begun: dict[Key, Future[Packed]] = {}
+
+    @property
+    def folder(self) -> Path | None:
+        """Where contexts go that do not fit; it is made as soon as it is named, so that a wrong one shows early.
+
+        Raises:
+            InputError: it cannot be made.
+        """
+        return self._folder
+
+    @folder.setter
+    def folder(self, folder: Path | None) -> None:
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"passage cache {str(folder)!r} cannot be made: {error.strerror}") from error
+        self._folder = folder
 
     def get(self, key: Key, encode: Callable[[], Encoded]) -> Encoded:
         """Return the encoded context, from memory, from disk, or by encoding it; always as it is kept.

@@ -54,3 +54,9 @@ def test_the_report_has_every_pair(demo):
     page = (demo[0] / "report.html").read_text(encoding="utf-8")
     assert "Holm-corrected over 30 comparisons" in page
     assert (demo[0] / "explanations.html").stat().st_size > 5_000
+
+
+def test_an_output_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert main(["demo", "--output", str(tmp_path / "file")]) == 2
+    assert capsys.readouterr().err == f"qpeft: error: {tmp_path / 'file'}: File exists\n"

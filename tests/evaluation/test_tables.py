@@ -157,3 +157,10 @@ def test_programs_read_costs_too(evaluations):
 )
 def test_significant_digits(value, text):
     assert significant(value) == text
+
+
+@pytest.mark.parametrize(("option", "value"), [("digits", -1), ("digits", 18), ("alpha", 7), ("alpha", -0.1)])
+@pytest.mark.parametrize("format", ["text", "csv"])
+def test_numbers_out_of_range_are_named(evaluations, format, option, value):
+    with pytest.raises(OptionError, match=f"{option} is {value}; it must be between 0 and"):
+        render(evaluations, format=format, **{option: value})

@@ -19,6 +19,8 @@ from qpeft.evaluation.significance import Comparison, Test
 from qpeft.evaluation.tables import BETTER, WORSE, Cell, Table, comparison_table, cost_table, measure_table
 
 Format = Literal["text", "markdown", "latex", "csv", "json"]
+MAX_DIGITS = 17
+"""Decimals; a double has no more that count."""
 
 _LATEX_MARKS = {BETTER: "$^{+}$", WORSE: "$^{-}$", "": ""}
 _LATEX_ESCAPES = str.maketrans(
@@ -45,8 +47,12 @@ def render(
     (`comparison_table`). CSV is one row per run, or, with comparisons, one row per comparison. JSON holds everything.
 
     Raises:
-        OptionError: an unknown format.
+        OptionError: an unknown format, or digits or an alpha out of range.
     """
+    if not 0 <= digits <= MAX_DIGITS:
+        raise OptionError(f"digits is {digits}; it must be between 0 and {MAX_DIGITS}")
+    if not 0 <= alpha <= 1:
+        raise OptionError(f"alpha is {alpha}; it must be between 0 and 1")
     if format == "csv":
         return _comparisons_csv(comparisons) if comparisons else _evaluations_csv(evaluations, costs)
     if format == "json":
