@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,31 @@ def test_an_index_is_kept_and_found_again(toy, toy_run, tmp_path):
     assert output.read_bytes() == toy_run.read_bytes()
     assert main([*arguments, "--stopwords=", "--k1", "0.9"]) == 0
     assert (index / "passage_ids.json").stat().st_mtime_ns != made
+
+
+def test_an_index_is_made_again_for_a_corpus_that_was_written_since(toy, tmp_path):
+    collection, index = tmp_path / "collection", tmp_path / "index"
+    shutil.copytree(toy, collection)
+    arguments = ["retrieve", "--collection", str(collection), "--output", str(tmp_path / "a.trec")]
+    assert main([*arguments, "--index", str(index)]) == 0
+    made = (index / "passage_ids.json").stat().st_mtime_ns
+    written = (collection / "corpus.jsonl").stat().st_mtime_ns
+    os.utime(collection / "corpus.jsonl", ns=(written + 1, written + 1))
+    assert main([*arguments, "--index", str(index)]) == 0
+    assert (index / "passage_ids.json").stat().st_mtime_ns != made
+
+
+def test_a_collection_without_judgements_is_ranked_whole(toy, toy_run, rerank_arguments, tmp_path, capsys):
+    collection = tmp_path / "collection"
+    shutil.copytree(toy, collection)
+    shutil.rmtree(collection / "qrels")
+    output = ["--collection", str(collection), "--output", str(tmp_path / "a.trec")]
+    assert main(["retrieve", *output, "--depth", "8", "--stopwords="]) == 0
+    assert dict(read_run(tmp_path / "a.trec")) == dict(read_run(toy_run))
+    assert main([*rerank_arguments(tmp_path / "b.trec"), "--collection", str(collection)]) == 0
+    assert len(read_run(tmp_path / "b.trec")) == 6
+    assert main(["evaluate", "--collection", str(collection), "--run", str(tmp_path / "b.trec")]) == 2
+    assert "has no split 'test'" in capsys.readouterr().err
 
 
 def test_fuse_and_interpolate(toy, toy_run, rerank_arguments, tmp_path, capsys):
@@ -72,6 +98,11 @@ def test_the_weight_is_chosen_on_dev_alone(toy, tmp_path):
     assert [hit.passage_id for hit in read_run(tmp_path / "mixed.trec")["q2"].hits] == ["sky-0", "king-1"]
 
 
+def typed(content):
+    """Return bytes as standard input."""
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
+
+
 def test_score_from_options_and_from_standard_input(saved_model, capsys, monkeypatch):
     model = ["--model", str(saved_model), "--dtype", "float32"]
     assert main(["score", *model, "--query", "why", "--passage", "the sky", "--passage", "the sea"]) == 0
@@ -81,7 +112,7 @@ def test_score_from_options_and_from_standard_input(saved_model, capsys, monkeyp
     best = min(lines, key=lambda line: line["rank"])
     assert best["score"] == max(line["score"] for line in lines)
     texts = '{"query": "why", "passages": ["the sky", "the sea"]}\n\n{"query": "why", "passage": "the sky"}\n'
-    monkeypatch.setattr(sys, "stdin", io.StringIO(texts))
+    monkeypatch.setattr(sys, "stdin", typed(texts.encode()))
     assert main(["score", *model]) == 0
     again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert again[:2] == lines
@@ -89,9 +120,15 @@ def test_score_from_options_and_from_standard_input(saved_model, capsys, monkeyp
     assert main(["score", *model, "--query", "why", "--passage", "same", "--passage", "same"]) == 0
     ranks = [json.loads(line)["rank"] for line in capsys.readouterr().out.splitlines()]
     assert ranks == [1, 2], "equal scores keep the order given"
-    monkeypatch.setattr(sys, "stdin", io.StringIO('{"query": "why"}\n'))
-    assert main(["score", *model]) == 2
-    assert "standard input:1" in capsys.readouterr().err
+    for line in (b'{"query": "why"}\n', '{"query": "why", "passage": "caf\xe9"}'.encode("latin-1")):
+        monkeypatch.setattr(sys, "stdin", typed(line))
+        assert main(["score", *model]) == 2
+        assert "standard input:1" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", typed(b'{"query": "why", "passage": "\\ud83d sky"}'))
+    assert main(["score", *model]) == 0
+    assert json.loads(capsys.readouterr().out)["passage"] == "\ufffd sky"
+    monkeypatch.setattr(sys, "stdin", typed(b""))
+    assert main(["score"]) == 0
 
 
 @pytest.mark.parametrize("form", ["text", "json", "markdown", "latex", "csv"])

@@ -91,7 +91,8 @@ def _module(name: str) -> Any:
 def _index(config: Config, stage: Any, collection: Collection, fingerprint: str) -> Any:
     module = _module(config.first_stage)
     kind = module.BM25 if config.first_stage == "bm25" else module.Dense
-    made_from = {"first_stage": config.first_stage, "collection": fingerprint, **dataclasses.asdict(stage)}
+    made_from = {"first_stage": config.first_stage, "collection": fingerprint, "written": collection.written()}
+    made_from |= dataclasses.asdict(stage)
     folder = Path(config.index) if config.index else None
     if folder is not None and is_index_of(folder, made_from):
         return kind.load(folder)

@@ -60,9 +60,11 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
         )
         (ranking,) = reranker.rerank([candidates])
         placed = {int(hit.passage_id): (rank, hit.score) for rank, hit in enumerate(ranking.by_position(), start=1)}
-        for index, (_, text) in enumerate(passages):
+        for index, passage in enumerate(candidates.passages):
             rank, score = placed[index]
-            line = {"query": query, "index": index, "rank": rank, "score": score, "passage": text}
+            line = {
+                "query": candidates.query.text, "index": index, "rank": rank, "score": score, "passage": passage.text,
+            }  # fmt: skip
             print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
@@ -73,7 +75,7 @@ def _from_options(config: Config) -> Iterator[tuple[str, list[tuple[str, str]]]]
 
 
 def _from_input() -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    for number, line in enumerate(sys.stdin, start=1):
+    for number, line in enumerate(sys.stdin.buffer, start=1):
         if not line.strip():
             continue
         record = parse_record(line, "standard input", number)

@@ -56,13 +56,13 @@ class BeirCollection:
         return sorted(path.stem for path in (self.folder / "qrels").glob("*.tsv"))
 
     def queries(self, split: str) -> dict[str, Query]:
-        """Return the queries that a split judges, in the order of `queries.jsonl`.
+        """Return the queries that a split judges, in the order of `queries.jsonl`; all of them where nothing is judged.
 
         Raises:
             OptionError: there is no such split.
             FormatError: a line of the queries or qrels is malformed.
         """
-        return judged(self._all_queries, self.qrels(split))
+        return judged(self._all_queries, self.qrels(split)) if self.splits() else dict(self._all_queries)
 
     def qrels(self, split: str) -> dict[str, dict[str, int]]:
         """Return the judgements of a split.
