@@ -92,11 +92,11 @@ def test_contexts_are_joined_by_attention_or_before_it(make_lm, monkeypatch):
     own_stacked, stacked = past._stacked, []
     monkeypatch.setattr(past, "_stacked", lambda *args: stacked.append(args) or own_stacked(*args))
     assert_close(apart.log_probs(rows), references)
-    assert not stacked
+    assert len(stacked) == 1, "to try whether the results are the same"
     own_update = ApartLayer.update
     monkeypatch.setattr(ApartLayer, "update", lambda *args: tuple(part.clone() for part in own_update(*args)))
     assert_close(losing.log_probs(rows), references)
-    assert stacked, "a layer that changes the cache's keys does not hand on their contexts"
+    assert len(stacked) > 2, "a layer that changes the cache's keys does not hand on their contexts"
 
 
 @pytest.mark.parametrize("most", [1, 20_000, 2**21, None])

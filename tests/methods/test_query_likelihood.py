@@ -108,7 +108,7 @@ def test_numbers_that_make_no_sense(lm, options):
 
 
 def test_contradicting_options(lm, t5):
-    with pytest.raises(OptionError, match="window_overlap 8"):
+    with pytest.raises(OptionError, match="--window-overlap 8"):
         build(Config(windows=8, window_overlap=8), lm)
     with pytest.raises(OptionError, match="decoder-only"):
         build(Config(document_prior=0.1), t5)
