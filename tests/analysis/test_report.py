@@ -183,9 +183,10 @@ def test_runs_with_other_candidates_are_not_compared_by_candidate_recall(materia
 def test_shallow_runs_one_run_and_missing_queries_still_make_a_report(tmp_path):
     good, bad = [("a", 1.0), ("b", 0.5)], [("c", 1.0)]
     run = Run([Ranking.from_scores("q1", good), Ranking.from_scores("q2", bad)], "shallow")
-    other = Run([Ranking.from_scores("q2", good), Ranking.from_scores("q1", bad)], "other")
-    qrels = {"q1": {"a": 1}, "q2": {"b": 2}, "q3": {"c": 0}}  # no query has relevant candidates in both
-    found = [evaluate(run, qrels, "RR@10 CandR_clean@5"), evaluate(other, qrels, "RR@10 CandR_clean@5")]
+    other = Run([Ranking.from_scores("q2", good)], "other")
+    qrels = {"q1": {"a": 1}, "q2": {"b": 2}}
+    measures = "RR@10 CandR_clean(rel=2)@5"  # which has no value for the first run
+    found = [evaluate(run, qrels, measures), evaluate(other, qrels, measures)]
     path = tmp_path / "report.html"
     write_comparison_report(path, found[:1], [], [run], qrels)
     assert Page(path.read_text(encoding="utf-8")).tags.count("svg") == 0
