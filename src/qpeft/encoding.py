@@ -160,7 +160,7 @@ class ContextEncoder(PretrainedLM):
             out = self.model(
                 input_ids=ids.to(self.device),
                 # padding may reach further than the model has positions
-                position_ids=torch.arange(width).clamp(max=self.max_length - 1)[None].to(self.device),
+                position_ids=torch.arange(width).clamp(max=max(self.max_length, *lengths) - 1)[None].to(self.device),
                 past_key_values=cache,
                 use_cache=True,
                 output_hidden_states=layer is not None,

@@ -362,7 +362,8 @@ class CausalLM(ContextEncoder):
         mask = layout.mask.long()
         if encoded is None and self.padding_side == "right":  # what stands behind a row's tokens is not seen by them
             # padding may reach further than the model has positions
-            positions = torch.arange(mask.shape[1]).clamp(max=self.max_length - 1)[None]
+            most = max(self.max_length, int(mask.sum(1).max()))
+            positions = torch.arange(mask.shape[1]).clamp(max=most - 1)[None]
             return {"position_ids": positions.to(self.device), "use_cache": False}
         if encoded is None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
