@@ -1,8 +1,6 @@
 """Architectures whose attention, positions or memory are unlike what saves work elsewhere: scored right, or refused."""
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from qpeft.errors import ModelError, PassageCacheError
 from qpeft.loading import _name_of_contexts, load_lm
@@ -11,7 +9,7 @@ from qpeft.template import Prompt, load_template
 from qpeft.types import Passage
 from reference import naive_log_probs
 from test_lm import QUERY, assert_close, rows_for
-from tiny_models import GATED, SMALL, SPECIAL, VOCABULARY, build_family, wordpiece_tokenizer
+from tiny_models import GATED, SMALL, VOCABULARY, build_family, wordpiece_tokenizer
 
 LATENT = {
     **GATED, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
@@ -46,18 +44,8 @@ NOT_KEEPING = {
 
 def save(name, folder, **options):
     """Write a tiny model of an architecture with a tokenizer, and return the folder's name."""
-    torch.manual_seed(0)
     settings = {**KEEPING, **NOT_KEEPING}.get(name, {})
-    config = AutoConfig.for_model(name, **{**settings, **SPECIAL, **options})
-    for each in list(config.to_dict()):
-        if "drop" in each and isinstance(getattr(config, each), float):
-            setattr(config, each, 0.0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
-    model.save_pretrained(folder)
+    build_family(name, **{**settings, **options}).save_pretrained(folder)
     wordpiece_tokenizer().save_pretrained(folder)
     return str(folder)
 

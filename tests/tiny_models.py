@@ -103,9 +103,9 @@ WORDS = (
 def build_family(family: str, **options: object) -> torch.nn.Module:
     """Return a fresh random model of a family, the same every time; `options` change its configuration."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], **SPECIAL, **options})
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "attn_pdrop", "embd_pdrop"):
-        if getattr(config, name, None):
+    config = AutoConfig.for_model(family, **{**FAMILIES.get(family, {}), **SPECIAL, **options})
+    for name in list(config.to_dict()):
+        if "drop" in name and isinstance(getattr(config, name), float):
             setattr(config, name, 0.0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

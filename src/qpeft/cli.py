@@ -90,9 +90,8 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         verbs = [verb for verb in COMMANDS if verb.startswith(f"{name} ")]
         raise OptionError(f"{name!r} is followed by one of: {', '.join(verbs)}" if verbs else _unknown(name))
-    rest = [_dashed(argument) for argument in rest]
     module = importlib.import_module(f"qpeft.commands.{name.replace(' ', '_').replace('-', '_')}")
-    configs = module.configs(rest) if hasattr(module, "configs") else (module.Config,)
+    configs = module.configs(list(map(_dashed, rest))) if hasattr(module, "configs") else (module.Config,)
     module.run(*parse(name, module.__doc__ or "", configs, rest))
     return 0
 

@@ -11,6 +11,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
 from qpeft.context_store import ContextStore, Encoded, Filled, Key, filled_layers
@@ -136,6 +137,10 @@ class ContextEncoder(PretrainedLM):
         found = store.get(self.key(ids, layer), lambda: self._encode([ids], layer)[0] if fresh is None else fresh)
         return found.to(self.device)
 
+    def _positions(self, width: int, longest: int) -> Tensor:
+        """Return positions `[1, width]` of rows padded on the right; padding gets none that the model does not have."""
+        return torch.arange(width, device=self.device).clamp(max=max(self.max_length, longest) - 1)[None]
+
     def key(self, ids: tuple[int, ...], layer: int | None = None) -> Key:
         """Return under which key a context is stored."""
         return ids, layer, self._depth
@@ -159,8 +164,7 @@ class ContextEncoder(PretrainedLM):
         with suppress(Filled):
             out = self.model(
                 input_ids=ids.to(self.device),
-                # padding may reach further than the model has positions
-                position_ids=torch.arange(width).clamp(max=max(self.max_length, *lengths) - 1)[None].to(self.device),
+                position_ids=self._positions(width, max(lengths)),
                 past_key_values=cache,
                 use_cache=True,
                 output_hidden_states=layer is not None,

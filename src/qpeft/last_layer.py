@@ -144,9 +144,9 @@ class _Places:
 
     def choose(self, name: str, value: Any) -> Any:
         """Return what belongs to the positions of an argument of a layer."""
-        if name == "position_embeddings" and value is not None:
-            return tuple(map(self.of_states, value)) if isinstance(value, tuple) else self.of_states(value)
-        return self.of_states(value) if name == "position_ids" and value is not None else value
+        if value is None or name not in ("position_embeddings", "position_ids"):
+            return value
+        return tuple(map(self.of_states, value)) if isinstance(value, tuple | list) else self.of_states(value)
 
     def of_states(self, values: Tensor) -> Tensor:
         """Return `[B, K, …]` of values `[B or 1, S, …]`."""

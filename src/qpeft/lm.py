@@ -361,10 +361,7 @@ class CausalLM(ContextEncoder):
         """Return mask and positions, and the contexts' keys and values, left-padded so that they end together."""
         mask = layout.mask.long()
         if encoded is None and self.padding_side == "right":  # what stands behind a row's tokens is not seen by them
-            # padding may reach further than the model has positions
-            most = max(self.max_length, int(mask.sum(1).max()))
-            positions = torch.arange(mask.shape[1]).clamp(max=most - 1)[None]
-            return {"position_ids": positions.to(self.device), "use_cache": False}
+            return {"position_ids": self._positions(mask.shape[1], int(mask.sum(1).max())), "use_cache": False}
         if encoded is None:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             return {

@@ -312,9 +312,11 @@ def _context_length(settings: Any, asked: int | None) -> int:
         names.remove("n_positions")  # of T5: what it was trained on, and no limit
     found = [value for name in names if isinstance(value := getattr(text, name, None), int) and value > 0][:1]
     rotations = getattr(text, "rope_parameters", None) or {}
-    if asked is None and rotations.get("rope_type") == "longrope":
+    if asked is not None:
+        found.append(asked)
+    elif rotations.get("rope_type") == "longrope":
         found.append(rotations["original_max_position_embeddings"])
-    return min([*found, *([] if asked is None else [asked])], default=512)
+    return min(found, default=512)
 
 
 def _quantized(config: ModelConfig, device: torch.device) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from itertools import pairwise
 
 import yaml
 
@@ -33,8 +32,7 @@ def peek_method(arguments: Sequence[str]) -> str:
 def _flag(arguments: Sequence[str], option: str) -> str | None:
     """Return an option's last value, which is the one that counts."""
     value = None
-    for argument, following in pairwise([*arguments, None]):
-        assert argument is not None
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
         if argument.startswith(f"--{option}="):
             value = argument.split("=", 1)[1]
         elif argument == f"--{option}" and following is not None:

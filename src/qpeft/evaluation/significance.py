@@ -130,10 +130,11 @@ def paired_t(differences: Floats) -> float | None:
 
 def wilcoxon(differences: Floats) -> float | None:
     """Two-sided p of the Wilcoxon signed-rank test, queries without a difference dropped."""
+    # 1/2 - 1/3 and 1/6 - 0 are the same difference, and only rounding would rank one above the other
+    differences = np.round(differences, 9)
     if not np.any(differences):
         return 1.0 if differences.size else None
-    # 1/2 - 1/3 and 1/6 - 0 are the same difference, and only rounding would rank one above the other
-    return float(stats.wilcoxon(np.round(differences, 9), zero_method="wilcox").pvalue)
+    return float(stats.wilcoxon(differences, zero_method="wilcox").pvalue)
 
 
 def permutation(differences: Floats, *, resamples: int = 10_000, seed: int = 0) -> float | None:
