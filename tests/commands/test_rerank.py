@@ -134,7 +134,9 @@ def test_unfinished_runs_are_neither_lost_nor_mixed(rerank_arguments, tmp_path, 
     assert partial.read_text() == before
     assert not output.exists()
     assert main(rerank_arguments(output, *ALONE, "--resume", "--run", "/dev/null")) == 2
-    assert "is no file" in capsys.readouterr().err
+    assert "/dev/null is a pipe" in capsys.readouterr().err
+    assert main(rerank_arguments(output, *ALONE, "--resume", "--run", str(tmp_path / "gone.trec"))) == 2
+    assert "gone.trec" in capsys.readouterr().err
     assert main(rerank_arguments(output, *ALONE, "--resume")) == 0
     assert output.read_bytes() == whole.read_bytes()
     counts = [json.loads((tmp_path / f"{n}.provenance.json").read_text())["counts"] for n in ("ql.trec", "whole.trec")]

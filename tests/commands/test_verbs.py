@@ -279,7 +279,15 @@ def test_costs_of_runs_that_know_them(toy, toy_run, rerank_arguments, tmp_path, 
     assert "RPP nDCG@10" in page.read_text()
     assert main(["compare", *runs, "--baseline", str(toy_run)]) == 0
     assert "QPP" not in capsys.readouterr().out
-    (tmp_path / "ql.trec.provenance.json").write_text('{"cost": {"seconds": 1}}')
-    assert main(["evaluate", *runs]) == 0
-    assert main(["evaluate", *runs, "--cost"]) == 2
-    assert "ql.trec.provenance.json: not provenance of a run" in capsys.readouterr().err
+    for beside, words in (
+        ('{"cost": {"seconds": 1}}', "not provenance of a run"),
+        ('{"options": {}, "cost": {"seconds": 1}}', "not the cost of a run"),
+        ('{"options": {}, "cost": null}', "not the cost of a run"),
+        ("{", "not JSON"),
+    ):
+        (tmp_path / "ql.trec.provenance.json").write_text(beside)
+        assert main(["evaluate", *runs]) == 0
+        assert main(["evaluate", *runs, "--cost"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "ql.trec.provenance.json" in line
+        assert words in line

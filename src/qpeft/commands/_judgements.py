@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from qpeft.commands._run_provenance import read_run_provenance
 from qpeft.data.collection import Collection, open_collection
 from qpeft.data.trec import read_run
 from qpeft.errors import FormatError, InputError, OptionError
@@ -37,15 +37,12 @@ def read_costs(runs: Sequence[Run], paths: Sequence[str]) -> dict[str, Cost]:
     """
     costs = {}
     for run, path in zip(runs, paths, strict=True):
-        beside = provenance_path(Path(path))
-        if not beside.is_file():
-            continue
-        try:
-            facts = json.loads(beside.read_text(encoding="utf-8"))
-            if "cost" in facts:
+        facts = read_run_provenance(path) or {}
+        if "cost" in facts:
+            try:
                 costs[run.tag] = Cost.from_dict(facts["cost"])
-        except (OSError, ValueError, TypeError, OptionError) as error:
-            raise FormatError(beside, None, f"not provenance of a run: {error}") from error
+            except OptionError as error:
+                raise FormatError(provenance_path(Path(path)), None, f"not the cost of a run: {error}") from error
     return costs
 
 

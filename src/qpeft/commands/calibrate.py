@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qpeft import methods
+from qpeft.commands._run_provenance import read_run_provenance
 from qpeft.data.collection import Collection, open_collection
-from qpeft.data.records import read_json
 from qpeft.data.trec import read_run
 from qpeft.errors import AdapterError, InputError, OptionError, ScoreError
 from qpeft.evaluation.calibration import (
@@ -76,7 +76,7 @@ def run(config: Config) -> None:
     """Fit, validate, write, and print what it is worth."""
     if (config.adapter is None) == (config.output is None):
         raise OptionError("give either --adapter or --output")
-    facts = _provenance(Path(config.run))
+    facts = _provenance(config.run)
     collection = open_collection(config.collection)
     made_of = facts.get("collection") or {}
     if made_of.get("fingerprint", collection.fingerprint()) != collection.fingerprint():
@@ -109,14 +109,12 @@ def run(config: Config) -> None:
     print(f"calibration: {output}", file=sys.stderr)
 
 
-def _provenance(path: Path) -> dict[str, Any]:
-    beside = provenance_path(path)
-    if path.is_file() and not beside.is_file():
-        raise InputError(f"{beside} is missing: without it, nobody knows what the scores of {path} are of")
-    facts = read_json(beside) if beside.is_file() else {"options": {}}
-    if not isinstance(facts, dict) or not isinstance(facts.get("options"), dict):
-        raise InputError(f"{beside}: not a provenance of qpeft")
-    return facts
+def _provenance(run: str) -> dict[str, Any]:
+    facts = read_run_provenance(run)
+    if facts is None and Path(run).is_file():
+        beside = provenance_path(Path(run))
+        raise InputError(f"{beside} is missing: without it, nobody knows what the scores of {run} are of")
+    return facts or {"options": {}}
 
 
 def _origin(facts: Mapping[str, Any]) -> ScoreOrigin | None:

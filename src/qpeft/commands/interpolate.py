@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qpeft.commands._output import check_output
+from qpeft.commands._run_provenance import read_run_provenance
 from qpeft.data.collection import open_collection
 from qpeft.data.trec import read_run, write_run
 from qpeft.errors import OptionError
 from qpeft.evaluation.interpolation import choose_weight, interpolate
-from qpeft.provenance import input_fingerprint, provenance, provenance_path, write_provenance
+from qpeft.provenance import input_fingerprint, provenance, write_provenance
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,6 @@ def run(config: Config) -> None:
 
 def _reranked_depth(run: str) -> int | None:
     """Return how many passages of a query have real scores, if a file beside the run says it."""
-    try:
-        made = json.loads(provenance_path(Path(run)).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    depth = made.get("options", {}).get("depth") if made.get("command") == "rerank" else None
+    made = read_run_provenance(run)
+    depth = made["options"].get("depth") if made and made.get("command") == "rerank" else None
     return depth if isinstance(depth, int) else None

@@ -64,8 +64,8 @@ class Config:
         check_output(self.output, self.tag)
         if self.interpolate is not None and not 0 <= self.interpolate <= 1:
             raise OptionError(f"--interpolate is {self.interpolate}; it must be between 0 and 1")
-        if self.resume and not Path(self.run).is_file():
-            raise OptionError(f"--resume: --run {self.run} is no file, so whether it is the same run cannot be told")
+        if self.resume and Path(self.run).exists() and not Path(self.run).is_file():
+            raise OptionError(f"--resume: --run {self.run} is a pipe: whether it is the same run cannot be told")
 
 
 def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:

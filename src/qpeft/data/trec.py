@@ -133,6 +133,11 @@ def write_qrels(qrels: Qrels, path: StrPath, layout: Literal["trec", "beir"] = "
                 file.write(f"{query_id}{between}{passage_id}{after}{grade}\n")
 
 
+def fits_column(word: str) -> bool:
+    """Return whether a word can stand in a column: it is not empty and holds no blank of ASCII's."""
+    return bool(word) and not any(blank in word for blank in " \t\r\n\v\f")
+
+
 def _columns(line: str) -> list[str]:
     # Not str.split(): an id may hold a no-break space, which trec_eval takes for a letter.
     return _BLANKS.split(line.strip(" \t"))
@@ -150,5 +155,5 @@ def _score(text: str, path: StrPath, number: int) -> float:
 
 def _check_words(path: StrPath, line: int, *words: str) -> None:
     for word in words:
-        if not word or any(blank in word for blank in " \t\r\n\v\f"):
+        if not fits_column(word):
             raise FormatError(path, line, f"{word!r} cannot stand in a column: it is empty or holds white space")

@@ -1,0 +1,25 @@
+"""What stands beside a run about how it was made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qpeft.data.records import read_json
+from qpeft.errors import FormatError
+from qpeft.provenance import provenance_path
+
+
+def read_run_provenance(run: str) -> dict[str, Any] | None:
+    """Return the provenance beside a run file; None where there is none.
+
+    Raises:
+        FormatError: the file is no provenance.
+    """
+    beside = provenance_path(Path(run))
+    if not beside.is_file():
+        return None
+    facts = read_json(beside)
+    if not isinstance(facts, dict) or not isinstance(facts.get("options"), dict):
+        raise FormatError(beside, None, "not provenance of a run")
+    return facts
