@@ -2,6 +2,7 @@ import copy
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -189,6 +190,14 @@ def test_positions_of_a_t5_are_no_limit(t5, tmp_path):
     t5.tokenizer.save_pretrained(tmp_path)
     assert load_lm(ModelConfig(str(tmp_path), max_length=1024)).max_length == 1024
     assert load_lm(ModelConfig(str(tmp_path))).max_length == 512
+
+
+@pytest.mark.skipif(find_spec("sentencepiece") is not None, reason="sentencepiece is installed and reads the file")
+def test_a_vocabulary_that_needs_another_package(t5, tmp_path):
+    t5.model.save_pretrained(tmp_path)
+    (tmp_path / "spiece.model").write_bytes(b"\n\x0b\n\x05<pad>\x15\0\0\0\0")
+    with pytest.raises(ModelError, match="needs the package sentencepiece"):
+        load_lm(ModelConfig(str(tmp_path)))
 
 
 def test_which_token_a_decoder_begins_with(t5):

@@ -8,6 +8,7 @@ import os
 import time
 import typing
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,11 @@ def _tokenizer(path: str, options: dict[str, Any]) -> Any:
     """
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, **options)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise OSError(f"its tokenizer cannot be read ({type(error).__name__}: {error})") from error
+    except (ImportError, KeyError, TypeError, AttributeError, ValueError) as error:
+        told = f"its tokenizer cannot be read ({type(error).__name__}: {error})"
+        if find_spec("sentencepiece") is None and any(sign in str(error) for sign in (".model", "tiktoken")):
+            told += "; a vocabulary of SentencePiece (*.model) needs the package sentencepiece"
+        raise OSError(told) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise OSError("it has no tokenizer, or an empty one: tokenizer.json or its like is missing")
     return tokenizer
