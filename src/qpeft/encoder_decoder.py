@@ -1,4 +1,4 @@
-"""Encoder-decoder models (T5, T0, Flan-T5, BART …) as UPR uses them.
+"""Encoder-decoder models (T5, T0, Flan-T5 …) as UPR uses them.
 
 Source: Sachan et al. 2022, arXiv 2204.07496.
 """
