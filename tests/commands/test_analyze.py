@@ -244,9 +244,13 @@ def test_a_killed_study_goes_on(arguments, tmp_path, start_process, capsys):
     again = arguments("layers", "all-1", "all-2", more=more, output=killed)
     assert main(again) == 2
     assert "is an unfinished study" in capsys.readouterr().err
-    for changed in (["--depth", "5"], ["--measure", "RR@3"], ["--seed", "1"]):
+    for changed, named in (
+        (["--depth", "5"], "(--depth was 6 and is 5)"),
+        (["--measure", "RR@3"], '(--measure was "RR@5" and is "RR@3")'),
+        (["--seed", "1"], "(--seed was 0 and is 1)"),
+    ):
         assert main([*again, *changed, "--resume"]) == 2
-        assert "made with other options, data, adapters or model" in capsys.readouterr().err
+        assert f"made with other options, data or model {named}" in capsys.readouterr().err
     other = arguments("layers", "all-2", "all-1", more=more, output=killed)
     assert main([*other, "--resume"]) == 2
     assert (killed / UNFINISHED).read_text().splitlines()[: len(done)] == done
@@ -286,7 +290,7 @@ def test_another_adapter_under_the_same_name_is_noticed(arguments, adapters, tmp
         assert main(again) == 130
     shutil.copy(adapters / "all-2" / "adapter_model.safetensors", tmp_path / "mine")
     assert main([*again, "--resume"]) == 2
-    assert "made with other options, data, adapters or model" in capsys.readouterr().err
+    assert "made with other options, data or model (adapters.0.sha256)" in capsys.readouterr().err
 
 
 def interrupted(*_):

@@ -130,7 +130,7 @@ def test_unfinished_runs_are_neither_lost_nor_mixed(rerank_arguments, tmp_path, 
     assert main(rerank_arguments(output, *ALONE)) == 2
     assert "--resume" in capsys.readouterr().err
     assert main(rerank_arguments(output, *ALONE, "--resume", "--template", "upr")) == 2
-    assert "other options" in capsys.readouterr().err
+    assert 'other options, data or model (--template was not given and is "upr"); delete it' in capsys.readouterr().err
     assert partial.read_text() == before
     assert not output.exists()
     assert main(rerank_arguments(output, *ALONE, "--resume", "--run", "/dev/null")) == 2

@@ -151,7 +151,7 @@ def test_an_interrupted_training_resumes_to_the_same_bytes(arguments, tmp_path, 
     assert main(arguments(output, *more)) == 2
     assert "mine.checkpoints is an unfinished training: continue it with --resume" in capsys.readouterr().err
     assert main(arguments(output, *more, "--resume", "--margin", "0.7")) == 2
-    assert "other options, data or model" in capsys.readouterr().err
+    assert "other options, data or model (--margin was 0.5 and is 0.7); delete it" in capsys.readouterr().err
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
@@ -176,7 +176,7 @@ def test_what_was_tuned_in_between_is_another_training(arguments, saved_model, t
     write_tuning(key, Tuning("float32", "eager", 777))
     capsys.readouterr()
     assert main(arguments(tmp_path / "mine", "--resume")) == 2
-    assert "other options, data or model" in capsys.readouterr().err
+    assert "other options, data or model (model." in capsys.readouterr().err
     write_tuning(key, None)
     assert main(arguments(tmp_path / "mine", "--resume")) == 0
 
@@ -271,7 +271,7 @@ def test_another_train_file_is_no_continuation(arguments, train_file, tmp_path, 
         assert main(arguments(tmp_path / "mine", data=data)) == 130
     train_file.write_text(train_file.read_text().replace("the old cat", "a dog"))
     assert main(arguments(tmp_path / "mine", "--resume", data=data)) == 2
-    assert "other options, data or model" in capsys.readouterr().err
+    assert "other options, data or model (files.train_file); delete it" in capsys.readouterr().err
 
 
 def test_a_teacher(arguments, toy_run, tmp_path):
@@ -542,5 +542,8 @@ def test_a_training_that_is_refused_leaves_the_mark_of_the_other(tmp_path):
             pass
         (checkpoints / "checkpoint-1").mkdir()
     assert read_mark(checkpoints) == {"options": "one"}
-    with pytest.raises(StateError, match="was made with other options"), claim(checkpoints, {"options": "two"}):
+    with (
+        pytest.raises(StateError, match=r"was made with other options, data or model \(options\)"),
+        claim(checkpoints, {"options": "two"}),
+    ):
         pass

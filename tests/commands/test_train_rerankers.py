@@ -116,7 +116,9 @@ def test_steps_are_kept_as_adapters(arguments, saved_model, tmp_path, capsys):
     assert main(arguments(output, "--keep-every", "2", "--scheduler", "constant")) == 0, "the same again"
     capsys.readouterr()
     assert main(arguments(output, "--keep-every", "3")) == 2
-    assert "mine.steps was made with other options, data or model; delete it" in capsys.readouterr().err
+    assert (
+        "mine.steps was made with other options, data or model (--keep-every was 2 and is 3" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)

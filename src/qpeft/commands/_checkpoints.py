@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qpeft.commands._claim import claimed
+from qpeft.commands._same_work import as_kept, check_same
 from qpeft.errors import StateError
+from qpeft.provenance import write_json
 from qpeft.training.processes import processes
 
 BEGUN = "begun.json"
@@ -51,11 +53,11 @@ def claim(checkpoints: Path, mark: dict[str, Any]) -> Iterator[None]:
 
 def leave_mark(folder: Path, mark: dict[str, Any], begun: dict[str, Any]) -> None:
     """Leave a mark beside what a training writes, or compare with the one that is there."""
-    if begun and begun != mark:
-        raise StateError(f"{folder} was made with other options, data or model; delete it to start afresh")
+    if begun:
+        check_same(folder, begun, mark)
     _make(folder)
     try:
-        (folder / BEGUN).write_text(json.dumps(mark) + "\n", encoding="utf-8")
+        write_json(folder / BEGUN, as_kept(mark))
     except OSError as error:
         raise StateError(f"{folder} cannot be written: {error}") from error
 

@@ -31,7 +31,7 @@ class Partial:
         self.rankings: list[Ranking] = []
         self._before = ScoringCounts()
 
-    def open(self, fingerprint: str, settings: Mapping[str, Any], window: Window) -> None:
+    def open(self, facts: Mapping[str, Any], settings: Mapping[str, Any], window: Window) -> None:
         """Check that the file belongs to this very run, and get ready to append.
 
         Raises:
@@ -39,7 +39,7 @@ class Partial:
         """
         finished = self._unfinished.lines
         del finished[window.whole(len(line["hits"]) for line in finished) :]
-        self._unfinished.open(fingerprint, settings)
+        self._unfinished.open(facts, settings)
         self.rankings = [
             Ranking(line["query"], tuple(Hit(passage_id, score) for passage_id, score in line["hits"]))
             for line in finished

@@ -126,7 +126,7 @@ def run_study(
         "model": describe_lm(lm, model),
     }
     settings = {"dtype": lm.dtype, "threads": torch.get_num_threads()}
-    unfinished.open(fingerprint(facts), settings)
+    unfinished.open(facts, settings)
     lines = unfinished.lines
     items = list(candidates_from_run(first, queries, collection.passages, config.depth))
     work: dict[str, Any] = {"layers_run": 0, "layers_without_sharing": 0, "why_not": ""}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qpeft.commands._claim import claimed
+from qpeft.commands._same_work import as_kept, check_same
 from qpeft.data.files import make_folder, write_text
 from qpeft.errors import StateError
 
@@ -16,8 +17,8 @@ from qpeft.errors import StateError
 class Unfinished:
     """Finished pieces of work whose output is not there yet, under a header that says what they are of.
 
-    The header holds a fingerprint of everything that decides the result, and the settings that were taken from the
-    machine (number type, CPU threads), which resumed work keeps.
+    The header holds everything that decides the result, and the settings that were taken from the machine (number type,
+    CPU threads), which resumed work keeps.
 
     Args:
         path: the file.
@@ -45,17 +46,15 @@ class Unfinished:
         found: dict[str, Any] = self._header.get("settings", {})
         return found
 
-    def open(self, fingerprint: str, settings: Mapping[str, Any]) -> None:
+    def open(self, facts: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         """Check that the file belongs to this very work, write what `lines` keeps of it, and get ready to append.
 
         Raises:
-            StateError: it was made with other options, data, adapters or model, or another process is working on it.
+            StateError: it was made with other options, data or model, or another process is working on it.
         """
-        header = {"fingerprint": fingerprint, "settings": dict(settings)}
-        if self._header and self._header["fingerprint"] != fingerprint:
-            raise StateError(
-                f"{self.path} was made with other options, data, adapters or model; delete it to start afresh"
-            )
+        if self._header:
+            check_same(self.path, self._header.get("facts", {}), facts)
+        header = {"facts": as_kept(facts), "settings": dict(settings)}
         make_folder(self.path.parent)
         self._claim.enter_context(claimed(self.path))
         with write_text(self.path) as file:

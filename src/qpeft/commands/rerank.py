@@ -29,7 +29,7 @@ from qpeft.evaluation.cost import Cost, forget_peak_memory, peak_memory
 from qpeft.evaluation.interpolation import interpolate
 from qpeft.evaluation.tables import significant
 from qpeft.model_config import ModelConfig
-from qpeft.provenance import fingerprint, input_fingerprint, provenance, write_provenance
+from qpeft.provenance import input_fingerprint, provenance, write_provenance
 from qpeft.types import Ranking, Run, ScoringCounts
 
 
@@ -123,8 +123,7 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
         reranker.check(queries[query_id])
     # What is done after scoring may be asked for otherwise when an interrupted run goes on.
     scoring = {name: value for name, value in facts["options"].items() if name not in ("tag", "interpolate")}
-    same = fingerprint({**facts, "options": scoring})
-    partial.open(same, {"dtype": described["dtype"], "threads": threads}, reranker.window)
+    partial.open({**facts, "options": scoring}, {"dtype": described["dtype"], "threads": threads}, reranker.window)
     started = time.perf_counter()
     items = candidates_from_run(first, queries, collection.passages, config.depth)
     rankings = [ranking for ranking, _ in zip(partial.rankings, items, strict=False)]

@@ -24,7 +24,7 @@ from qpeft.commands._training_data import find_dev_candidates, read_teacher, rea
 from qpeft.data.collection import open_collection
 from qpeft.errors import OptionError, PassageCacheError, nearest
 from qpeft.model_config import ModelConfig
-from qpeft.provenance import file_fingerprint, fingerprint, provenance
+from qpeft.provenance import file_fingerprint, provenance
 from qpeft.template import Prompt, Template, load_template
 from qpeft.training import config as training_config
 from qpeft.training.config import TrainingConfig
@@ -172,7 +172,7 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
     collator = Collator(scorer.prompt, training, config.seed, teacher, read)
     _keep_all_or_none(lm, adapter, lambda: contexts_bytes(lm, scorer.prompt, groups, training, dev))
     mark = {
-        "options": fingerprint(facts),
+        **facts,
         "dtype": lm.dtype,
         "threads": torch.get_num_threads(),
         "processes": here.count,
