@@ -10,7 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qpeft.adapters import _folder
-from qpeft.adapters._folder import CONFIG, WEIGHTS, load_adapter, read_config, save_adapter
+from qpeft.adapters._folder import (
+    CALIBRATION,
+    CONFIG,
+    FACTS,
+    WEIGHTS,
+    load_adapter,
+    open_adapter,
+    read_config,
+    save_adapter,
+)
 from qpeft.errors import AdapterError, OptionError
 from qpeft.lm import CausalLM
 from qpeft.loading import load_lm
@@ -203,6 +212,28 @@ def test_configurations_that_cannot_be_used(folder, lm, tmp_path):
         load_adapter(tmp_path, lm)
     with pytest.raises(AdapterError, match="no adapter 'tiny-lm-qpeft-x'; did you mean 'tiny-lm-qpeft-"):
         load_adapter("tiny-lm-qpeft-x", lm)
+
+
+def test_what_cannot_be_opened_leaves_nothing_in_the_model(lm, tmp_path):
+    size = sum(parameter.numel() for parameter in lm.model.parameters())
+    made = build("lora", lm)
+    save_adapter(tmp_path / "mine", "lora", made, lm, PLAIN)
+    made.withdraw()
+    with pytest.raises(OptionError, match="was trained with 'plain'"):
+        open_adapter(tmp_path / "mine", lm, load_template("upr"))
+    with pytest.raises(OptionError, match="was trained for --method query_likelihood"):
+        open_adapter(tmp_path / "mine", lm, None, method="yes_no")
+    described = json.loads((tmp_path / "mine" / FACTS).read_text())
+    calibration = tmp_path / "mine" / CALIBRATION
+    calibration.write_text("{}")
+    with pytest.raises(AdapterError, match=CALIBRATION):
+        load_adapter(tmp_path / "mine", lm)
+    calibration.unlink()
+    (tmp_path / "mine" / FACTS).write_text(json.dumps(described | {"template": {"name": "plain"}}))
+    with pytest.raises(AdapterError, match="cannot be used"):
+        load_adapter(tmp_path / "mine", lm)
+    assert sum(parameter.numel() for parameter in lm.model.parameters()) == size
+    assert lm.model.peft_config == {}
 
 
 def full(*args, **kwargs):

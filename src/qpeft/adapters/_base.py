@@ -6,7 +6,8 @@ Shapes: `B` rows, `n` query tokens, `m` passage tokens, `L` hint vectors, `d` hi
 from __future__ import annotations
 
 import abc
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -66,6 +67,16 @@ class Adapter(nn.Module, abc.ABC):
     def count_parameters(self) -> int:
         """Return how many parameters training changes; the same before it, in its midst and after loading."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+@contextmanager
+def withdrawn_on_failure(adapter: Adapter) -> Iterator[None]:
+    """Take an adapter out of the model again where what goes with it, within this context, fails."""
+    try:
+        yield
+    except BaseException:
+        adapter.withdraw()
+        raise
 
 
 class PromptAdapter(Adapter):

@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qpeft import adapters
-from qpeft.adapters._base import Adapter
+from qpeft.adapters._base import Adapter, withdrawn_on_failure
 from qpeft.adapters._card import card
 from qpeft.adapters._published import TEMPLATE as PUBLISHED_TEMPLATE
 from qpeft.adapters._published import is_published, open_published
@@ -159,17 +159,10 @@ def load_adapter(folder: str | Path, lm: CausalLM) -> AdapterFolder:
     described = read_config(folder)
     _check_base(folder, described["base"], lm)
     adapter, template = _build(folder, described, lm)
-    try:
-        tensors = load_file(folder / WEIGHTS, device=str(lm.device))
-        prefix = _prefix(adapter)
-        adapter.load_state_dict({key.removeprefix(prefix): value for key, value in tensors.items()})
-    except (OSError, SafetensorError, RuntimeError) as error:
-        adapter.withdraw()
-        first = " ".join(str(error).split())[:200]
-        raise AdapterError(f"adapter {str(folder)!r}: {WEIGHTS} cannot be read: {first}") from error
-    adapter.eval().requires_grad_(False)
-    sha256 = file_fingerprint(folder / WEIGHTS)
-    calibration = _calibration(folder, described["adapter"], sha256, template, lm)
+    with withdrawn_on_failure(adapter):
+        _fill(folder, adapter, lm)
+        sha256 = file_fingerprint(folder / WEIGHTS)
+        calibration = _calibration(folder, described["adapter"], sha256, template, lm)
     return AdapterFolder(
         described["adapter"],
         adapter,
@@ -228,8 +221,16 @@ def open_adapter(
     """
     if not isinstance(lm, CausalLM):
         raise OptionError("--adapter needs a decoder-only model")
-    opened = adapter if isinstance(adapter, AdapterFolder) else load_adapter(adapter, lm)
-    named = "the adapter" if isinstance(adapter, AdapterFolder) else f"adapter {str(adapter)!r}"
+    if isinstance(adapter, AdapterFolder):
+        return _agreeing(adapter, "the adapter", template, option, method)
+    opened = load_adapter(adapter, lm)
+    with withdrawn_on_failure(opened.adapter):
+        return _agreeing(opened, f"adapter {str(adapter)!r}", template, option, method)
+
+
+def _agreeing(
+    opened: AdapterFolder, named: str, template: Template | None, option: str | None, method: str | None
+) -> AdapterFolder:
     if method not in (None, opened.method):
         raise OptionError(f"--method {method}: {named} was trained for --method {opened.method}")
     if template is not None and not opened.names_template:
@@ -247,12 +248,26 @@ def _build(folder: Path, described: Mapping[str, Any], lm: CausalLM) -> tuple[Ad
         unknown = sorted(set(described["options"]) - known)
         if unknown:
             raise AdapterError(f"adapter {str(folder)!r} has the option {unknown[0]!r}{nearest(unknown[0], known)}")
+        template = Template(**described["template"])
         adapter: Adapter = module.build(module.Config(**described["options"]), lm)
-        if described.get("head"):
-            adapter.add_head(lm)
-        return adapter, Template(**described["template"])
+        with withdrawn_on_failure(adapter):
+            if described.get("head"):
+                adapter.add_head(lm)
+        return adapter, template
     except (OptionError, InputError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise AdapterError(f"adapter {str(folder)!r}: {CONFIG} cannot be used: {error}") from error
+
+
+def _fill(folder: Path, adapter: Adapter, lm: CausalLM) -> None:
+    """Give an adapter its trained tensors."""
+    try:
+        tensors = load_file(folder / WEIGHTS, device=str(lm.device))
+        prefix = _prefix(adapter)
+        adapter.load_state_dict({key.removeprefix(prefix): value for key, value in tensors.items()})
+    except (OSError, SafetensorError, RuntimeError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise AdapterError(f"adapter {str(folder)!r}: {WEIGHTS} cannot be read: {first}") from error
+    adapter.eval().requires_grad_(False)
 
 
 def _calibration(folder: Path, name: str, sha256: str, template: Template, lm: CausalLM) -> Calibration | None:

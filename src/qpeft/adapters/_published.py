@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qpeft.adapters import lora
-from qpeft.adapters._base import Adapter
+from qpeft.adapters._base import Adapter, withdrawn_on_failure
 from qpeft.adapters._lora import HEAD, LoraAdapter
 from qpeft.errors import AdapterError, MissingDependencyError, OptionError
 from qpeft.lm import CausalLM
@@ -45,21 +45,21 @@ def open_published(folder: Path, described: Mapping[str, Any], lm: CausalLM) -> 
         MissingDependencyError: peft is not installed.
     """
     base = str(described.get("base_model_name_or_path"))
-    if base.rpartition("/")[2] not in lm.name:
+    if not (name := PurePosixPath(base).name) or name not in lm.name:
         raise AdapterError(
-            f"adapter {str(folder)!r} was trained for {base!r}, not for {lm.name!r}; the name of a copy must hold "
-            f"{base.rpartition('/')[2]!r}"
+            f"adapter {str(folder)!r} was trained for {base!r}, not for {lm.name!r}; "
+            f"the name of a copy must hold {name!r}"
         )
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise AdapterError(f"adapter {str(folder)!r} has no weights: {' or '.join(WEIGHTS)}")
     tensors = _named(_read(path, lm), folder)
     adapter = _build(folder, lm)
-    adapter.add_head(lm)
     try:
-        adapter.load_state_dict(tensors)
+        with withdrawn_on_failure(adapter):
+            adapter.add_head(lm)
+            adapter.load_state_dict(tensors)
     except RuntimeError as error:
-        adapter.withdraw()
         raise AdapterError(f"adapter {str(folder)!r}: {path.name}: {' '.join(str(error).split())[:300]}") from error
     return adapter, path
 
