@@ -15,6 +15,7 @@ from qpeft.loading import describe_lm, load_lm
 from qpeft.methods import query_likelihood
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import weights_fingerprint
+from qpeft.types import Passage
 
 PASSAGES = ["the sky is blue", "the sea is salty", "the old king", "the sky is blue"]
 
@@ -34,6 +35,12 @@ def test_rank_and_predict_have_the_shapes_of_sentence_transformers(saved_model):
     scores = reranker.predict(pairs)
     assert scores[:4] == pytest.approx([s for _, s in sorted((e["corpus_id"], e["score"]) for e in ranked)], abs=1e-5)
     assert len(scores) == 5
+    titled = [Passage("other-id", text, "Old kings") for text in PASSAGES]
+    with_titles = reranker.rank("why is the sky blue?", titled, return_documents=True)
+    assert {entry["text"] for entry in with_titles} == set(PASSAGES)
+    by_place = {entry["corpus_id"]: entry["score"] for entry in with_titles}
+    assert reranker.predict([("why is the sky blue?", each) for each in titled]) == [by_place[i] for i in range(4)]
+    assert by_place[0] != scores[0]
     with pytest.raises(OptionError, match="top_k is 0"):
         reranker.rank("why", PASSAGES, top_k=0)
 

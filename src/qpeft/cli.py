@@ -90,8 +90,9 @@ def _dispatch(arguments: list[str]) -> int:
     if name not in COMMANDS:
         verbs = [verb for verb in COMMANDS if verb.startswith(f"{name} ")]
         raise OptionError(f"{name!r} is followed by one of: {', '.join(verbs)}" if verbs else _unknown(name))
+    rest = _in_order(rest)
     module = importlib.import_module(f"qpeft.commands.{name.replace(' ', '_').replace('-', '_')}")
-    configs = module.configs(list(map(_dashed, rest))) if hasattr(module, "configs") else (module.Config,)
+    configs = module.configs(rest) if hasattr(module, "configs") else (module.Config,)
     module.run(*parse(name, module.__doc__ or "", configs, rest))
     return 0
 
@@ -136,7 +137,7 @@ def parse(name: str, description: str, configs: Sequence[type[Any]], arguments: 
         for config in configs:
             _add_options(parser, config)
         lists = {name for config in configs for name, hint in get_type_hints(config).items() if _is_list(hint)}
-        values = parser.parse_args(_gathered(list(map(_dashed, arguments)), lists))
+        values = parser.parse_args(_gathered(_in_order(arguments), lists))
     filled = []
     for config in configs:
         names = [field.name for field in dataclasses.fields(config)]
@@ -184,6 +185,20 @@ def _dashed(argument: str) -> str:
     name, equals, value = argument.partition("=")
     spelt = name.replace("_", "-")
     return ("--print_config" if spelt == "--print-config" else spelt) + equals + value
+
+
+def _in_order(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with dashes, and with files first: an option that is typed counts, wherever it stands."""
+    files: list[str] = []
+    rest: list[str] = []
+    remaining = list(map(_dashed, arguments))
+    while remaining:
+        argument = remaining.pop(0)
+        found = files if argument.partition("=")[0] == "--config" else rest
+        found.append(argument)
+        if argument == "--config" and remaining:
+            files.append(remaining.pop(0))
+    return files + rest
 
 
 def _is_list(hint: Any) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, ClassVar, NotRequired, Protocol, TypedDict, TypeVar, final, overload
@@ -286,16 +286,17 @@ class Reranker(abc.ABC):
         """Yield one ranking per item, lazily and in order."""
 
     @overload
-    def predict(self, pairs: tuple[str, str]) -> float: ...
+    def predict(self, pairs: tuple[str, str | Passage]) -> float: ...
 
     @overload
-    def predict(self, pairs: Sequence[tuple[str, str]]) -> list[float]: ...
+    def predict(self, pairs: Sequence[tuple[str, str | Passage]]) -> list[float]: ...
 
     @final
-    def predict(self, pairs: tuple[str, str] | Sequence[tuple[str, str]]) -> float | list[float]:
+    def predict(self, pairs: tuple[str, str | Passage] | Sequence[tuple[str, str | Passage]]) -> float | list[float]:
         """Return a score per (query text, passage text), as sentence-transformers' `CrossEncoder.predict` does.
 
         Consecutive pairs with the same query are ranked as one list of candidates. A single pair gets a single score.
+        In the place of a passage's text a `Passage` may stand, which has a title too.
 
         Raises:
             OptionError: what is given is neither pairs of texts nor one.
@@ -312,9 +313,9 @@ class Reranker(abc.ABC):
 
     @final
     def rank(
-        self, query: str, passages: Sequence[str], *, top_k: int | None = None, return_documents: bool = False
+        self, query: str, passages: Sequence[str | Passage], *, top_k: int | None = None, return_documents: bool = False
     ) -> list[RankedPassage]:
-        """Rank texts for one query, best first; equal scores keep the order given.
+        """Rank texts, or passages with titles, for one query, best first; equal scores keep the order given.
 
         Returns:
             Entries of sentence-transformers' shape: `corpus_id` is the index into `passages`.
@@ -329,11 +330,12 @@ class Reranker(abc.ABC):
         for hit in self._ranking(query, passages).by_position()[:top_k]:
             entry = RankedPassage(corpus_id=int(hit.passage_id), score=hit.score)
             if return_documents:
-                entry["text"] = passages[int(hit.passage_id)]
+                given = passages[int(hit.passage_id)]
+                entry["text"] = given.text if isinstance(given, Passage) else given
             ranked.append(entry)
         return ranked
 
-    def _ranking(self, query: str, passages: Sequence[str]) -> Ranking:
+    def _ranking(self, query: str, passages: Sequence[str | Passage]) -> Ranking:
         (ranking,) = self.rerank([_candidates(query, passages)])
         return ranking
 
@@ -349,11 +351,15 @@ def as_list(texts: Iterable[T], what: str) -> list[T]:
     return list(texts)
 
 
-def _pair(pair: Any) -> tuple[str, str]:
+def _pair(pair: Any) -> tuple[str, str | Passage]:
     if isinstance(pair, str) or len(pair) != 2:
         raise OptionError(f"{pair!r:.60} is not a pair of a query and a passage")
     return pair[0], pair[1]
 
 
-def _candidates(query: str, passages: Sequence[str]) -> Candidates:
-    return Candidates(Query("query", query), tuple(Passage(str(i), text) for i, text in enumerate(passages)))
+def _candidates(query: str, passages: Sequence[str | Passage]) -> Candidates:
+    return Candidates(Query("query", query), tuple(_passage(str(i), each) for i, each in enumerate(passages)))
+
+
+def _passage(passage_id: str, given: str | Passage) -> Passage:
+    return replace(given, id=passage_id) if isinstance(given, Passage) else Passage(passage_id, given)

@@ -131,6 +131,40 @@ def test_score_from_options_and_from_standard_input(saved_model, capsys, monkeyp
     assert main(["score"]) == 0
 
 
+def test_titles_are_scored_wherever_they_come_from(saved_model, capsys, monkeypatch):
+    model = ["score", "--model", str(saved_model), "--dtype", "float32"]
+    given = ["--query", "why", "--passage", "the sky", "--title", "Old kings", "--passage", "the sea", "--title", ""]
+    assert main([*model, *given]) == 0
+    expected = [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()]
+    for lines in (
+        b'{"query": "why", "passages": [{"text": "the sky", "title": "Old kings"}, "the sea"]}',
+        b'{"query": "why", "passage": "the sky", "title": "Old kings"}\n{"query": "why", "passage": "the sea"}',
+    ):
+        monkeypatch.setattr(sys, "stdin", typed(lines))
+        assert main(model) == 0
+        scores = [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()]
+        assert scores == pytest.approx(expected, abs=1e-5)
+    for line, words in (
+        (b'{"query": "why", "passages": ["the sky"], "title": "Old kings"}', "'title' is for one 'passage'"),
+        (b'{"query": "why", "passages": ["the sky", {"title": "Old kings"}]}', "passages[1]: no 'text'"),
+        (b'{"query": "why", "passage": "the sky", "title": ["Old kings"]}', "'title' is ['Old kings'], not a string"),
+    ):
+        monkeypatch.setattr(sys, "stdin", typed(line))
+        assert main(model) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_what_is_typed_counts_before_a_file_wherever_it_stands(saved_model, tmp_path, capsys):
+    (tmp_path / "options.yaml").write_text("method: yes_no\nwindows: 48\npassage: [the sea]\n")
+    file = ["--config", str(tmp_path / "options.yaml")]
+    typed = ["--model", str(saved_model), "--method", "query_likelihood", "--document-prior", "0.1", "--query", "why"]
+    scores = []
+    for arguments in ([*file, *typed], [*typed, *file], [*typed[:2], f"--config={file[1]}", *typed[2:]]):
+        assert main(["score", *arguments]) == 0
+        scores.append(capsys.readouterr().out)
+    assert len(set(scores)) == 1
+
+
 @pytest.mark.parametrize("form", ["text", "json", "markdown", "latex", "csv"])
 @pytest.mark.parametrize("labels", ["qrels", "answers"])
 def test_evaluate(toy, toy_run, tmp_path, capsys, form, labels):

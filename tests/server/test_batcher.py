@@ -186,6 +186,27 @@ def test_only_the_poisoned_request_fails(lm):
     assert lake.scores == pytest.approx(scorer.score(asked[2]), abs=1e-5)
 
 
+def test_whatever_fails_the_next_request_is_scored(lm, monkeypatch):
+    scorer, other = build_scorer(Config(), lm), build_scorer(Config(), lm)
+    without_kind = type("WithoutKind", (type(other),), {"kind": property(lambda self: {}["no head"])})
+    other.__class__ = without_kind
+
+    async def run():
+        async with batching() as batcher:
+            found = [
+                await asyncio.gather(*(batcher.score(s, pairs(2)) for s in (other, scorer)), return_exceptions=True)
+            ]
+            with monkeypatch.context() as patch:
+                patch.setattr("qpeft.server.batcher.score_chunks", lambda chunks: chunks[0].nothing)
+                found.append(await asyncio.gather(batcher.score(scorer, pairs(2)), return_exceptions=True))
+            return [*found, await batcher.score(scorer, pairs(2))]
+
+    (failed, scored), (broken,), again = asyncio.run(asyncio.wait_for(run(), 60))
+    assert isinstance(failed, KeyError)
+    assert isinstance(broken, AttributeError)
+    assert scored.scores == again.scores == pytest.approx(scorer.score(pairs(2)), abs=1e-5)
+
+
 def test_adapters_and_layers_mix_in_one_batch(lm):
     adapters = [None, build("qpeft_a", lm, trained=True), build("qpeft_r", lm, trained=True)]
     adapters += [build("qpeft_c", lm, trained=True), build("lora", lm), build("qpeft_c", lm, trained=True, layer=1)]

@@ -1,7 +1,8 @@
 """Score passages for a query and print JSON lines.
 
-Either --query with one or more --passage, or JSON lines on standard input, each with "query" and "passage" (a text) or
-"passages" (a list of texts). One line comes out per passage, in the order given, with its score and its rank.
+Either --query with one or more --passage, or JSON lines on standard input, each with "query" and "passage" (a text,
+perhaps with its "title" beside it) or "passages" (a list of texts, or of objects with "text" and "title"). One line
+comes out per passage, in the order given, with its score and its rank.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from qpeft import methods
 from qpeft.commands._peek import peek_method
-from qpeft.data.records import parse_record
+from qpeft.data.records import Record, parse_record
 from qpeft.errors import OptionError
 from qpeft.model_config import ModelConfig
 from qpeft.types import Candidates, Passage, Query
@@ -79,5 +80,13 @@ def _from_input() -> Iterator[tuple[str, list[tuple[str, str]]]]:
         if not line.strip():
             continue
         record = parse_record(line, "standard input", number)
-        texts = record.strings("passages") if record.has("passages") else (record.text("passage"),)
-        yield record.text("query"), [("", text) for text in texts]
+        yield record.text("query"), [(each.text("title", default=""), each.text("text")) for each in _passages(record)]
+
+
+def _passages(record: Record) -> list[Record]:
+    if not record.has("passages"):
+        return [record.child({"text": record.text("passage"), "title": record.fields.get("title")}, "passage")]
+    if record.has("title"):
+        raise record.error("'title' is for one 'passage'; 'passages' are objects with 'text' and 'title'")
+    given = [{"text": each} if isinstance(each, str) else each for each in record.items("passages")]
+    return [record.child(each, f"passages[{i}]") for i, each in enumerate(given)]

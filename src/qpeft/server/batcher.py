@@ -10,7 +10,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -162,7 +162,11 @@ class Batcher:
             await self._company()
             chunks = self._take()
             started = time.perf_counter()
-            outcomes = await loop.run_in_executor(self._thread, score_chunks, chunks)
+            outcomes: Sequence[Scored | Exception]
+            try:
+                outcomes = await loop.run_in_executor(self._thread, score_chunks, chunks)
+            except Exception as error:  # whatever it is, the next batch is to be scored
+                outcomes = [error] * len(chunks)
             pairs = sum(len(chunk.pairs) for chunk in chunks)
             self._pairs_per_second = pairs / max(1e-6, time.perf_counter() - started)
             self._metrics.batch(pairs, self._batch_pairs)
@@ -229,15 +233,16 @@ def score_chunks(chunks: Sequence[Chunk]) -> list[Scored | Exception]:
     """
     outcomes: list[Scored | Exception | None] = []
     works: list[tuple[int, Work]] = []
+    kinds: dict[int, Hashable] = {}
     for place, chunk in enumerate(chunks):
         try:
             work = chunk.job.scorer.prepare(chunk.pairs, chunk.job.max_passage_tokens)
+            kinds[place] = chunk.job.scorer.kind
         except Exception as error:
             outcomes.append(error)
         else:
             outcomes.append(None)
             works.append((place, work))
-    kinds = {place: chunks[place].job.scorer.kind for place, _ in works}
     for kind in dict.fromkeys(kinds.values()):
         for place, outcome in _model(chunks, [work for work in works if kinds[work[0]] == kind]):
             outcomes[place] = outcome
