@@ -1,4 +1,5 @@
 import random
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -158,9 +159,22 @@ def test_what_does_not_fit_goes_to_disk_and_comes_back(make_lm, tmp_path):
     assert again.store.misses == 0
     for path in tmp_path.rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:40])
-    damaged = with_store(lm, 0, tmp_path)
-    assert_same(damaged.log_probs(rows), references, exactly=True)
-    assert damaged.store.misses == len(PASSAGES)
+    for misses in (len(PASSAGES), 0):  # what was damaged is written anew
+        damaged = with_store(lm, 0, tmp_path)
+        assert_same(damaged.log_probs(rows), references, exactly=True)
+        assert damaged.store.misses == misses
+
+
+def test_a_folder_that_is_full(make_lm, tmp_path):
+    lm = with_store(make_lm("llama"), 0, tmp_path)
+    rows = rows_for(lm, queries=[QUERY])
+    shutil.rmtree(tmp_path)
+    tmp_path.write_text("no folder")
+    with pytest.raises(InputError, match=r"passage cache .* cannot be written"):
+        lm.log_probs(rows)
+    tmp_path.unlink()
+    assert_same(lm.log_probs(rows), with_store(make_lm("llama")).log_probs(rows), exactly=True)
+    assert list(tmp_path.rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize(("storage", "most"), [("int8", 0.05), ("fp8", 0.3)])

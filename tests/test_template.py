@@ -1,6 +1,8 @@
 import dataclasses
 import itertools
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -142,6 +144,29 @@ def test_tokens_are_kept_up_to_so_many_characters():
     get("longer than ten")  # is not kept itself, and everything else had to go
     get("four")
     assert made[-2:] == [("longer than ten", False), ("four", False)]
+
+
+def test_threads_share_kept_tokens():
+    kept = KeptTokens(200)
+    texts = [f"{number:010}" for number in range(30)]
+    together = threading.Barrier(6)
+
+    def read(seed):
+        together.wait()
+        for turn in range(300):
+            text = texts[(turn * 7 + seed) % len(texts)]
+            if turn % 3:
+                assert kept.get(text, False, lambda text=text: [int(text)]) == (int(text),)
+            else:
+                kept.read_ahead([text], False, lambda new: [[int(each)] for each in new])
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(read, range(6)))
+    for text in texts:
+        kept.get(text, False, lambda text=text: [int(text)])
+    made = []
+    kept.read_ahead(texts[-20:], False, lambda new: made.append(new) or [[0]] * len(new))
+    assert not made, "there is still room for twenty"
 
 
 def test_prompts_share_kept_tokens_whatever_stands_before_the_passage(tokenizers):

@@ -175,8 +175,8 @@ class ContextStore:
         own.set_result(found)
         with self._lock:
             self._count(key, hit=hit)
-            self._keep(key, found)
             del self._begun[key]
+            self._keep(key, found)
         return found.unpack()
 
     def put(self, key: Key, encoded: Encoded) -> None:
@@ -241,17 +241,24 @@ class ContextStore:
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError):
-            return None  # a damaged file costs an encoding, no more
+            with suppress(OSError):
+                path.unlink()  # a damaged file costs an encoding, no more
+            return None
         return Packed(tensors["cache"], tensors.get("scales"), tensors.get("states"))
 
     def _write(self, key: Key, packed: Packed) -> None:
         path = self._path(key)
         if path is None or path.exists():
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({name: tensor.cpu().contiguous() for name, tensor in packed.tensors().items()}, temporary)
-        temporary.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.cpu().contiguous() for name, tensor in packed.tensors().items()}, temporary)
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                temporary.unlink()
+            raise InputError(f"passage cache {str(self.folder)!r} cannot be written: {error}") from error
 
 
 class Filled(Exception):  # noqa: N818 — raised when all is well

@@ -80,6 +80,17 @@ class MissingDependencyError(QpeftError):
         super().__init__(f"this needs the package {package!r}: pip install 'qpeft[{extra}]'")
 
 
+def at_least(least: float, **options: float | None) -> None:
+    """Check options, by their Python names; None is one that was not given.
+
+    Raises:
+        OptionError: a value below `least`, or no number.
+    """
+    for name, value in options.items():
+        if value is not None and not value >= least:
+            raise OptionError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return a sentence tail that offers the nearest spelling of `word`, else lists what is known."""
     known = sorted(known)

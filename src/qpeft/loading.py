@@ -57,9 +57,6 @@ def load_lm(config: ModelConfig) -> LanguageModel:
     settings, tokenizer, model, info = _open(path, config, options, dtype, device)
     if config.quantization == "none":
         model = model.to(device)
-    for name, given in (("max-length", config.max_length), ("batch-tokens", config.batch_tokens)):
-        if given is not None and given < 1:
-            raise OptionError(f"--{name} is {given}; it must be at least 1")
     facts: dict[str, Any] = {
         "name": config.model,
         "folder": Path(path) if Path(path).is_dir() else None,
@@ -67,10 +64,6 @@ def load_lm(config: ModelConfig) -> LanguageModel:
         "batch_tokens": config.batch_tokens or _batch_tokens(device, config),
     }
     if settings.is_encoder_decoder:
-        if config.passage_cache or config.passage_cache_folder:
-            raise OptionError("--passage-cache is for decoder-only models")
-        if config.compile == "yes":
-            raise OptionError("--compile is for decoder-only models")
         return EncoderDecoderLM(model, tokenizer, **facts)
     head = _head(model, Path(path), info, config.model)
     choose_attention(model, config.attention_kernel, device)
@@ -96,6 +89,8 @@ def _open(path: str, config: ModelConfig, options: dict[str, Any], dtype: torch.
     """
     try:
         settings = AutoConfig.from_pretrained(path, **options)
+        if settings.is_encoder_decoder:
+            _check_encoder_decoder(config)
         tokenizer = _tokenizer(path, options)
         opened: Any = _class(settings).from_pretrained(
             path, dtype=dtype, output_loading_info=True, **_quantized(config, device), **options
@@ -106,6 +101,13 @@ def _open(path: str, config: ModelConfig, options: dict[str, Any], dtype: torch.
     if info["missing_keys"]:
         raise ModelError(f"model {config.model!r} is no language model: {min(info['missing_keys'])} has no weights")
     return settings, tokenizer, model, info
+
+
+def _check_encoder_decoder(config: ModelConfig) -> None:
+    if config.passage_cache or config.passage_cache_folder:
+        raise OptionError("--passage-cache is for decoder-only models")
+    if config.compile == "yes":
+        raise OptionError("--compile is for decoder-only models")
 
 
 def _name_of_contexts(lm: CausalLM, config: ModelConfig) -> str:
@@ -289,8 +291,6 @@ def _batch_tokens(device: torch.device, config: ModelConfig) -> int:
 
 def _context_store(config: ModelConfig) -> ContextStore | None:
     size = config.passage_cache or 0.0
-    if size < 0:
-        raise OptionError(f"--passage-cache is {size}; it must not be negative")
     if not size and config.passage_cache_folder is None:
         return None
     return ContextStore(int(size * 2**30), storage=config.passage_cache_storage)

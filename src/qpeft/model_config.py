@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from qpeft.errors import at_least
+
 EMBEDDED = "tiny-lm"
 """The language model that ships with qpeft."""
 
@@ -40,3 +42,7 @@ class ModelConfig:
     """How encoded passages are kept; 8 bits take about half the room and change scores a little."""
     max_length: int | None = None
     """Tokens that template, passage and query may have together; default: what the model was made for."""
+
+    def __post_init__(self) -> None:
+        at_least(1, batch_tokens=self.batch_tokens, max_length=self.max_length)
+        at_least(0, passage_cache=self.passage_cache)

@@ -43,8 +43,9 @@ def provenance_path(output: Path) -> Path:
 
 
 def write_provenance(output: Path, facts: Mapping[str, Any]) -> None:
-    """Write the provenance of `output` beside it."""
-    write_json(provenance_path(output), facts)
+    """Write the provenance of `output` beside it; a pipe or device has no such place."""
+    if output.is_file():
+        write_json(provenance_path(output), facts)
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 
 from qpeft.errors import OptionError, nearest
@@ -29,7 +29,7 @@ class Registry:
     def available(self) -> list[str]:
         """Return the names of all plug-ins."""
         own = {module.name for module in pkgutil.iter_modules(self.path) if not module.name.startswith("_")}
-        return sorted(own | {entry.name for entry in entry_points(group=self.package)})
+        return sorted(own | self._added().keys())
 
     def load(self, name: str) -> ModuleType:
         """Return the module of a plug-in.
@@ -38,10 +38,13 @@ class Registry:
             OptionError: none has this name.
         """
         name = name.replace("-", "_")
+        if (added := self._added().get(name)) is not None:
+            module: ModuleType = added.load()
+            return module
         if name not in self.available():
             raise OptionError(f"unknown {self.kind} {name!r}{nearest(name, self.available())}")
-        for entry in entry_points(group=self.package):
-            if entry.name == name:
-                module: ModuleType = entry.load()
-                return module
         return importlib.import_module(f"{self.package}.{name}")
+
+    def _added(self) -> dict[str, EntryPoint]:
+        """Return what other packages add, under names as they are spelt here."""
+        return {entry.name.replace("-", "_"): entry for entry in entry_points(group=self.package)}

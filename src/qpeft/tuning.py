@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qpeft.data.cache import user_cache
+from qpeft.data.files import write_text
 from qpeft.provenance import fingerprint, processor_name
-
-FOLDER = "QPEFT_CACHE"
-"""Environment variable that names the folder; by default ~/.cache/qpeft."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Tuning:
 
 def tuning_file() -> Path:
     """Return where settings are kept."""
-    return Path(os.environ.get(FOLDER) or Path.home() / ".cache" / "qpeft") / "tuning.json"
+    return user_cache() / "tuning.json"
 
 
 def tuning_key(model: str, device: str, torch_version: str, cached: bool) -> str:
@@ -54,16 +53,17 @@ def read_tuning(key: str) -> Tuning | None:
 
 
 def write_tuning(key: str, tuning: Tuning | None, **facts: Any) -> None:
-    """Keep the settings of a key with what was measured; None forgets them."""
-    path = tuning_file()
+    """Keep the settings of a key with what was measured; None forgets them.
+
+    Raises:
+        InputError: the file cannot be made.
+    """
     known = _read()
     known.pop(key, None)
     if tuning is not None:
         known[key] = {"settings": dataclasses.asdict(tuning), **facts}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with write_text(tuning_file()) as file:
+        file.write(json.dumps(known, indent=2) + "\n")
 
 
 def _read() -> dict[str, Any]:

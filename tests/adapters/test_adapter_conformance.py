@@ -1,6 +1,7 @@
 """What holds of every adapter."""
 
 import dataclasses
+from importlib.metadata import EntryPoint
 
 import pytest
 import torch
@@ -64,6 +65,13 @@ def test_the_registry(name):
             setattr(config(), dataclasses.fields(config)[0].name, 1)
         assert issubclass(config, module.Config)
     assert callable(module.build)
+
+
+def test_plug_ins_of_other_packages_under_any_spelling(monkeypatch):
+    entry = EntryPoint("my-own", "qpeft.adapters.soft_prompt", "qpeft.adapters")
+    monkeypatch.setattr("qpeft.registry.entry_points", lambda group: [entry] if group == entry.group else [])
+    assert "my_own" in adapters.available()
+    assert adapters.load("my-own") is adapters.load("my_own") is adapters.load("soft_prompt")
 
 
 def test_nothing_is_skipped_by_mistake():

@@ -77,6 +77,15 @@ def test_fuse_and_interpolate(toy, toy_run, rerank_arguments, tmp_path, capsys):
     )
     assert found == pytest.approx(shallow, rel=1e-5)
     assert found != pytest.approx(deep, rel=1e-5)
+    on_dev = tmp_path / "on-dev.trec"
+    assert main(rerank_arguments(on_dev, "--depth", "2")) == 0
+    assert main([*arguments, *dev[:4], "--dev-run", str(on_dev)]) == 0
+    facts = json.loads((tmp_path / "mixed.trec.provenance.json").read_text())
+    choice = choose_weight(first, read_run(on_dev), open_collection(str(toy)).qrels("dev"), "RR@10", depth=2)
+    assert facts["choice"]["curve"] == [list(point) for point in choice.curve]
+    assert facts["options"]["depth"] == 3
+    assert main([*arguments, "--weight", "0.3", "--depth", "0"]) == 2
+    assert "depth is 0" in capsys.readouterr().err
 
 
 def test_the_weight_is_chosen_on_dev_alone(toy, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from qpeft.data.files import numbered_lines, open_text, replacing, write_text
 from qpeft.errors import FormatError, InputError
+from qpeft.provenance import write_provenance
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
@@ -67,6 +68,16 @@ def test_a_device_is_written_not_replaced():
     with replacing("/dev/null") as path:
         assert path == Path("/dev/null")
     assert Path("/dev/null").is_char_device()
+
+
+def test_a_pipe_is_written_under_whatever_name_it_has():
+    ends = os.pipe()
+    with write_text(f"/dev/fd/{ends[1]}") as file:
+        file.write("through")
+    write_provenance(Path(f"/dev/fd/{ends[1]}"), {"command": "none"})
+    os.close(ends[1])
+    with os.fdopen(ends[0]) as out:
+        assert out.read() == "through"
 
 
 def test_places_that_cannot_be_written(tmp_path):

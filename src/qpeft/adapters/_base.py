@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qpeft.adapters._choices import Init, Table
-from qpeft.errors import OptionError
+from qpeft.errors import OptionError, at_least
 from qpeft.hints import Hints, Pairs
 from qpeft.lm import CausalLM
 from qpeft.read_out import Head
@@ -154,8 +154,7 @@ class HintNetwork(nn.Module):
         super().__init__()
         if layers < 0 or (init == "residual_zero" and layers > 1):
             raise OptionError(f"--mlp-layers is {layers}; with residual_zero it is 0 or 1, else 0 or more")
-        if hidden < 1:
-            raise OptionError(f"--mlp-hidden is {hidden}; it must be at least 1")
+        at_least(1, mlp_hidden=hidden)
         self._scale = scale
         self._residual = init == "residual_zero"
         steps: list[nn.Module] = []

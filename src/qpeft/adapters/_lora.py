@@ -20,7 +20,7 @@ from qpeft.adapters import lora
 from qpeft.adapters._base import Adapter
 from qpeft.adapters._lora_targets import Place, Targets, component_table, resolve
 from qpeft.adapters.lora import CHANGES_LM, Config
-from qpeft.errors import MissingDependencyError, OptionError
+from qpeft.errors import MissingDependencyError, OptionError, at_least
 from qpeft.hints import Hints, Pairs
 from qpeft.lm import CausalLM
 from qpeft.read_out import WEIGHT, Head
@@ -193,8 +193,7 @@ class LoraAdapter(Adapter):
 
 
 def _check(config: Config) -> None:
-    if config.r < 1:
-        raise OptionError(f"--r is {config.r}; it must be at least 1")
+    at_least(1, r=config.r)
     if config.alpha_per_rank <= 0:
         raise OptionError(f"--alpha-per-rank is {config.alpha_per_rank}; it must be above 0")
     if config.alpha is not None and config.alpha <= 0:

@@ -8,7 +8,7 @@ from torch import nn
 from qpeft.adapters._attention import CosineAttention
 from qpeft.adapters._base import HintNetwork, PromptAdapter, whole_table
 from qpeft.adapters.passage_prompt import Config
-from qpeft.errors import OptionError
+from qpeft.errors import at_least
 from qpeft.hints import Hints, Pairs
 from qpeft.lm import CausalLM
 
@@ -19,10 +19,7 @@ class PassagePrompt(PromptAdapter):
     config: Config
 
     def __init__(self, config: Config, lm: CausalLM) -> None:
-        if config.k < 1:
-            raise OptionError(f"--k is {config.k}; it must be at least 1")
-        if config.most is not None and config.most < 1:
-            raise OptionError(f"--most is {config.most}; it must be at least 1")
+        at_least(1, k=config.k, most=config.most)
         table = whole_table(lm)
         super().__init__(lm, table)
         self.config = config

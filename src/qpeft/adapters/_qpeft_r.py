@@ -9,7 +9,7 @@ from qpeft.adapters._base import HintNetwork, Markers, PromptAdapter, whole_tabl
 from qpeft.adapters._soft_prompt import beside_a_hint
 from qpeft.adapters._token_filter import TokenFilter, first_occurrences
 from qpeft.adapters.qpeft_r import Config
-from qpeft.errors import OptionError
+from qpeft.errors import OptionError, at_least
 from qpeft.hints import Hints, Pairs
 from qpeft.lm import CausalLM
 
@@ -22,8 +22,7 @@ class QPeftR(PromptAdapter):
     config: Config
 
     def __init__(self, config: Config, lm: CausalLM) -> None:
-        if config.k < 1:
-            raise OptionError(f"--k is {config.k}; it must be at least 1")
+        at_least(1, k=config.k)
         if config.similarity_table == "trainable" and config.token_table == "frozen":
             raise OptionError("--similarity-table trainable needs --token-table trainable")
         super().__init__(lm, whole_table(lm), config.token_table)
@@ -89,4 +88,4 @@ def _scatter(pairs: Pairs, seed: int) -> Tensor:
         mixed = (mixed + turn * seed * 69_621) % PRIME
         squared = mixed * mixed % PRIME
         mixed = squared * squared % PRIME * mixed % PRIME
-    return (mixed * 48_271 % PRIME).float()
+    return (mixed * 48_271 % PRIME).double()

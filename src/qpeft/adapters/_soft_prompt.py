@@ -9,7 +9,7 @@ from torch import nn
 
 from qpeft.adapters._base import PromptAdapter, whole_table
 from qpeft.adapters.soft_prompt import Config
-from qpeft.errors import OptionError
+from qpeft.errors import OptionError, at_least
 from qpeft.hints import Hints, Pairs
 from qpeft.lm import CausalLM
 
@@ -18,8 +18,7 @@ class SoftPrompt(PromptAdapter):
     """The vectors; trained in units of the embeddings' size, so that one learning rate suits every model."""
 
     def __init__(self, config: Config, lm: CausalLM) -> None:
-        if config.length < 1:
-            raise OptionError(f"--length is {config.length}; it must be at least 1")
+        at_least(1, length=config.length)
         table = whole_table(lm)
         super().__init__(lm, table)
         self.config = config
@@ -59,6 +58,5 @@ def beside_a_hint(length: int, lm: CausalLM) -> SoftPrompt | None:
     Raises:
         OptionError: fewer than none.
     """
-    if length < 0:
-        raise OptionError(f"--soft-length is {length}; it must be at least 0")
+    at_least(0, soft_length=length)
     return SoftPrompt(Config(length), lm) if length else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from qpeft.errors import OptionError
+from qpeft.errors import at_least
 from qpeft.types import Run
 
 
@@ -14,11 +14,8 @@ def sample_run(first: Run, count: int | None, seed: int, depth: int) -> Run:
     Raises:
         OptionError: a count or a depth below 1.
     """
-    if depth < 1:
-        raise OptionError(f"--depth is {depth}; it must be at least 1")
+    at_least(1, depth=depth, limit_queries=count)
     if count is None or count >= len(first):
         return first
-    if count < 1:
-        raise OptionError(f"--limit-queries is {count}; it must be at least 1")
     chosen = set(random.Random(seed).sample(sorted(first), count))
     return Run((ranking for query_id, ranking in first.items() if query_id in chosen), first.tag)

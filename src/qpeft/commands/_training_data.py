@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from qpeft.data.candidates import candidates_from_run
 from qpeft.data.collection import Collection
@@ -19,6 +19,8 @@ from qpeft.types import Candidates, Group, Run
 
 if TYPE_CHECKING:
     from qpeft.commands.train import Config
+
+T = TypeVar("T")
 
 
 def say(text: str) -> None:
@@ -46,8 +48,14 @@ def read_training_groups(
         )
     groups, counts = groups_from_jsonl(config.train_file)
     if config.train_queries is not None and config.train_queries < len(groups):
-        groups = random.Random(config.seed).sample(groups, config.train_queries)
+        groups = _shuffled(sorted(groups, key=lambda group: group.query.id), config.seed)[: config.train_queries]
     return groups, counts
+
+
+def _shuffled(items: list[T], seed: int) -> list[T]:
+    """Return items in a seeded order, of which a smaller sample is the beginning of a larger one."""
+    random.Random(seed).shuffle(items)
+    return items
 
 
 def find_dev_candidates(config: Config, collection: Collection | None) -> list[Candidates]:
@@ -61,9 +69,9 @@ def find_dev_candidates(config: Config, collection: Collection | None) -> list[C
     queries, qrels = collection.queries(config.dev_split), collection.qrels(config.dev_split)
     if config.dev_run:
         run = read_run(config.dev_run)
+        run = Run((run[query_id] for query_id in _shuffled(sorted(run), config.seed)), run.tag)
     else:
-        ordered = sorted(queries)
-        random.Random(config.seed).shuffle(ordered)
+        ordered = _shuffled(sorted(queries), config.seed)
         chosen = [queries[query_id] for query_id in ordered[: 2 * config.dev_queries]]
         index = BM25(collection.passages.values())
         run = Run(index.retrieve(chosen, config.dev_depth), "bm25")

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from qpeft.analysis.pieces import words
 from qpeft.data.files import write_text
-from qpeft.errors import OptionError
+from qpeft.errors import OptionError, at_least
 from qpeft.evaluation.tables import number
 from qpeft.model_config import ModelConfig
 from qpeft.types import Passage, Query
@@ -64,8 +64,7 @@ def run(config: Config, model: ModelConfig) -> None:
     """Explain and print; write a page where asked to."""
     if config.title and len(config.title) != len(config.passage):
         raise OptionError(f"{len(config.passage)} passages but {len(config.title)} titles")
-    if config.max_passage_tokens is not None and config.max_passage_tokens < 1:
-        raise OptionError(f"--max-passage-tokens is {config.max_passage_tokens}; it must be at least 1")
+    at_least(1, max_passage_tokens=config.max_passage_tokens)
     from qpeft.analysis.explain import explain
     from qpeft.loading import load_lm
     from qpeft.template import load_template

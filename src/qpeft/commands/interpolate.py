@@ -49,8 +49,8 @@ class Config:
 def run(config: Config) -> None:
     """Choose the weight if none is given, mix, and write the run with its provenance."""
     check_output(config.output, config.tag)
-    config = dataclasses.replace(config, depth=config.depth or _reranked_depth(config.run))
-    facts: dict[str, Any] = {"command": "interpolate", "options": dataclasses.asdict(config)}
+    depth = _depth(config, config.run)
+    facts: dict[str, Any] = {"command": "interpolate", "options": {**dataclasses.asdict(config), "depth": depth}}
     weight = config.weight
     if weight is None:
         if config.collection is None or config.dev_first is None or config.dev_run is None:
@@ -60,21 +60,23 @@ def run(config: Config) -> None:
             read_run(config.dev_run),
             open_collection(config.collection).qrels(config.dev_split),
             config.measure,
-            depth=config.depth,
+            depth=_depth(config, config.dev_run),
         )
         weight = choice.weight
         facts["choice"] = dataclasses.asdict(choice)
         best = dict(choice.curve)[weight]
         print(f"weight {weight:g}: {config.measure} {best:.4f} on {config.dev_split}", file=sys.stderr)
-    mixed = interpolate(read_run(config.first), read_run(config.run), weight, depth=config.depth, tag=config.tag)
+    mixed = interpolate(read_run(config.first), read_run(config.run), weight, depth=depth, tag=config.tag)
     output = Path(config.output)
     write_run(mixed, output)
     facts["runs"] = [{"path": path, "sha256": input_fingerprint(path)} for path in (config.first, config.run)]
     write_provenance(output, provenance(**facts, weight=weight))
 
 
-def _reranked_depth(run: str) -> int | None:
-    """Return how many passages of a query have real scores, if a file beside the run says it."""
+def _depth(config: Config, run: str) -> int | None:
+    """Return how many passages of a query have real scores, as asked for, or as a file beside the run says."""
+    if config.depth is not None:
+        return config.depth
     made = read_run_provenance(run)
     depth = made["options"].get("depth") if made and made.get("command") == "rerank" else None
     return depth if isinstance(depth, int) else None

@@ -23,6 +23,7 @@ from qpeft.commands._progress import progress_bar
 from qpeft.commands._sample import sample_run
 from qpeft.data.candidates import candidates_from_run, check_run
 from qpeft.data.collection import open_collection
+from qpeft.data.files import is_stream
 from qpeft.data.trec import read_run, write_run
 from qpeft.errors import InputError, OptionError
 from qpeft.evaluation.cost import Cost, forget_peak_memory, peak_memory
@@ -62,6 +63,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_output(self.output, self.tag)
+        if is_stream(self.output):
+            raise OptionError(f"--output {self.output}: is a pipe, and unfinished work is kept beside a file")
         if self.interpolate is not None and not 0 <= self.interpolate <= 1:
             raise OptionError(f"--interpolate is {self.interpolate}; it must be between 0 and 1")
         if self.resume and Path(self.run).exists() and not Path(self.run).is_file():

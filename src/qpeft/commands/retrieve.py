@@ -15,7 +15,7 @@ from qpeft.commands._peek import peek
 from qpeft.commands._progress import progress_bar
 from qpeft.data.collection import Collection, open_collection
 from qpeft.data.trec import write_run
-from qpeft.errors import OptionError, nearest
+from qpeft.errors import OptionError, at_least, nearest
 from qpeft.provenance import provenance, write_provenance
 from qpeft.retrieval._index_folder import is_index_of
 from qpeft.types import Ranking, Run
@@ -49,8 +49,7 @@ def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
 def run(config: Config, stage: Any) -> None:
     """Retrieve and write the run with its provenance."""
     check_output(config.output)
-    if config.depth < 1:
-        raise OptionError(f"--depth is {config.depth}; it must be at least 1")
+    at_least(1, depth=config.depth)
     collection = open_collection(config.collection)
     queries = list(collection.queries(config.split).values())
     fingerprint = collection.fingerprint()

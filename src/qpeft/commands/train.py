@@ -22,7 +22,7 @@ from qpeft.commands._checkpoints import BEGUN, claim, leave_mark, read_begun, re
 from qpeft.commands._peek import peek
 from qpeft.commands._training_data import find_dev_candidates, read_teacher, read_training_groups, say, say_counts
 from qpeft.data.collection import open_collection
-from qpeft.errors import OptionError, PassageCacheError, nearest
+from qpeft.errors import OptionError, PassageCacheError, at_least, nearest
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import file_fingerprint, provenance
 from qpeft.template import Prompt, Template, load_template
@@ -94,9 +94,7 @@ class Config:
         if not Path(self.output).name:
             raise OptionError(f"--output {self.output}: it must name a folder to make")
         for name in ("train_queries", "dev_queries", "dev_depth", "negative_depth", "max_passage_tokens", "keep_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+            at_least(1, **{name: getattr(self, name)})
 
 
 def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:

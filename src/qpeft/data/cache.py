@@ -1,4 +1,4 @@
-"""Where files go that can be made again from others: indexes, unpacked corpora."""
+"""Where files go that can be made again: indexes, unpacked corpora, settings that were measured."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import os
 from pathlib import Path
 
 from qpeft.data.files import make_folder
+
+
+def user_cache() -> Path:
+    """Return the folder for what belongs to no file: QPEFT_CACHE if that is set, else `qpeft` in the user's cache."""
+    if root := os.environ.get("QPEFT_CACHE"):
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qpeft"
 
 
 def cache_folder(source: Path) -> Path:
@@ -19,11 +26,9 @@ def cache_folder(source: Path) -> Path:
         InputError: neither of them can be made.
     """
     parent = source.absolute().parent
-    root = os.environ.get("QPEFT_CACHE")
-    if not root and _is_writable(parent / ".qpeft"):
+    if not os.environ.get("QPEFT_CACHE") and _is_writable(parent / ".qpeft"):
         return parent / ".qpeft"
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qpeft"
-    folder = (Path(root) if root else user) / hashlib.sha256(str(parent).encode()).hexdigest()[:16]
+    folder = user_cache() / hashlib.sha256(str(parent).encode()).hexdigest()[:16]
     make_folder(folder)
     return folder
 

@@ -74,12 +74,12 @@ def replacing(path: StrPath) -> Iterator[Path]:
     Raises:
         InputError: `path` is a folder, or its folder cannot be made.
     """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"{os.fspath(path)}: is a folder")
-    if target.exists() and not target.is_file():
+    if is_stream(path):
         yield Path(path)
         return
+    target = Path(os.path.realpath(path))
     make_folder(target.parent)
     temporary = temporary_sibling(target)
     try:
@@ -101,6 +101,11 @@ def write_text(path: StrPath) -> Iterator[TextIO]:
         packed = gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) if _is_gzip(path) else raw
         with io.TextIOWrapper(cast(BinaryIO, packed), encoding="utf-8", newline="\n") as file:
             yield file
+
+
+def is_stream(path: StrPath) -> bool:
+    """Whether a path is a pipe or device: it takes text, but nothing can stand beside it or in its place."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def make_folder(folder: Path) -> None:

@@ -27,7 +27,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from qpeft.errors import OptionError, ScoreError, UnknownIdError, nearest
+from qpeft.errors import OptionError, ScoreError, UnknownIdError, at_least, nearest
 from qpeft.types import Qrels, Run
 
 Method = Literal["platt", "isotonic"]
@@ -178,8 +178,7 @@ def folds(pairs: JudgedPairs, count: int, seed: int = 0) -> Groups:
     Raises:
         OptionError: fewer than two folds, or fewer answerable queries than folds.
     """
-    if count < 2:
-        raise OptionError(f"--folds is {count}; it must be at least 2")
+    at_least(2, folds=count)
     if pairs.answerable < count:
         raise OptionError(f"--folds is {count}, but only {pairs.answerable} queries have a relevant candidate")
     queries = np.random.default_rng(seed).permutation(np.unique(pairs.query))

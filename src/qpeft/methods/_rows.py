@@ -9,7 +9,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from qpeft.errors import OptionError
+from qpeft.errors import OptionError, at_least
 from qpeft.kept_tokens import KeptTokens
 from qpeft.template import Prompt, Row, load_template
 from qpeft.types import Passage, Query, ScoringCounts, Window
@@ -205,8 +205,11 @@ def open_prompt(
 
         opened = open_adapter(adapter, lm, wanted, config.template, method=method)
         wanted = opened.template
+        bound = opened.max_passage_tokens
+        if bound is not None and config.windows > bound:
+            raise OptionError(f"--windows is {config.windows}; the adapter knows passages of at most {bound} tokens")
         if config.max_passage_tokens is None:
-            replaced: Any = dataclasses.replace(config, max_passage_tokens=opened.max_passage_tokens)  # type: ignore[type-var]
+            replaced: Any = dataclasses.replace(config, max_passage_tokens=bound)  # type: ignore[type-var]
             config = replaced
     chosen = wanted or load_template(template)
     prompt = Prompt(
@@ -233,9 +236,9 @@ def window(config: Options, lm: LanguageModel) -> Window:
 
 
 def _check(config: Options) -> None:
+    if config.windows and config.max_passage_tokens is not None:
+        raise OptionError("--max-passage-tokens cuts passages, and --windows reads them whole: give one of the two")
     if config.windows and config.window_overlap >= config.windows:
         raise OptionError(f"--window-overlap {config.window_overlap} must be below --windows {config.windows}")
     for name, least in (("max_passage_tokens", 1), ("windows", 0), ("window_overlap", 0), ("queries_per_batch", 1)):
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise OptionError(f"--{name} is {value}; it must be at least {least}")
+        at_least(least, **{name: getattr(config, name)})

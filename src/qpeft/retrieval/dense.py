@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qpeft.errors import InputError, MissingDependencyError, ModelError, OptionError
+from qpeft.errors import InputError, MissingDependencyError, ModelError, OptionError, at_least
 from qpeft.retrieval._index_folder import new_index_folder, read_index_folder
 from qpeft.types import Passage, Query, Ranking
 
@@ -28,8 +28,7 @@ class Config:
     """Texts encoded at once."""
 
     def __post_init__(self) -> None:
-        if self.encode_batch < 1:
-            raise OptionError(f"--encode-batch is {self.encode_batch}; it must be at least 1")
+        at_least(1, encode_batch=self.encode_batch)
 
 
 class Dense:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qpeft.errors import OptionError
+from qpeft.errors import OptionError, at_least
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,11 @@ class Settings:
     """Web origin that browsers may ask from; may be given several times."""
 
     def __post_init__(self) -> None:
-        least = {"max_passage_tokens": 1, "max_documents": 1, "max_queue_pairs": 1, "max_batch_pairs": 1, "port": 0}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                raise OptionError(f"--{name.replace('_', '-')} is {value}; it must be at least {bound}")
+        for name in ("max_passage_tokens", "max_documents", "max_queue_pairs", "max_batch_pairs"):
+            at_least(1, **{name: getattr(self, name)})
+        at_least(0, port=self.port, max_wait_ms=self.max_wait_ms)
         for name in ("max_body_mib", "request_timeout", "drain_timeout"):
             if not getattr(self, name) > 0:
                 raise OptionError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
-        if not self.max_wait_ms >= 0:
-            raise OptionError(f"--max-wait-ms is {self.max_wait_ms}; it must be at least 0")
         if self.port > 65535:
             raise OptionError(f"--port is {self.port}; it must be at most 65535")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from qpeft.errors import OptionError, nearest
+from qpeft.errors import OptionError, at_least, nearest
 
 Loss = Literal["both", "point", "pair", "softmax", "cross_entropy", "sft", "ranknet", "plackett_luce", "margin_mse"]
 
@@ -60,9 +60,7 @@ class TrainingConfig:
             (0, ("epochs", "negatives", "patience", "anchor", "weight_decay", "max_grad_norm", "warmup")),
         ):
             for name in names:
-                if not getattr(self, name) >= least:
-                    flag = name.replace("_", "-")
-                    raise OptionError(f"--{flag} is {getattr(self, name)}; it must be at least {least}")
+                at_least(least, **{name: getattr(self, name)})
         if not self.learning_rate > 0:
             raise OptionError(f"--learning-rate is {self.learning_rate}; it must be above 0")
         if self.warmup > 1:
