@@ -263,7 +263,7 @@ def test_a_failed_move_leaves_what_was_there(folder, lm, monkeypatch, at):
         calls.append(target)
         return full() if len(calls) == at else replace(source, target)
 
-    monkeypatch.setattr(_folder.os, "replace", fail_once)
+    monkeypatch.setattr(os, "replace", fail_once)
     fails_to_write(folder, lm)
     monkeypatch.undo()
     assert contents(folder) == before

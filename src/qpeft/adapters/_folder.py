@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -37,12 +36,13 @@ from qpeft.adapters._base import Adapter, withdrawn_on_failure
 from qpeft.adapters._card import card
 from qpeft.adapters._published import TEMPLATE as PUBLISHED_TEMPLATE
 from qpeft.adapters._published import is_published, open_published
+from qpeft.data.files import replacing_folder
 from qpeft.errors import AdapterError, InputError, OptionError, nearest
 from qpeft.evaluation.calibration_file import FILE as CALIBRATION
 from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, read_calibration
 from qpeft.lm import CausalLM
 from qpeft.pretrained import LanguageModel
-from qpeft.provenance import file_fingerprint
+from qpeft.provenance import file_fingerprint, write_json
 from qpeft.template import Template, load_template
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "qpeft.json"
@@ -108,25 +108,19 @@ def save_adapter(
         "trained_parameters": adapter.count_parameters(),
         "base": base_identity(lm),
     }
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write_json(temporary / (FACTS if adapter.changes_lm else CONFIG), described)
-        if adapter.changes_lm:
-            _write_json(temporary / CONFIG, adapter.peft_facts())
-        prefix = _prefix(adapter)
-        tensors = {prefix + key: value.detach().cpu().contiguous() for key, value in adapter.state_dict().items()}
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        shutil.copymode(temporary / CONFIG, temporary / WEIGHTS)  # safetensors lets only the owner read
-        (temporary / "README.md").write_text(card(described, provenance or {}), encoding="utf-8")
-        text = json.dumps(dict(provenance or {}), indent=2, ensure_ascii=False)
-        (temporary / "provenance.json").write_text(text + "\n", encoding="utf-8")
-        move_into_place(temporary, folder)
-    except (OSError, SafetensorError) as error:
+        with replacing_folder(folder) as temporary:
+            _write_json(temporary / (FACTS if adapter.changes_lm else CONFIG), described)
+            if adapter.changes_lm:
+                _write_json(temporary / CONFIG, adapter.peft_facts())
+            prefix = _prefix(adapter)
+            tensors = {prefix + key: value.detach().cpu().contiguous() for key, value in adapter.state_dict().items()}
+            save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+            shutil.copymode(temporary / CONFIG, temporary / WEIGHTS)  # safetensors lets only the owner read
+            (temporary / "README.md").write_text(card(described, provenance or {}), encoding="utf-8")
+            write_json(temporary / "provenance.json", provenance or {})
+    except (InputError, OSError, SafetensorError) as error:
         raise AdapterError(f"adapter {str(folder)!r} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def embedded_adapters() -> list[str]:
@@ -364,20 +358,3 @@ def _check_base(folder: Path, base: Mapping[str, Any], lm: CausalLM) -> None:
             )
     if not (base.get("sha256") and found["sha256"]) and base.get("name") != found["name"]:
         raise AdapterError(f"adapter {str(folder)!r} was trained for {base.get('name')!r}, not for {lm.name!r}")
-
-
-def move_into_place(temporary: Path, folder: Path) -> None:
-    """Move a finished folder into place, over an older one if there is one."""
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-        try:
-            os.replace(temporary, folder)
-        except BaseException:
-            os.replace(old, folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(temporary, folder)

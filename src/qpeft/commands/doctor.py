@@ -9,6 +9,7 @@ quickest here for the next time that the model is opened; where the default is a
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from qpeft.data.collection import open_collection
 from qpeft.errors import ModelError
-from qpeft.model_config import EMBEDDED, ModelConfig
+from qpeft.model_config import ModelConfig
 from qpeft.provenance import processor_name, provenance
 from qpeft.types import Passage, Query
 
@@ -42,17 +43,18 @@ OPTIONAL = {
 class Config:
     """Check."""
 
-    model: str = EMBEDDED
-    """The model to check: tiny-lm (embedded), a local folder, or a name on the model hub."""
     seconds: float = 5.0
     """How long throughput is measured."""
     tune: bool = False
-    """Find the quickest settings for the model, and keep them."""
-    passage_cache: float = 0.0
-    """With --tune: GiB for encoded passages; the settings are then those for use with a passage cache."""
+    """Find the quickest settings for the model, and keep them; with --passage-cache, those for use with one."""
 
 
-def run(config: Config) -> None:
+def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
+    """Return this command's options and those of the model."""
+    return Config, ModelConfig
+
+
+def run(config: Config, model: ModelConfig) -> None:
     """Print the findings.
 
     Raises:
@@ -68,7 +70,7 @@ def run(config: Config) -> None:
 
     from qpeft.loading import choose_device, choose_dtype, cpu_matmul_seconds, load_lm
 
-    device = choose_device("auto")
+    device = choose_device(model.device)
     print(f"{'processor':22} {processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads")
     print(f"{'device':22} {torch.cuda.get_device_name(device) if device.type == 'cuda' else device}")
     for dtype in (torch.float32, torch.bfloat16) if device.type == "cpu" else ():
@@ -77,18 +79,18 @@ def run(config: Config) -> None:
     print(f"{'dtype auto':22} {choose_dtype(device)}")
 
     pairs = _pairs()
-    _check(config.model, pairs)
+    _check(model, pairs)
     if config.tune:
         from qpeft.commands._tune import tune
 
-        tune(ModelConfig(config.model, passage_cache=config.passage_cache), lambda lm: _rows(lm, pairs))
-    lm = load_lm(ModelConfig(config.model))
+        tune(model, lambda lm: _rows(lm, pairs))
+    lm = load_lm(dataclasses.replace(model, passage_cache=None, passage_cache_folder=None))
     rows = _rows(lm, pairs)
     started, done = time.perf_counter(), 0
     while time.perf_counter() - started < config.seconds:
         lm.log_probs(rows)
         done += len(rows)
-    print(f"{'throughput':22} {done / (time.perf_counter() - started):,.0f} passages/s with {config.model}")
+    print(f"{'throughput':22} {done / (time.perf_counter() - started):,.0f} passages/s with {model.model}")
 
 
 def _pairs() -> list[tuple[Query, Passage]]:
@@ -104,13 +106,16 @@ def _rows(lm: Any, pairs: Sequence[tuple[Query, Passage]]) -> list[Row]:
     return [prompt.rows(query, passage)[0] for query, passage in pairs]
 
 
-def _check(model: str, pairs: Sequence[tuple[Query, Passage]]) -> None:
+def _check(model: ModelConfig, pairs: Sequence[tuple[Query, Passage]]) -> None:
     import torch
 
     from qpeft.lm import CausalLM
     from qpeft.loading import load_lm
 
-    lm = load_lm(ModelConfig(model, dtype="float32"))
+    if model.quantization != "none":
+        print(f"{'self-check':22} left out: it is for weights as they are, not for {model.quantization}")
+        return
+    lm = load_lm(dataclasses.replace(model, dtype="float32", passage_cache=None, passage_cache_folder=None))
     if not isinstance(lm, CausalLM):
         print(f"{'self-check':22} left out: it is for decoder-only models")
         return
@@ -129,5 +134,5 @@ def _check(model: str, pairs: Sequence[tuple[Query, Passage]]) -> None:
         for reference, value in zip(naive, lm.log_probs(rows), strict=True):
             worst = max(worst, float((reference - value.target).abs().max()))
     if not worst <= TOLERANCE:
-        raise ModelError(f"self-check failed: batched and plain scores of {model} differ by {worst:.3g} nats")
+        raise ModelError(f"self-check failed: batched and plain scores of {model.model} differ by {worst:.3g} nats")
     print(f"{'self-check':22} passed: batched and plain scores differ by at most {worst:.1e} nats")

@@ -7,16 +7,16 @@ sums are made in float32, and stored in the type that the model is stored in, un
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpeft.errors import StateError
+from qpeft.data.files import replacing_folder
+from qpeft.errors import InputError, StateError
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import provenance, write_json
 
@@ -46,7 +46,7 @@ def run(config: Config, model: ModelConfig) -> None:
     import yaml
     from transformers import AutoConfig
 
-    from qpeft.adapters._folder import base_identity, move_into_place, open_adapter
+    from qpeft.adapters._folder import base_identity, open_adapter
     from qpeft.adapters._merge import merge
     from qpeft.loading import DTYPES, load_lm, model_path
 
@@ -59,8 +59,7 @@ def run(config: Config, model: ModelConfig) -> None:
     dtype = DTYPES[str(stored or "float32").removeprefix("torch.")] if model.dtype == "auto" else DTYPES[model.dtype]
     merged.to(dtype)
     tensors = {**merged.state_dict(), **{name: tensor.to(dtype) for name, tensor in beside.items()}}
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
+    with _writing(output) as temporary:
         merged.save_pretrained(temporary, state_dict=tensors)
         lm.tokenizer.save_pretrained(temporary)
         template = {
@@ -77,9 +76,6 @@ def run(config: Config, model: ModelConfig) -> None:
             "dtype": str(dtype).removeprefix("torch."),
         }
         write_json(temporary / PROVENANCE, provenance(**facts))
-        move_into_place(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     options = ["--model", str(output), "--method", opened.method, "--template", str(output / TEMPLATE)]
     if opened.max_passage_tokens is not None:
         options += ["--max-passage-tokens", str(opened.max_passage_tokens)]
@@ -89,3 +85,14 @@ def run(config: Config, model: ModelConfig) -> None:
     if beside:
         print("  note: the head stands beside the language model; only qpeft reads it there", file=sys.stderr)
     print(f"  use it with {shlex.join(options)}", file=sys.stderr)
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[Path]:
+    from safetensors import SafetensorError
+
+    try:
+        with replacing_folder(output) as temporary:
+            yield temporary
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{output} cannot be written: {error}") from error

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from qpeft.commands._hub import reaching
+from qpeft.data.files import replacing_folder
 from qpeft.errors import AdapterError, StateError
 
 
@@ -34,13 +34,12 @@ def run(config: Config) -> None:
     """
     from huggingface_hub import snapshot_download
 
-    from qpeft.adapters._folder import CONFIG, FACTS, FILES, WEIGHTS, move_into_place, read_config
+    from qpeft.adapters._folder import CONFIG, FACTS, FILES, WEIGHTS, read_config
 
     output = Path(config.output)
     if output.exists() and not (output / CONFIG).is_file():
         raise StateError(f"{output} exists and is no adapter folder")
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
+    with replacing_folder(output) as temporary:
         # The small files first: other repositories may be large.
         for some in ([CONFIG, FACTS], list(FILES)):
             with reaching(config.repo):
@@ -55,7 +54,4 @@ def run(config: Config) -> None:
         if not (temporary / WEIGHTS).is_file():
             raise AdapterError(f"no adapter in {config.repo!r} on the model hub: {WEIGHTS} is missing")
         shutil.rmtree(temporary / ".cache", ignore_errors=True)
-        move_into_place(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     print(f"{output}: {described['adapter']} for {described['base_model_name_or_path']}", file=sys.stderr)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
-from qpeft.data.files import StrPath, make_folder, temporary_sibling
+from qpeft.data.files import StrPath, replacing_folder
 from qpeft.data.records import json_lines, write_json_lines
 from qpeft.data.splits import judged, unknown_split
 from qpeft.data.store import open_passages
@@ -121,7 +118,10 @@ def write_beir(
         InputError: it cannot be made.
         FormatError: an id cannot stand in a qrels file or run.
     """
-    with _new_folder(Path(folder)) as temporary:
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise StateError(f"{folder}: exists already; choose another folder, or remove this one")
+    with replacing_folder(target) as temporary:
         write_json_lines(map(_passage_fields, passages), temporary / "corpus.jsonl")
         write_json_lines(map(_query_fields, queries), temporary / "queries.jsonl")
         for split, judgements in qrels.items():
@@ -152,17 +152,3 @@ def _ends(path: Path) -> bytes:
         head = file.read(_END)
         file.seek(max(len(head), size - _END))
         return f"corpus {size}\n".encode() + head + file.read(_END)
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    target = Path(os.path.realpath(folder))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise StateError(f"{folder}: exists already; choose another folder, or remove this one")
-    temporary = temporary_sibling(target)
-    make_folder(temporary)
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

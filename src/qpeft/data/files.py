@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import secrets
+import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,6 +88,45 @@ def replacing(path: StrPath) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: StrPath) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`: moved there on success, over an older one, and removed on failure.
+
+    A link stays a link.
+
+    Raises:
+        InputError: it cannot be made, or not be moved; what stood there is untouched.
+    """
+    target = Path(os.path.realpath(folder))
+    temporary = temporary_sibling(target)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{os.fspath(folder)}: {error.strerror}") from error
+    try:
+        yield temporary
+        try:
+            _move_folder(temporary, target)
+        except OSError as error:
+            raise InputError(f"{os.fspath(folder)}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_folder(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        os.replace(temporary, target)
+        return
+    old = temporary_sibling(target)
+    os.replace(target, old)
+    try:
+        os.replace(temporary, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

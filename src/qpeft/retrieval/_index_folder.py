@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qpeft.data.files import replacing_folder
 from qpeft.errors import InputError, StateError
 
 _IDS = "passage_ids.json"
@@ -25,20 +24,10 @@ def new_index_folder(folder: Path, passage_ids: list[str], options: Mapping[str,
         InputError: it cannot be made.
     """
     _check_replaceable(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{folder}: {error.strerror}") from error
-    try:
+    with replacing_folder(folder) as temporary:
         yield temporary
         (temporary / _IDS).write_text(json.dumps(passage_ids), encoding="utf-8")
         (temporary / _OPTIONS).write_text(json.dumps(dict(options), indent=2), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_index_folder(folder: Path) -> tuple[list[str], dict[str, Any]]:
