@@ -44,7 +44,7 @@ class Config:
     hint_prefix: str = "hints:"
     """Words before the hint."""
     hint_suffix: str = "\n"
-    """Words after the hint."""
+    """Words after the hint; by default a line break."""
     mlp_layers: int = 1
     """Depth of the network that hint vectors pass through; 0: none."""
     mlp_hidden: int = 128

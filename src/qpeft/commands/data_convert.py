@@ -17,7 +17,8 @@ class Config:
     output: str
     """The folder to make."""
     format: str
-    """squad, dpr, evidence, dpr-training, groups (JSON lines for training), requests or collection."""
+    """squad; dpr (retrieved lists with ctxs); evidence (DPR's passages, TSV); dpr-training; groups (JSON lines of
+    FlagEmbedding or Tevatron); requests (JSON lines of rank_llm); or collection (whatever --collection takes)."""
     split: str | None = None
     """Name of the judgements' split; by default train for training formats, test for the others."""
     evidence: str | None = None

@@ -3,8 +3,9 @@
 The check scores a few pairs of the embedded collection with the embedded model (or --model): in one batch, padded left
 and right, and one by one with a plain log-softmax over full logits in float32. It fails if they disagree.
 
-With --tune it also times number types, attention kernels, batch sizes and threads with the model, and keeps what is
-quickest here for the next time that the model is opened; where the default is as quick, the default stays.
+With --tune it also times number types, attention kernels, batch sizes, threads and compiling with the model, and keeps
+what is quickest here for the next time that the model is opened, in ~/.cache/qpeft/tuning.json (QPEFT_CACHE names
+another folder); delete the file to forget it. Where the default is as quick, the default stays.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-r"""Serve rerankers over HTTP, in the dialects of Cohere, Jina, vLLM, TEI and infinity.
+"""Serve rerankers over HTTP, in the dialects of Cohere, Jina, vLLM, TEI and infinity.
 
 The model alone is served under its name, and every adapter of --adapters as BASE:NAME. A request chooses by `model`;
 all share one frozen model and its batches. For tiny-lm the embedded adapters are served too.
 
-    curl http://127.0.0.1:8080/v1/rerank -H 'Content-Type: application/json' \
+    curl http://127.0.0.1:8080/v1/rerank -H 'Content-Type: application/json'
       -d '{"query": "why is the sky blue", "documents": ["Air scatters short waves more.", "The sea is salty."]}'
 
 GET /health says that the server lives, /ready that it takes requests; /docs describes the routes, /metrics is for
