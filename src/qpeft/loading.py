@@ -33,7 +33,7 @@ from qpeft.errors import MissingDependencyError, ModelError, OptionError, neares
 from qpeft.lm import CausalLM
 from qpeft.model_checks import check_causal, check_positions, choose_attention, classifies
 from qpeft.model_config import EMBEDDED, ModelConfig
-from qpeft.pretrained import LanguageModel
+from qpeft.pretrained import PretrainedLM
 from qpeft.provenance import fingerprint
 from qpeft.read_out import WEIGHT, Head, linear_head
 from qpeft.tuning import read_tuning, tuning_key
@@ -42,7 +42,7 @@ from qpeft.types import Reranker
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_lm(config: ModelConfig) -> LanguageModel:
+def load_lm(config: ModelConfig) -> PretrainedLM:
     """Open a language model, decoder-only or encoder-decoder; also one that was saved as a classifier.
 
     Raises:
@@ -186,7 +186,7 @@ def tuning_key_of(config: ModelConfig, device: torch.device) -> str:
     return tuning_key(model, name, torch.__version__, bool(config.passage_cache or config.passage_cache_folder))
 
 
-def describe_lm(lm: LanguageModel, config: ModelConfig) -> dict[str, Any]:
+def describe_lm(lm: PretrainedLM, config: ModelConfig) -> dict[str, Any]:
     """Return what provenance says of an opened model."""
     return {
         "name": lm.name,

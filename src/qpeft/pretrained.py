@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,70 +47,6 @@ class RowLogProbs:
 
     target: Tensor
     passage: Tensor | None = None
-
-
-class LanguageModel(Protocol):
-    """What methods need of a model."""
-
-    name: str
-    tokenizer: Any
-    max_length: int
-    batch_tokens: int
-    has_encoder: bool
-    computed: Computed
-    head: Head | None
-    has_words: bool
-    compiled: Compiled | None
-
-    @property
-    def attention_kernel(self) -> str:
-        """Name of what computes attention, as transformers knows it."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs are sent."""
-        ...
-
-    @property
-    def dtype(self) -> str:
-        """Name of the weights' type."""
-        ...
-
-    @property
-    def revision(self) -> str | None:
-        """Commit on the model hub, if the model came from there."""
-        ...
-
-    @property
-    def sha256(self) -> str | None:
-        """Hash of the weights, if the model came from a folder."""
-        ...
-
-    def log_probs(
-        self,
-        rows: Sequence[Row],
-        *,
-        with_passage: bool = False,
-        adapters: HintWriter | Sequence[HintWriter | None] | None = None,
-        depth: int | None = None,
-    ) -> list[RowLogProbs]:
-        """Return the log-probabilities of each row's scored tokens, in order."""
-        ...
-
-    def read(
-        self,
-        rows: Sequence[Row],
-        read_out: ReadOut,
-        *,
-        adapters: HintWriter | Sequence[HintWriter | None] | None = None,
-    ) -> list[Tensor]:
-        """Return what is read at the last token of each row, `[k]`, in order."""
-        ...
-
-    def check_depth(self, depth: int, adapters: Sequence[HintWriter | None] = ()) -> None:
-        """Raise OptionError if rows cannot be scored with the first `depth` layers and these adapters."""
-        ...
 
 
 class PretrainedLM:

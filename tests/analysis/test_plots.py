@@ -5,13 +5,11 @@ import matplotlib
 import matplotlib.image
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 
 from qpeft.analysis.plots import (
     GAIN,
     LOSS,
     SERIES,
-    _wilson,
     cutoff_curves,
     difference_bars,
     reliability_diagram,
@@ -109,10 +107,3 @@ def test_a_reliability_diagram_is_a_picture(probabilities, relevant, tmp_path):
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["plot.png"]
     picture = matplotlib.image.imread(tmp_path / "new" / "plot.png")
     assert len({tuple(pixel) for pixel in picture.reshape(-1, picture.shape[2])[::7].tolist()}) > 10
-
-
-@pytest.mark.parametrize(("hits", "count"), [(0, 10), (3, 10), (10, 10), (1, 400)])
-def test_intervals_of_shares_are_scipys(hits, count):
-    below, above = _wilson(hits / count, count)
-    found = binomtest(hits, count).proportion_ci(method="wilson")
-    assert (hits / count - below, hits / count + above) == pytest.approx((found.low, found.high), abs=1e-4)

@@ -234,7 +234,7 @@ def test_windows_are_for_the_full_score(lm):
         ({"cheap": "first_stage=3"}, "first_stage takes no number"),
         ({"cheap": "layers=2"}, "layers=2: tiny-qwen3 has 2 layers; take from 1 to 1"),
         ({"cheap": "layers=9"}, "layers=9: tiny-qwen3 has 2 layers"),
-        ({"queries_per_batch": 0}, "--queries_per_batch is 0"),
+        ({"queries_per_batch": 0}, "--queries-per-batch is 0"),
     ],
 )
 def test_options_that_make_no_sense(lm, options, message):

@@ -103,7 +103,7 @@ def test_check_finds_what_ranking_would_end_in(make_lm):
     "options", [{"max_passage_tokens": 0}, {"windows": 9, "window_overlap": -1}, {"queries_per_batch": 0}]
 )
 def test_numbers_that_make_no_sense(lm, options):
-    with pytest.raises(OptionError, match=f"--{list(options)[-1]} is .* at least"):
+    with pytest.raises(OptionError, match=f"--{list(options)[-1].replace('_', '-')} is .* at least"):
         build(Config(**options), lm)
 
 

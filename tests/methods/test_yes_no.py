@@ -141,7 +141,7 @@ def test_an_adapter_keeps_its_answers(make_lm, tmp_path):
         ({"yes": "no"}, "--yes no and --no no are the same token"),
         ({"template": "qpeft"}, "--template qpeft: the query is its target"),
         ({"template": "yes-no"}, "did you mean 'yes_no'"),
-        ({"max_passage_tokens": 0}, "--max_passage_tokens is 0"),
+        ({"max_passage_tokens": 0}, "--max-passage-tokens is 0"),
     ],
 )
 def test_options_that_cannot_be(make_lm, options, message):

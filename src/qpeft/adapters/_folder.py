@@ -41,7 +41,7 @@ from qpeft.errors import AdapterError, InputError, OptionError, nearest
 from qpeft.evaluation.calibration_file import FILE as CALIBRATION
 from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, read_calibration
 from qpeft.lm import CausalLM
-from qpeft.pretrained import LanguageModel
+from qpeft.pretrained import PretrainedLM
 from qpeft.provenance import file_fingerprint, write_json
 from qpeft.template import Template, load_template
 
@@ -194,7 +194,7 @@ def _published(folder: Path) -> Any:
 
 def open_adapter(
     adapter: AdapterFolder | str | Path,
-    lm: LanguageModel,
+    lm: PretrainedLM,
     template: Template | None,
     option: str | None = None,
     *,

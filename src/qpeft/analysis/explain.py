@@ -9,21 +9,25 @@ Shapes: `n` query tokens, `m` passage tokens that the adapter reads, `k` chosen 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from qpeft.adapters._base import Adapter
 from qpeft.adapters._folder import AdapterFolder, open_adapter
 from qpeft.analysis.pieces import pieces, words
 from qpeft.errors import InputError, OptionError
-from qpeft.hints import Hints, HintWriter, Pairs
-from qpeft.pretrained import LanguageModel, RowLogProbs
+from qpeft.hints import Hints, Pairs
+from qpeft.pretrained import PretrainedLM, RowLogProbs
 from qpeft.template import Prompt, Row, Template, load_template
 from qpeft.types import Passage, Query, Ranking
+
+Reasons = dict[tuple[int, ...], tuple[Tensor | None, Tensor | None]]
+"""Why an adapter wrote what it wrote: what it read of a row → tokens that it chose `[k]`, its attention `[n, m]`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +91,7 @@ class Explanation:
 
 
 def explain(
-    lm: LanguageModel,
+    lm: PretrainedLM,
     adapter: AdapterFolder | str | Path | None,
     template: Template | None,
     query: Query,
@@ -138,14 +142,17 @@ def explain(
     for row, passage in zip(rows, passages, strict=True):
         if row.passage[0] == row.passage[1]:
             raise InputError(f"passage {passage.id!r} has no tokens")
-    recorder = _Recorder(opened.adapter) if opened else None
     alone = lm.log_probs(rows)
-    hinted = lm.log_probs(rows, adapters=recorder) if recorder else [None] * len(rows)
+    hinted: list[RowLogProbs | None] = [None] * len(rows)
+    reasons: Reasons = {}
+    if opened:
+        with opened.adapter.register_forward_hook(functools.partial(_record, reasons)):
+            hinted = [*lm.log_probs(rows, adapters=opened.adapter)]
     ranks = _ranks(query, passages, [_score(value) for value in alone])
-    hinted_ranks = _ranks(query, passages, [_score(value) for value in hinted if value]) if recorder else {}
+    hinted_ranks = _ranks(query, passages, [_score(value) for value in hinted if value]) if opened else {}
     found = []
     for row, passage, before, after in zip(rows, passages, alone, hinted, strict=True):
-        read = _Reading(row, lm.tokenizer, template, passage, recorder)
+        read = _Reading(row, lm.tokenizer, template, passage, opened.adapter if opened else None, reasons)
         found.append(
             Explanation(
                 passage,
@@ -185,49 +192,36 @@ def most_read(explanation: Explanation, count: int = 10) -> list[tuple[str, floa
     return [(word, share) for word, share in ordered[:count] if share >= 0.01]
 
 
-class _Recorder:
-    """Passes on the hints of one query's rows, and keeps the reasons by what was read of a row: `[k]`, `[n, m]`."""
-
-    def __init__(self, adapter: HintWriter) -> None:
-        self._adapter = adapter
-        self.reads_layer = adapter.reads_layer
-        self.reads_template = adapter.reads_template
-        self.changes_lm = adapter.changes_lm
-        self.head = adapter.head
-        self.side_by_side = adapter.side_by_side
-        self.reads_by_query_token = adapter.hint_length(2) > adapter.hint_length(1)
-        self.reasons: dict[tuple[int, ...], tuple[Tensor | None, Tensor | None]] = {}
-
-    def applied(self) -> AbstractContextManager[None]:
-        return self._adapter.applied()
-
-    def hint_length(self, query_tokens: int) -> int:
-        return self._adapter.hint_length(query_tokens)
-
-    def __call__(self, pairs: Pairs) -> Hints:
-        hints = self._adapter(pairs)
-        for row, (ids, mask) in enumerate(zip(pairs.passage, pairs.passage_mask, strict=True)):
-            chosen = None if hints.chosen is None else hints.chosen[row]
-            attention = None if hints.attention is None else hints.attention[row][:, mask].float().cpu()
-            self.reasons[tuple(ids[mask].tolist())] = chosen, attention
-        return hints
+def _record(reasons: Reasons, adapter: nn.Module, given: tuple[Pairs], hints: Hints) -> None:
+    """Keep why an adapter wrote what it wrote, by what it read of a row."""
+    (pairs,) = given
+    for row, (ids, mask) in enumerate(zip(pairs.passage, pairs.passage_mask, strict=True)):
+        chosen = None if hints.chosen is None else hints.chosen[row]
+        attention = None if hints.attention is None else hints.attention[row][:, mask].float().cpu()
+        reasons[tuple(ids[mask].tolist())] = chosen, attention
 
 
 class _Reading:
     """What an adapter read of one row, token by token; of a row without an adapter, its passage."""
 
     def __init__(
-        self, row: Row, tokenizer: Any, template: Template, passage: Passage, recorder: _Recorder | None
+        self,
+        row: Row,
+        tokenizer: Any,
+        template: Template,
+        passage: Passage,
+        adapter: Adapter | None,
+        reasons: Reasons,
     ) -> None:
         bos = int(tokenizer.bos_token_id is not None)
         self._span = row.passage
-        if recorder is not None:
-            self._span = row.read(template=recorder.reads_template, states=recorder.reads_layer is not None)
+        if adapter is not None:
+            self._span = row.read(template=adapter.reads_template, states=adapter.reads_layer is not None)
         self._passage = range(*row.passage)
         self._texts = _context_texts(row, tokenizer, template, passage, bos)
         read = row.context[slice(*self._span)]
-        self._by_query_token = recorder is not None and recorder.reads_by_query_token
-        chosen, self._attention = recorder.reasons.get(read, (None, None)) if recorder else (None, None)
+        self._by_query_token = adapter is not None and adapter.hint_length(2) > adapter.hint_length(1)
+        chosen, self._attention = reasons.get(read, (None, None))
         self._chosen = [] if chosen is None else [self._span[0] + place for place in chosen.tolist() if place >= 0]
 
     def tokens(self) -> tuple[PassageToken, ...]:

@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy import stats
 
 from qpeft.data.files import replacing
 from qpeft.evaluation.calibration import Labels, Values, reliability
@@ -157,7 +158,7 @@ def reliability_diagram(probabilities: Values, relevant: Labels, path: Path) -> 
     top = float(probabilities.max())
     bins = reliability(probabilities, relevant, np.linspace(0, top, 11)[1:-1])
     promised, found = [each.promised for each in bins], [each.relevant for each in bins]
-    bars = [_wilson(each.relevant, each.pairs) for each in bins]
+    bars = [_reach(each.relevant, each.pairs) for each in bins]
     reach = max(top, *(share + above for share, (_, above) in zip(found, bars, strict=True)))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6, 5.4), dpi=150, layout="constrained")
@@ -179,11 +180,10 @@ def reliability_diagram(probabilities: Values, relevant: Labels, path: Path) -> 
             figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
-def _wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Return how far the interval of a share reaches below and above it (Wilson 1927)."""
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * (share * (1 - share) / count + z * z / (4 * count * count)) ** 0.5
-    return max(share - centre + half, 0.0), max(centre + half - share, 0.0)
+def _reach(share: float, count: int) -> tuple[float, float]:
+    """Return how far the 95 % interval of a share reaches below and above it (Wilson 1927)."""
+    found = stats.binomtest(round(share * count), count).proportion_ci(method="wilson")
+    return max(share - found.low, 0.0), max(found.high - share, 0.0)
 
 
 def _dev_panel(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -213,7 +214,7 @@ def table(study: Study) -> Table:
             Cell(each.kind),
             Cell(each.name),
             Cell(f"{each.parameters:,}"),
-            Cell(number(each.mean, 4) + (f" ± {_spread(each.means):.4f}" if len(each.means) > 1 else "")),
+            Cell(number(each.mean, 4) + (f" ± {statistics.stdev(each.means):.4f}" if len(each.means) > 1 else "")),
             Cell(_signed(each.drop, each.drop_interval)),
             Cell(_signed(each.gain, each.gain_interval)),
             Cell(number(_per(each), 4, signed=True) if each.parameters else "–"),
@@ -244,11 +245,6 @@ def adapters_table(study: Study) -> Table:
         for subject in study.subjects
     )
     return Table(("adapter", "trained", "rank", "seed", "step", "parameters"), rows, (), names=2)
-
-
-def _spread(values: Sequence[float]) -> float:
-    mean = sum(values) / len(values)
-    return float((sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5)
 
 
 def _per(each: Finding) -> float:

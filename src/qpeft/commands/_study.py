@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qpeft import methods
 from qpeft.commands._progress import progress_bar
 from qpeft.commands._sample import sample_run
-from qpeft.commands._unfinished import Unfinished
+from qpeft.commands._unfinished import Unfinished, open_as_begun
 from qpeft.data.candidates import candidates_from_run, check_run
 from qpeft.data.collection import open_collection
 from qpeft.data.records import read_json
@@ -97,11 +97,9 @@ def run_study(
 
     from qpeft.analysis.study import Study, findings
     from qpeft.analysis.study_report import write_study
-    from qpeft.loading import describe_lm, load_lm
+    from qpeft.loading import describe_lm
 
-    torch.set_num_threads(unfinished.settings.get("threads", torch.get_num_threads()))  # as in rerank
-    lm: Any = load_lm(dataclasses.replace(model, dtype=unfinished.settings.get("dtype", model.dtype)))
-    torch.set_num_threads(unfinished.settings.get("threads", torch.get_num_threads()))
+    lm = open_as_begun(model, unfinished.settings)
     subjects = [_subject(folder, lm) for folder in folders]
     design = design_of(subjects)
     facts: dict[str, Any] = {

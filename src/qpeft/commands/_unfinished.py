@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TextIO
 
+from qpeft import memory
 from qpeft.commands._claim import claimed
 from qpeft.commands._same_work import as_kept, check_same
 from qpeft.data.files import make_folder, write_text
 from qpeft.errors import StateError
+from qpeft.model_config import ModelConfig
 
 
 class Unfinished:
@@ -77,6 +80,34 @@ class Unfinished:
         """Delete the file, once the output is in place."""
         self.close()
         self.path.unlink(missing_ok=True)
+
+
+def open_as_begun(
+    model: ModelConfig, settings: Mapping[str, Any], load: Callable[[ModelConfig], Any] | None = None
+) -> Any:
+    """Open a model with the number type and the threads that work began with; new work takes this machine's.
+
+    Sums are split among the threads, so their number decides the last bits of a score. It is set for new work too,
+    because torch then keeps the maths library from using fewer as it sees fit; and before the model is opened, as the
+    size of batches follows it.
+
+    Args:
+        model: how it was asked for.
+        settings: `dtype` and `threads` of the unfinished work, if there is any.
+        load: what opens it; by default `load_lm`.
+    """
+    import torch
+
+    from qpeft.loading import load_lm
+
+    def keep_threads() -> None:
+        torch.set_num_threads(settings.get("threads", torch.get_num_threads()))
+
+    keep_threads()
+    lm = (load or load_lm)(dataclasses.replace(model, dtype=settings.get("dtype", model.dtype)))
+    keep_threads()
+    memory.hold()
+    return lm
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:

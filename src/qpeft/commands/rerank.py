@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpeft import memory, methods
+from qpeft import methods
 from qpeft.commands._output import check_output
 from qpeft.commands._partial import Partial
 from qpeft.commands._peek import peek_method
 from qpeft.commands._progress import progress_bar
 from qpeft.commands._sample import sample_run
+from qpeft.commands._unfinished import open_as_begun
 from qpeft.data.candidates import candidates_from_run, check_run
 from qpeft.data.collection import open_collection
 from qpeft.data.files import is_stream
@@ -89,18 +90,11 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
 
     import torch
 
-    from qpeft.loading import describe_lm, load_lm
+    from qpeft.loading import describe_lm
 
     forget_peak_memory()  # what was done before in this process is not of this run
     partial = Partial(Path(config.output), config.resume)
-    # Sums are split among the threads, so their number decides the last bits of a score. It is set in a new run too,
-    # because torch then keeps the maths library from using fewer as it sees fit; and before the model is opened, as the
-    # size of batches follows it.
-    torch.set_num_threads(partial.settings.get("threads", torch.get_num_threads()))
-    lm = load_lm(dataclasses.replace(model, dtype=partial.settings.get("dtype", model.dtype)))
-    threads = partial.settings.get("threads", torch.get_num_threads())
-    torch.set_num_threads(threads)
-    memory.hold()
+    lm = open_as_begun(model, partial.settings)
     described = describe_lm(lm, model)
     facts: dict[str, Any] = {
         "command": "rerank",
@@ -126,7 +120,8 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
         reranker.check(queries[query_id])
     # What is done after scoring may be asked for otherwise when an interrupted run goes on.
     scoring = {name: value for name, value in facts["options"].items() if name not in ("tag", "interpolate")}
-    partial.open({**facts, "options": scoring}, {"dtype": described["dtype"], "threads": threads}, reranker.window)
+    settings = {"dtype": described["dtype"], "threads": torch.get_num_threads()}
+    partial.open({**facts, "options": scoring}, settings, reranker.window)
     started = time.perf_counter()
     items = candidates_from_run(first, queries, collection.passages, config.depth)
     rankings = [ranking for ranking, _ in zip(partial.rankings, items, strict=False)]

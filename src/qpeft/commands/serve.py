@@ -22,7 +22,7 @@ from qpeft.model_config import ModelConfig
 from qpeft.server.settings import Settings as Config
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
-    from qpeft.pretrained import LanguageModel
+    from qpeft.pretrained import PretrainedLM
 
 
 def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
@@ -52,7 +52,7 @@ def run(config: Config, model: ModelConfig) -> None:
         serve(create_app(config, functools.partial(_open, model), keys), config, _announce)
 
 
-def _open(model: ModelConfig) -> LanguageModel:
+def _open(model: ModelConfig) -> PretrainedLM:
     from transformers.utils import logging
 
     from qpeft.loading import load_lm

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qpeft import adapters, memory, methods
+from qpeft import adapters, methods
 from qpeft.commands._checkpoints import BEGUN, claim, leave_mark, read_begun, read_mark
 from qpeft.commands._peek import peek
 from qpeft.commands._training_data import find_dev_candidates, read_teacher, read_training_groups, say, say_counts
+from qpeft.commands._unfinished import open_as_begun
 from qpeft.data.collection import open_collection
 from qpeft.errors import OptionError, PassageCacheError, at_least, nearest
 from qpeft.model_config import ModelConfig
@@ -302,25 +303,18 @@ def _values(measured: Mapping[str, float | None]) -> str:
 
 def _open_lm(config: Config, model: ModelConfig, begun: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Open the model with the number type and threads that the training began with; return what describes it too."""
-    import torch
-
     from qpeft.loading import describe_lm, load_lm
 
-    model = dataclasses.replace(model, device=processes().device(model.device), dtype=begun.get("dtype", model.dtype))
-    torch.set_num_threads(begun.get("threads", torch.get_num_threads()))  # the size of batches follows it
-    changes = getattr(adapters.load(config.adapter), "CHANGES_LM", False)
-    lm: Any
-    if model.passage_cache is None and not changes:
-        try:
-            lm = load_lm(dataclasses.replace(model, passage_cache=4.0))
-        except PassageCacheError as error:
-            say(f"{error}; rows go through it whole")
-            lm = load_lm(model)
-    else:
-        lm = load_lm(model)
-    # As in reranking: the last bits depend on the number type, which may be chosen by measurement, and on the threads.
-    torch.set_num_threads(begun.get("threads", torch.get_num_threads()))
-    memory.hold()
+    def load(model: ModelConfig) -> Any:
+        if model.passage_cache is None and not getattr(adapters.load(config.adapter), "CHANGES_LM", False):
+            try:
+                return load_lm(dataclasses.replace(model, passage_cache=4.0))
+            except PassageCacheError as error:
+                say(f"{error}; rows go through it whole")
+        return load_lm(model)
+
+    model = dataclasses.replace(model, device=processes().device(model.device))
+    lm = open_as_begun(model, begun, load)
     if lm.has_encoder:
         raise OptionError("training needs a decoder-only model")
     return lm, describe_lm(lm, model)

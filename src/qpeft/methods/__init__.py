@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from qpeft.adapters._folder import AdapterFolder
     from qpeft.methods._rows import RowScorer
-    from qpeft.pretrained import LanguageModel
+    from qpeft.pretrained import PretrainedLM
 
 _registry = Registry("method", __name__, __path__)
 available, load = _registry.available, _registry.load
@@ -39,7 +39,7 @@ def chosen(asked: str | None, adapter: str | Path | None) -> str:
     return method_of(adapter)
 
 
-def open_scorer(lm: LanguageModel, adapter: AdapterFolder | str | Path, **options: Any) -> RowScorer:
+def open_scorer(lm: PretrainedLM, adapter: AdapterFolder | str | Path, **options: Any) -> RowScorer:
     """Return the scorer of a trained adapter, by the method that it was trained with.
 
     Args:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from qpeft.errors import OptionError
-from qpeft.methods._rows import RowScorer, Work, rows_of
+from qpeft.methods._rows import Options, RowScorer, Work, rows_of
 from qpeft.template import Prompt, Row
 from qpeft.types import Passage, Query, ScoringCounts
 
@@ -16,28 +15,8 @@ if TYPE_CHECKING:  # so that options can be listed without importing torch
     from torch import Tensor
 
     from qpeft.hints import HintWriter
-    from qpeft.pretrained import LanguageModel
+    from qpeft.pretrained import PretrainedLM
     from qpeft.read_out import ReadOut
-
-
-@dataclass(frozen=True)
-class Config:
-    """Options of a method that reads the last token."""
-
-    template: str | None = None
-    """Name of a template or path of a YAML file, with {query} in its context; by default the adapter's."""
-    adapter: str | None = None
-    """Folder of a trained adapter."""
-    max_passage_tokens: int | None = None
-    """Cut passages to this many tokens; by default as the adapter was trained, or what the model's context demands."""
-    windows: int = 0
-    """Read passages in windows of this many tokens instead of cutting them; 0: do not."""
-    window_overlap: int = 32
-    """Tokens that consecutive windows share."""
-    window_pool: Literal["max", "mean"] = "max"
-    """How the scores of a passage's windows become one."""
-    queries_per_batch: int | None = None
-    """Queries whose candidates are batched together; by default as many as fill batches of like length."""
 
 
 def check_template(prompt: Prompt) -> None:
@@ -77,7 +56,7 @@ class ReadOutScorer(RowScorer):
     """
 
     def __init__(
-        self, config: Config, lm: LanguageModel, prompt: Prompt, reading: Reading, adapter: HintWriter | None = None
+        self, config: Options, lm: PretrainedLM, prompt: Prompt, reading: Reading, adapter: HintWriter | None = None
     ) -> None:
         self.counts = ScoringCounts()
         self.facts: dict[str, Any] = {}

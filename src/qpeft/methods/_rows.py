@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from qpeft.errors import OptionError, at_least
 from qpeft.kept_tokens import KeptTokens
@@ -19,30 +19,31 @@ if TYPE_CHECKING:  # so that options can be listed without importing torch
 
     from qpeft.adapters._folder import AdapterFolder
     from qpeft.hints import HintWriter
-    from qpeft.pretrained import LanguageModel
+    from qpeft.pretrained import PretrainedLM
 
 C = TypeVar("C", bound="Options")
 ON_GPU = 2_048
 """Pairs that are scored together on a GPU: some tens of its batches."""
 
 
-class Options(Protocol):
-    """Options that all methods with rows have; those of a method's frozen `Config`."""
+@dataclass(frozen=True)
+class Options:
+    """Options that all methods with rows have."""
 
-    @property
-    def template(self) -> str | None: ...
-    @property
-    def adapter(self) -> str | None: ...
-    @property
-    def max_passage_tokens(self) -> int | None: ...
-    @property
-    def windows(self) -> int: ...
-    @property
-    def window_overlap(self) -> int: ...
-    @property
-    def window_pool(self) -> str: ...
-    @property
-    def queries_per_batch(self) -> int | None: ...
+    template: str | None = None
+    """Name of a template (plain, upr, qpeft …) or path of a YAML file; by default the adapter's, else the method's."""
+    adapter: str | None = None
+    """Folder of a trained adapter, or the name of an embedded one."""
+    max_passage_tokens: int | None = None
+    """Cut passages to this many tokens; by default as the adapter was trained, or what the model's context demands."""
+    windows: int = 0
+    """Read passages in windows of this many tokens instead of cutting them; 0: do not."""
+    window_overlap: int = 32
+    """Tokens that consecutive windows share."""
+    window_pool: Literal["max", "mean"] = "max"
+    """How the scores of a passage's windows become one."""
+    queries_per_batch: int | None = None
+    """Queries whose candidates are batched together; by default as many as fill batches of like length."""
 
 
 class RowScorer(abc.ABC):
@@ -50,7 +51,7 @@ class RowScorer(abc.ABC):
 
     counts: ScoringCounts
     facts: dict[str, Any]
-    lm: LanguageModel
+    lm: PretrainedLM
     prompt: Prompt
     adapter: HintWriter | None
 
@@ -174,7 +175,7 @@ def rows_of(
 def open_prompt(
     method: str,
     config: C,
-    lm: LanguageModel,
+    lm: PretrainedLM,
     opened: AdapterFolder | None,
     kept: KeptTokens | None,
     *,
@@ -209,8 +210,7 @@ def open_prompt(
         if bound is not None and config.windows > bound:
             raise OptionError(f"--windows is {config.windows}; the adapter knows passages of at most {bound} tokens")
         if config.max_passage_tokens is None:
-            replaced: Any = dataclasses.replace(config, max_passage_tokens=bound)  # type: ignore[type-var]
-            config = replaced
+            config = dataclasses.replace(config, max_passage_tokens=bound)
     chosen = wanted or load_template(template)
     prompt = Prompt(
         chosen,
@@ -229,7 +229,7 @@ def open_prompt(
     return config, prompt, opened, facts
 
 
-def window(config: Options, lm: LanguageModel) -> Window:
+def window(config: Options, lm: PretrainedLM) -> Window:
     """Return which queries are worked on together: on a GPU many, so that large batches need little padding."""
     queries = config.queries_per_batch
     return Window(queries) if lm.device.type == "cpu" else Window(queries, ON_GPU)

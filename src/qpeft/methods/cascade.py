@@ -28,7 +28,7 @@ from qpeft.methods._rows import window
 from qpeft.types import Candidates, Query, Ranking, Reranker
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
-    from qpeft.pretrained import LanguageModel
+    from qpeft.pretrained import PretrainedLM
 
 CHEAP = ("first_stage", "passage_tokens", "layers")
 
@@ -43,7 +43,7 @@ class Config(query_likelihood.Config):
     """The cheap score: first_stage, passage_tokens=M or layers=L; one for each step but the last, with commas."""
 
 
-def build(config: Config, lm: LanguageModel) -> Reranker:
+def build(config: Config, lm: PretrainedLM) -> Reranker:
     """Return a reranker that scores with `lm`, most candidates cheaply.
 
     Raises:

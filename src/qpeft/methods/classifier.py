@@ -17,7 +17,7 @@ from qpeft.kept_tokens import KeptTokens
 from qpeft.methods import _read_out
 from qpeft.methods._pointwise import Pointwise
 from qpeft.methods._read_out import ReadOutScorer
-from qpeft.methods._rows import open_prompt, window
+from qpeft.methods._rows import Options, open_prompt, window
 from qpeft.types import Reranker
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # so that options can be listed without importing torch
 
     from qpeft.adapters._folder import AdapterFolder
     from qpeft.hints import HintWriter
-    from qpeft.pretrained import LanguageModel
+    from qpeft.pretrained import PretrainedLM
     from qpeft.read_out import Head
 
 TEMPLATE = "rankllama"
@@ -35,11 +35,11 @@ HEAD = True
 
 
 @dataclass(frozen=True)
-class Config(_read_out.Config):
+class Config(Options):
     """Options of the classifier."""
 
 
-def build(config: Config, lm: LanguageModel) -> Reranker:
+def build(config: Config, lm: PretrainedLM) -> Reranker:
     """Return a reranker that scores with `lm`.
 
     Raises:
@@ -51,7 +51,7 @@ def build(config: Config, lm: LanguageModel) -> Reranker:
 
 
 def build_scorer(
-    config: Config, lm: LanguageModel, opened: AdapterFolder | None = None, *, kept: KeptTokens | None = None
+    config: Config, lm: PretrainedLM, opened: AdapterFolder | None = None, *, kept: KeptTokens | None = None
 ) -> ReadOutScorer:
     """Return the scorer alone; see `query_likelihood.build_scorer`.
 
@@ -69,7 +69,7 @@ def build_scorer(
 class HeadReading:
     """The head of the adapter, else of the model."""
 
-    lm: LanguageModel
+    lm: PretrainedLM
 
     def read_out(self, adapter: HintWriter | None) -> Head:
         """Return the head.

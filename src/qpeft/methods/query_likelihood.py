@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qpeft.errors import OptionError
 from qpeft.kept_tokens import KeptTokens
 from qpeft.methods._pointwise import Pointwise
-from qpeft.methods._rows import RowScorer, Work, open_prompt, rows_of, window
+from qpeft.methods._rows import Options, RowScorer, Work, open_prompt, rows_of, window
 from qpeft.template import Prompt, Row
 from qpeft.types import Passage, Query, Reranker, ScoringCounts
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # so that options can be listed without importing torch
     from qpeft.adapters._folder import AdapterFolder
     from qpeft.hints import HintWriter
     from qpeft.lm import CausalLM
-    from qpeft.pretrained import LanguageModel, RowLogProbs
+    from qpeft.pretrained import PretrainedLM, RowLogProbs
 
 
 TEMPLATE = "plain"
@@ -41,30 +41,16 @@ SCORES: Literal["log_likelihood"] = "log_likelihood"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Options):
     """Options of query likelihood."""
 
-    template: str | None = None
-    """Name of a template (plain, upr, qpeft …) or path of a YAML file; by default the adapter's, else plain."""
-    adapter: str | None = None
-    """Folder of a trained adapter."""
     normalize: Literal["mean", "sum"] = "mean"
     """Mean or sum of the log-probabilities of the scored tokens."""
-    max_passage_tokens: int | None = None
-    """Cut passages to this many tokens; by default only what the model's context demands."""
-    windows: int = 0
-    """Read passages in windows of this many tokens instead of cutting them; 0: do not."""
-    window_overlap: int = 32
-    """Tokens that consecutive windows share."""
-    window_pool: Literal["max", "mean"] = "max"
-    """How the scores of a passage's windows become one."""
     document_prior: float = 0.0
     """Weight of the passage's own mean log-likelihood."""
-    queries_per_batch: int | None = None
-    """Queries whose candidates are batched together; by default as many as fill batches of like length."""
 
 
-def build(config: Config, lm: LanguageModel) -> Reranker:
+def build(config: Config, lm: PretrainedLM) -> Reranker:
     """Return a reranker that scores with `lm`.
 
     Raises:
@@ -74,7 +60,7 @@ def build(config: Config, lm: LanguageModel) -> Reranker:
 
 
 def build_scorer(
-    config: Config, lm: LanguageModel, opened: AdapterFolder | None = None, *, kept: KeptTokens | None = None
+    config: Config, lm: PretrainedLM, opened: AdapterFolder | None = None, *, kept: KeptTokens | None = None
 ) -> QueryLikelihood:
     """Return the scorer alone.
 
@@ -122,7 +108,7 @@ class QueryLikelihood(RowScorer):
     def __init__(
         self,
         config: Config,
-        lm: LanguageModel,
+        lm: PretrainedLM,
         prompt: Prompt,
         adapter: HintWriter | None = None,
         hint_queries: Mapping[str, Query] | None = None,

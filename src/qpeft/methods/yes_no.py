@@ -16,7 +16,7 @@ from qpeft.kept_tokens import KeptTokens
 from qpeft.methods import _read_out
 from qpeft.methods._pointwise import Pointwise
 from qpeft.methods._read_out import ReadOutScorer
-from qpeft.methods._rows import open_prompt, window
+from qpeft.methods._rows import Options, open_prompt, window
 from qpeft.template import Prompt
 from qpeft.types import Reranker
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # so that options can be listed without importing torch
 
     from qpeft.adapters._folder import AdapterFolder
     from qpeft.hints import HintWriter
-    from qpeft.pretrained import LanguageModel
+    from qpeft.pretrained import PretrainedLM
     from qpeft.read_out import Answers
 
 TEMPLATE = "yes_no"
@@ -43,7 +43,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Config(_read_out.Config):
+class Config(Options):
     """Options of yes or no."""
 
     yes: str | None = None
@@ -52,7 +52,7 @@ class Config(_read_out.Config):
     """The answer for any other; by default the adapter's, else no."""
 
 
-def build(config: Config, lm: LanguageModel) -> Reranker:
+def build(config: Config, lm: PretrainedLM) -> Reranker:
     """Return a reranker that scores with `lm`.
 
     Raises:
@@ -62,7 +62,7 @@ def build(config: Config, lm: LanguageModel) -> Reranker:
 
 
 def build_scorer(
-    config: Config, lm: LanguageModel, opened: AdapterFolder | None = None, *, kept: KeptTokens | None = None
+    config: Config, lm: PretrainedLM, opened: AdapterFolder | None = None, *, kept: KeptTokens | None = None
 ) -> ReadOutScorer:
     """Return the scorer alone; see `query_likelihood.build_scorer`.
 
@@ -87,7 +87,7 @@ def build_scorer(
     return scorer
 
 
-def _token(prompt: Prompt, lm: LanguageModel, option: str, text: str) -> int:
+def _token(prompt: Prompt, lm: PretrainedLM, option: str, text: str) -> int:
     ids = prompt.following(text)
     if len(ids) != 1 or ids[0] == lm.tokenizer.unk_token_id:
         pieces = lm.tokenizer.convert_ids_to_tokens(list(ids))

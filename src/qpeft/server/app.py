@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from qpeft import server
 from qpeft.errors import AdapterError, QpeftError, QueryError
-from qpeft.pretrained import LanguageModel
+from qpeft.pretrained import PretrainedLM
 from qpeft.server import page
 from qpeft.server.batcher import OverloadedError
 from qpeft.server.guard import OPEN, Guard
@@ -26,7 +26,7 @@ from qpeft.server.service import Service
 from qpeft.server.settings import Settings
 
 
-def create_app(settings: Settings, open_lm: Callable[[], LanguageModel], keys: Sequence[str] = ()) -> FastAPI:
+def create_app(settings: Settings, open_lm: Callable[[], PretrainedLM], keys: Sequence[str] = ()) -> FastAPI:
     """Return the application; `app.state.service` is its `Service`.
 
     Args:

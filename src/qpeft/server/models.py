@@ -23,7 +23,7 @@ from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, read_cal
 from qpeft.kept_tokens import KeptTokens
 from qpeft.methods._rows import RowScorer
 from qpeft.model_config import EMBEDDED
-from qpeft.pretrained import LanguageModel
+from qpeft.pretrained import PretrainedLM
 from qpeft.server.logs import log
 from qpeft.server.settings import Settings
 from qpeft.types import Passage, Query
@@ -78,7 +78,7 @@ class Models:
         settings: options.
     """
 
-    def __init__(self, lm: LanguageModel, settings: Settings) -> None:
+    def __init__(self, lm: PretrainedLM, settings: Settings) -> None:
         self.lm = lm
         if isinstance(lm, ContextEncoder):
             lm.repeatable = False  # nobody resumes a request, and many have few passages

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Literal, TypeVar
 
 from qpeft.context_store import ContextStore
-from qpeft.pretrained import LanguageModel
+from qpeft.pretrained import PretrainedLM
 from qpeft.server.batcher import Batcher
 from qpeft.server.logs import log
 from qpeft.server.metrics import Metrics
@@ -35,7 +35,7 @@ class Service:
         failure: why the model could not be opened.
     """
 
-    def __init__(self, settings: Settings, open_lm: Callable[[], LanguageModel]) -> None:
+    def __init__(self, settings: Settings, open_lm: Callable[[], PretrainedLM]) -> None:
         self.settings = settings
         self.metrics = Metrics()
         self.batcher = Batcher(
