@@ -1,4 +1,8 @@
 import copy
+import io
+import json
+import math
+import re
 import shutil
 import subprocess
 import sys
@@ -9,13 +13,14 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertLMHeadModel
 
 from qpeft import Reranker
+from qpeft.cli import main
 from qpeft.encoder_decoder import EncoderDecoderLM
 from qpeft.errors import MissingDependencyError, ModelError, OptionError, QueryError
 from qpeft.loading import describe_lm, load_lm
 from qpeft.methods import query_likelihood
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import weights_fingerprint
-from qpeft.types import Passage
+from qpeft.types import UNREADABLE, Passage
 
 PASSAGES = ["the sky is blue", "the sea is salty", "the old king", "the sky is blue"]
 
@@ -43,6 +48,39 @@ def test_rank_and_predict_have_the_shapes_of_sentence_transformers(saved_model):
     assert by_place[0] != scores[0]
     with pytest.raises(OptionError, match="top_k is 0"):
         reranker.rank("why", PASSAGES, top_k=0)
+
+
+def test_what_cannot_be_read_is_below_everything_whatever_stands_beside_it(saved_model, capsys, monkeypatch):
+    reranker = Reranker.from_pretrained(str(saved_model), dtype="float32")
+    scattered = [("why", "the sky"), ("who", "the king"), ("why", " "), ("who", "")]
+    scores = reranker.predict(scattered)
+    assert scores[2] == scores[3] == UNREADABLE < min(scores[:2])
+    assert reranker.predict(("why", "\n")) == UNREADABLE
+    ranked = reranker.rank("why", ["", "the sky"])
+    assert [entry["corpus_id"] for entry in ranked] == [1, 0]
+    assert [entry["score"] for entry in ranked] == pytest.approx([scores[0], UNREADABLE], abs=1e-5)
+    asked = "".join(json.dumps({"query": query, "passage": passage}) + "\n" for query, passage in scattered)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(asked.encode())))
+    assert main(["score", "--model", str(saved_model), "--dtype", "float32"]) == 0
+    found = [json.loads(line)["score"] for line in capsys.readouterr().out.splitlines()]
+    assert found == pytest.approx(scores, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda it: it.rank("why", [math.nan, "x"]), "passage 0 is nan"),
+        (lambda it: it.rank(None, ["x"]), "the query is None"),
+        (lambda it: it.rank("why", ["x", b"x"]), "passage 1 is b'x'"),
+        (lambda it: it.rank("why", [{"text": "x"}]), "passage 0 is {'text': 'x'}"),
+        (lambda it: it.rank("why", ["x"], top_k=1.5), "top_k is 1.5"),
+        (lambda it: it.predict([("a", "b"), 3]), "pair 1 is 3"),
+        (lambda it: it.predict([("a", 3)]), "passage 0 is 3"),
+    ],
+)
+def test_what_is_no_text_is_named(saved_model, call, words):
+    with pytest.raises(OptionError, match=re.escape(words)):
+        call(Reranker.from_pretrained(str(saved_model), dtype="float32"))
 
 
 def test_options_reach_model_and_method(saved_model):

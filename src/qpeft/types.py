@@ -17,6 +17,8 @@ import numpy as np
 from qpeft.errors import OptionError, ScoreError
 
 T = TypeVar("T")
+UNREADABLE = -1e6
+"""Score of a passage without a token where scores of several lists may be compared: below whatever a model says."""
 
 
 def whole(text: str) -> str:
@@ -303,13 +305,14 @@ class Reranker(abc.ABC):
         """
         given = as_list(pairs, "pairs")
         if given and isinstance(given[0], str):
-            return self.predict([_pair(given)])[0]
-        groups = groupby(map(_pair, given), key=itemgetter(0))
+            return self.predict([_pair(given, 0)])[0]
+        pairs = [_pair(each, place) for place, each in enumerate(given)]
+        groups = groupby(pairs, key=itemgetter(0))
         scores: list[float] = []
         for ranking in self.rerank([_candidates(query, [text for _, text in group]) for query, group in groups]):
             by_position = {int(hit.passage_id): hit.score for hit in ranking.hits}
             scores += [by_position[position] for position in range(len(by_position))]
-        return scores
+        return [UNREADABLE if _is_blank(passage) else score for (_, passage), score in zip(pairs, scores, strict=True)]
 
     @final
     def rank(
@@ -324,13 +327,14 @@ class Reranker(abc.ABC):
             OptionError: `top_k` is less than 1, or `passages` is one text.
         """
         passages = as_list(passages, "passages")
-        if top_k is not None and top_k < 1:
-            raise OptionError(f"top_k is {top_k}; it must be at least 1")
+        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+            raise OptionError(f"top_k is {top_k!r}; it must be a whole number of at least 1")
         ranked: list[RankedPassage] = []
         for hit in self._ranking(query, passages).by_position()[:top_k]:
-            entry = RankedPassage(corpus_id=int(hit.passage_id), score=hit.score)
+            given = passages[int(hit.passage_id)]
+            score = UNREADABLE if _is_blank(given) else hit.score
+            entry = RankedPassage(corpus_id=int(hit.passage_id), score=score)
             if return_documents:
-                given = passages[int(hit.passage_id)]
                 entry["text"] = given.text if isinstance(given, Passage) else given
             ranked.append(entry)
         return ranked
@@ -351,15 +355,27 @@ def as_list(texts: Iterable[T], what: str) -> list[T]:
     return list(texts)
 
 
-def _pair(pair: Any) -> tuple[str, str | Passage]:
-    if isinstance(pair, str) or len(pair) != 2:
-        raise OptionError(f"{pair!r:.60} is not a pair of a query and a passage")
+def _pair(pair: Any, place: int) -> tuple[str, str | Passage]:
+    if isinstance(pair, str | bytes) or not isinstance(pair, Sequence) or len(pair) != 2:
+        raise OptionError(f"pair {place} is {pair!r:.60}, not a pair of a query and a passage")
     return pair[0], pair[1]
 
 
+def _is_blank(passage: str | Passage) -> bool:
+    if isinstance(passage, Passage):
+        return not (passage.text.strip() or passage.title.strip())
+    return not passage.strip()
+
+
 def _candidates(query: str, passages: Sequence[str | Passage]) -> Candidates:
+    if not isinstance(query, str):
+        raise OptionError(f"the query is {query!r:.60}, not a text")
     return Candidates(Query("query", query), tuple(_passage(str(i), each) for i, each in enumerate(passages)))
 
 
 def _passage(passage_id: str, given: str | Passage) -> Passage:
-    return replace(given, id=passage_id) if isinstance(given, Passage) else Passage(passage_id, given)
+    if isinstance(given, Passage):
+        return replace(given, id=passage_id)
+    if not isinstance(given, str):
+        raise OptionError(f"passage {passage_id} is {given!r:.60}, neither a text nor a Passage")
+    return Passage(passage_id, given)

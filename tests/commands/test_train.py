@@ -166,6 +166,27 @@ def test_an_interrupted_training_resumes_to_the_same_bytes(arguments, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "whole"]
 
 
+def test_a_finished_training_is_not_done_again(arguments, tmp_path, capsys):
+    output = tmp_path / "mine"
+    assert main(arguments(output)) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    capsys.readouterr()
+    assert main(arguments(output, "--resume")) == 0
+    assert f"{output}: is finished" in capsys.readouterr().err
+    assert main(arguments(output, "--resume", "--margin", "0.7")) == 2
+    assert "other options, data or model (--margin was 0.5 and is 0.7)" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
+
+
+def test_what_is_no_part_of_an_adapter_is_not_deleted(arguments, tmp_path, capsys):
+    output = tmp_path / "mine"
+    assert main(arguments(output)) == 0
+    (output / "test.trec").write_text("q1 Q0 sky-0 1 1.0 mine\n")
+    assert main(arguments(output)) == 2
+    assert "holds 'test.trec', which is no part of an adapter" in capsys.readouterr().err
+    assert (output / "test.trec").is_file()
+
+
 def test_what_was_tuned_in_between_is_another_training(arguments, saved_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("QPEFT_CACHE", str(tmp_path / "cache"))
     with monkeypatch.context() as patch:
@@ -234,9 +255,10 @@ def test_a_full_disk_costs_one_checkpoint(arguments, tmp_path, monkeypatch, caps
         assert main(arguments(output)) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qpeft: error:")]
     checkpoints = tmp_path / "mine.checkpoints"
-    assert said == [
-        f"qpeft: error: {checkpoints / 'checkpoint-4'} cannot be written: [Errno 28] No space left on device"
-    ]
+    (line,) = said
+    failed = checkpoints / "checkpoint-4"
+    assert line.startswith(f"qpeft: error: {failed} cannot be written: [Errno 28] No space left on device (")
+    assert line.endswith(" MiB are free there)")
     assert [path.name for path in checkpoints.glob("checkpoint-*")] == ["checkpoint-2"]
     assert main(arguments(output, "--resume")) == 0
     assert (output / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from qpeft.types import UNREADABLE
 from tiny_server import DOCUMENTS, QUERY
 
 OBJECTS = [{"text": text} for text in DOCUMENTS]
@@ -162,7 +163,7 @@ def test_documents_without_tokens_come_last_with_probability_0(client):
     assert [result["index"] for result in found["results"]][2:] == [0, 2]
     assert [result["relevance_score"] for result in found["results"]][2:] == [0, 0]
     raw = post(client, "/v2/rerank", query=QUERY, documents=["", "the sea", "the sky"], raw_scores=True)["results"]
-    assert raw[-1]["relevance_score"] == pytest.approx(raw[-2]["relevance_score"] - 1)
+    assert raw[-1]["relevance_score"] == UNREADABLE < raw[-2]["relevance_score"]
     alone = post(client, "/v2/rerank", query=QUERY, documents=[""])
     assert alone["results"] == [{"index": 0, "relevance_score": 0}]
     assert alone["usage"]["total_tokens"] == 0

@@ -85,6 +85,15 @@ def ids(passages):
     return [passage.id for passage in passages]
 
 
+def test_lines_of_one_query_are_no_negatives_of_each_other(lm):
+    one, two, three = (Passage(name, name) for name in ("the sky", "the sea", "the king"))
+    groups = [Group(Query("a", "why"), (one,)), Group(Query("b", "why"), (two,)), Group(Query("c", "who"), (three,))]
+    config = TrainingConfig(negatives=0, in_batch=True)
+    prompt = prompt_for(lm, build("soft_prompt", lm))
+    batch = Collator(prompt, config, 0)([(0, group) for group in groups])["batch"]
+    assert batch.mask.sum(1).tolist() == [2, 2, 3]
+
+
 def test_in_batch_negatives():
     own = Passage("own", "the blue sky"), Passage("second", "the  red\nsky")
     drawn = (own[0], Passage("drawn", "the sea"))

@@ -418,6 +418,11 @@ def test_a_loss_that_is_no_number_ends_the_training(lm, tmp_path):
         train(lm, adapter, tmp_path)
 
 
+def test_weights_that_the_last_step_made_infinite_end_the_training(lm, tmp_path):
+    with pytest.raises(ScoreError, match="the adapter's weights became infinite"):
+        train(lm, build("soft_prompt", lm), tmp_path, epochs=1, learning_rate=1e38, max_grad_norm=0.0, batch_queries=64)
+
+
 @pytest.mark.parametrize("full", ["adapter.safetensors", "optimizer.pt", "rng_state.pth"])
 def test_a_full_disk_leaves_the_checkpoint_before_it(full, lm, tmp_path):
     whole, adapter, again = (build("soft_prompt", lm) for _ in range(3))

@@ -19,8 +19,14 @@ BEGUN = "begun.json"
 
 def read_begun(output: Path, checkpoints: Path, *, resume: bool) -> dict[str, Any]:
     """Return what an unfinished training left of its options, number type and threads; nothing if there is none."""
-    if output.exists() and not (output / "adapter_config.json").is_file():
-        raise StateError(f"{output} exists and is no adapter folder")
+    from qpeft.adapters._folder import CONFIG, FILES
+
+    if output.exists():
+        if not (output / CONFIG).is_file():
+            raise StateError(f"{output} exists and is no adapter folder")
+        # A new adapter takes the place of the whole folder.
+        if others := sorted({path.name for path in output.iterdir()} - set(FILES)):
+            raise StateError(f"{output} holds {others[0]!r}, which is no part of an adapter; move it elsewhere first")
     if not any(checkpoints.glob("checkpoint-*")):
         return {}
     if not resume:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from qpeft.data.candidates import candidates_from_run
 from qpeft.data.collection import Collection
+from qpeft.data.splits import unknown_split
 from qpeft.data.trec import read_run
-from qpeft.errors import InputError
+from qpeft.errors import InputError, OptionError
 from qpeft.retrieval.bm25 import BM25
 from qpeft.training.config import TrainingConfig
 from qpeft.training.groups import MiningCounts, groups_from_collection, groups_from_jsonl, unscored
@@ -66,6 +67,9 @@ def find_dev_candidates(config: Config, collection: Collection | None) -> list[C
     """
     if collection is None or config.dev_split is None:
         return []
+    if config.dev_split not in collection.splits():
+        error = unknown_split(collection.name, config.dev_split, collection.splits())
+        raise OptionError(f"{error}; give --dev-split, or --dev-split null to train without dev")
     queries, qrels = collection.queries(config.dev_split), collection.qrels(config.dev_split)
     if config.dev_run:
         run = read_run(config.dev_run)

@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from qpeft import adapters, methods
 from qpeft.commands._checkpoints import BEGUN, claim, leave_mark, read_begun, read_mark
 from qpeft.commands._peek import peek
+from qpeft.commands._same_work import check_same
 from qpeft.commands._training_data import find_dev_candidates, read_teacher, read_training_groups, say, say_counts
 from qpeft.commands._unfinished import open_as_begun
 from qpeft.data.collection import open_collection
+from qpeft.data.records import read_json
 from qpeft.errors import OptionError, PassageCacheError, at_least, nearest
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import file_fingerprint, provenance
@@ -31,7 +33,7 @@ from qpeft.training import config as training_config
 from qpeft.training.config import TrainingConfig
 from qpeft.training.groups import next_queries
 from qpeft.training.processes import processes
-from qpeft.types import Passage, Query
+from qpeft.types import Group, Passage, Query
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
     from transformers import TrainerCallback
@@ -40,6 +42,8 @@ if TYPE_CHECKING:  # so that options can be listed without importing torch
     from qpeft.hints import HintWriter
 
 PRESETS = ("stable", "authors")
+WHAT_DECIDES = ("options", "files", "collection", "template")
+"""What must agree for a finished adapter to be what a resumed training would make."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class Config:
             raise OptionError(f"--output {self.output}: it must name a folder to make")
         for name in ("train_queries", "dev_queries", "dev_depth", "negative_depth", "max_passage_tokens", "keep_every"):
             at_least(1, **{name: getattr(self, name)})
+        if not 0 <= self.seed < 2**32:
+            raise OptionError(f"--seed is {self.seed}; it must be from 0 to {2**32 - 1}")
 
 
 def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
@@ -141,13 +147,11 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
     import torch
 
     from qpeft.adapters._folder import base_identity, save_adapter
-    from qpeft.losses import check_loss
     from qpeft.training.contexts import contexts_bytes
     from qpeft.training.dev import DevRanking
     from qpeft.training.trainer import Collator, fit
 
-    alone = not training.in_batch and not (training.negatives and any(group.negatives for group in groups))
-    check_loss(training.loss, teacher=teacher is not None, scores=method.SCORES, alone=alone)
+    _check_loss(training, groups, method.SCORES, teacher is not None)
     lm, described = _open_lm(config, model, begun)
     opened = _build(config, template, adapter_config, own, lm)
     adapter = opened.adapter
@@ -164,6 +168,9 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
         "model": {**base_identity(lm), **described},
         "template": template.fingerprint,
     }
+    if config.resume and not begun and output.exists():
+        _check_finished(output, facts)
+        return
     qrels = collection.qrels(config.dev_split) if collection and config.dev_split and dev else {}
     # Query likelihood alone can read other queries, and is what DevRanking scores with by default.
     ranker = None if read_on_dev else scorer
@@ -217,12 +224,27 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
         history=fitted.history,
     )
     save(output, provenance=made)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     if config.report:
         _draw(fitted, ranking.name if ranking else "", output)
-    shutil.rmtree(checkpoints, ignore_errors=True)
     say(f"{output}: trained on {len(groups):,} queries in {fitted.seconds:,.0f} s, {fitted.steps:,} steps")
     if ranking:
         say(f"  dev {ranking.name}, {len(dev)} queries × {config.dev_depth}: {_values(fitted.dev)}")
+
+
+def _check_loss(training: TrainingConfig, groups: Sequence[Group], scores: Any, teacher: bool) -> None:
+    from qpeft.losses import check_loss
+
+    others = training.in_batch and min(training.batch_queries, len(groups)) > 1
+    alone = not others and not (training.negatives and any(group.negatives for group in groups))
+    check_loss(training.loss, teacher=teacher, scores=scores, alone=alone)
+
+
+def _check_finished(output: Path, facts: Mapping[str, Any]) -> None:
+    """Say that a training is finished, or raise StateError if what stands in its place is another one's adapter."""
+    made = read_json(output / "provenance.json")
+    check_same(output, *({key: part.get(key) for key in WHAT_DECIDES} for part in (made, facts)))
+    say(f"{output}: is finished")
 
 
 def _with_defaults(config: Config, training: TrainingConfig) -> Config:
@@ -293,7 +315,10 @@ def _keeping(
 def _draw(fitted: Any, measure: str, output: Path) -> None:
     from qpeft.analysis.plots import training_curves
 
-    training_curves(fitted.history, measure, fitted.dev, output / "training.png")
+    try:
+        training_curves(fitted.history, measure, fitted.dev, output / "training.png")
+    except OSError as error:
+        say(f"  note: {output / 'training.png'} cannot be written: {error}")
 
 
 def _values(measured: Mapping[str, float | None]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import final
 
 from qpeft.errors import ScoreError
-from qpeft.types import Candidates, Passage, Query, Ranking, Reranker, Scorer, Window
+from qpeft.types import UNREADABLE, Candidates, Passage, Query, Ranking, Reranker, Scorer, Window
 
 AT_ONCE = 4_096
 """Pairs whose tokens are in memory together, so that it does not grow with a query's candidates."""
@@ -56,7 +56,7 @@ class Pointwise(Reranker):
 
 
 def floor_unreadable(query_id: str, scored: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Return (passage id, score) of one query, with one below the lowest score where a score is −∞.
+    """Return (passage id, score) of one query, with one below the lowest score where a score is −∞ (`UNREADABLE`: all).
 
     Raises:
         ScoreError: a score is NaN or +∞.
@@ -65,5 +65,5 @@ def floor_unreadable(query_id: str, scored: Sequence[tuple[str, float]]) -> list
         if math.isnan(score) or score == math.inf:
             raise ScoreError(f"query {query_id!r}, passage {passage_id!r}: the model gave the score {score}")
     readable = [score for _, score in scored if score != -math.inf]
-    floor = min(readable, default=0.0) - 1.0
+    floor = min(readable) - 1.0 if readable else UNREADABLE
     return [(passage_id, floor if score == -math.inf else score) for passage_id, score in scored]

@@ -38,7 +38,7 @@ def contexts_bytes(
         config: how many negatives are drawn, and how often.
         dev: what is ranked at evaluations.
     """
-    pairs = [(group.query, passage) for group in groups for passage in (group.positives[0], *group.negatives)]
+    pairs = [(group.query, passage) for group in groups for passage in (*group.positives, *group.negatives)]
     known = {passage.id for _, passage in pairs}
     drawn = sum(1 + min(len(group.negatives), config.negatives * config.epochs) for group in groups)
     ranked = {passage.id for item in dev for passage in item.passages} - known

@@ -129,7 +129,7 @@ def groups_from_jsonl(path: StrPath) -> tuple[list[Group], MiningCounts]:
 
 
 def draw(group: Group, negatives: int, epoch: int, seed: int) -> tuple[Passage, ...]:
-    """Return the passages of a group for one epoch: its first positive, then up to `negatives` of its negatives.
+    """Return the passages of a group for one epoch: one of its positives, then up to `negatives` of its negatives.
 
     A function of seed, epoch and query id alone, so that a resumed training sees what an uninterrupted one would have.
 
@@ -139,7 +139,15 @@ def draw(group: Group, negatives: int, epoch: int, seed: int) -> tuple[Passage, 
     _at_least(0, negatives=negatives)
     count = min(negatives, len(group.negatives))
     drawn = random.Random(f"draw {seed} {epoch} {group.query.id}").sample(group.negatives, count)
-    return (group.positives[0], *drawn)
+    positive = random.Random(f"positive {seed} {epoch} {group.query.id}").choice(group.positives)
+    return (positive, *drawn)
+
+
+def of_other_queries(group: Group, groups: Iterable[Group], drawn: Iterable[Sequence[Passage]]) -> Iterator[Passage]:
+    """Yield what was drawn for the groups of a batch that ask something else: a query may have several groups."""
+    for other, passages in zip(groups, drawn, strict=True):
+        if other.query.id != group.query.id and other.query.text != group.query.text:
+            yield from passages
 
 
 def in_batch_negatives(group: Group, drawn: Sequence[Passage], others: Iterable[Passage]) -> tuple[Passage, ...]:
@@ -161,10 +169,10 @@ def in_batch_negatives(group: Group, drawn: Sequence[Passage], others: Iterable[
 def unscored(
     groups: Iterable[Group], teacher: Container[tuple[str, str]]
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Return the (query id, passage id) that a teacher has no score for: of positives that are drawn, of negatives."""
+    """Return the (query id, passage id) that a teacher has no score for: of positives, of negatives."""
     positives, negatives = [], []
     for group in groups:
-        positives.append((group.query.id, group.positives[0].id))
+        positives += [(group.query.id, passage.id) for passage in group.positives]
         negatives += [(group.query.id, passage.id) for passage in group.negatives]
     return [pair for pair in positives if pair not in teacher], [pair for pair in negatives if pair not in teacher]
 

@@ -1,7 +1,8 @@
 """Several processes that train one adapter together, each with a device of its own, as `torchrun` starts them.
 
 Each has the whole frozen model, and a part of every step's queries and of dev; gradients are averaged. The first one
-alone writes and speaks. A step of n processes is one of n times the gradient accumulation of one process.
+alone writes and speaks. A step of n processes is one of n times the gradient accumulation of one process, but for the
+last one: where batches do not divide by n, accelerate fills it up with the first ones.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ from qpeft.training.checkpointing import checkpointed
 from qpeft.training.config import TrainingConfig
 from qpeft.training.contexts import EncodeAhead
 from qpeft.training.dev import DevRanking
-from qpeft.training.groups import draw, in_batch_negatives
+from qpeft.training.groups import draw, in_batch_negatives, of_other_queries
 from qpeft.training.keep_steps import KeepSteps
 from qpeft.training.processes import together
 from qpeft.types import Group, Passage, Query
@@ -111,10 +111,10 @@ class Collator:
         """Return one batch, under the name of the model's argument."""
         drawn = [draw(group, self._config.negatives, epoch, self._seed) for epoch, group in items]
         if self._config.in_batch:
-            all_drawn = [passage for passages in drawn for passage in passages]
+            groups = [group for _, group in items]
             drawn = [
-                (*passages, *in_batch_negatives(group, passages, all_drawn))
-                for (_, group), passages in zip(items, drawn, strict=True)
+                (*passages, *in_batch_negatives(group, passages, of_other_queries(group, groups, drawn)))
+                for group, passages in zip(groups, drawn, strict=True)
             ]
         width = max(map(len, drawn))
         mask = torch.tensor([[place < len(passages) for place in range(width)] for passages in drawn])
@@ -220,7 +220,9 @@ class AdapterTrainer(Trainer):
         except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch.save's
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
-            raise StateError(f"{folder} cannot be written: {' '.join(str(error).split())[:200]}") from error
+            free = shutil.disk_usage(folder.parent).free / 2**20
+            why = f"{' '.join(str(error).split())[:200]} ({free:,.1f} MiB are free there)"
+            raise StateError(f"{folder} cannot be written: {why}") from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if not self.args.should_save:  # one process writes, and the Trainer calls this in all
@@ -297,6 +299,7 @@ def fit(
     Raises:
         OptionError: options out of range, nothing to train, or a launcher other than torchrun.
         StateError: a checkpoint cannot be written; the one before it is whole.
+        ScoreError: the loss or the weights became infinite.
     """
     started = time.perf_counter()
     found: dict[str, float | None] = {"zero_shot": None, "untrained": None, "trained": None}
@@ -330,6 +333,8 @@ def fit(
             ]
             found["trained"] = made.state.best_metric
             del made
+            if not all(parameter.isfinite().all() for parameter in adapter.parameters()):
+                raise ScoreError("the adapter's weights became infinite: lower --learning-rate, or set --max-grad-norm")
     adapter.eval()
     return Fitted(history, found, time.perf_counter() - started, steps)
 
