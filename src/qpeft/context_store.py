@@ -265,7 +265,7 @@ class Filled(Exception):  # noqa: N818 — raised when all is well
     """The last layer's keys and values are there: what the model would compute after them, nobody reads."""
 
 
-class LastLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class LastKept(DynamicLayer):  # type: ignore[no-untyped-call]
     """The last layer of a cache that is filled; ends the forward pass once it is."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -277,7 +277,7 @@ class LastLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 def filled_layers(count: int) -> list[DynamicLayer]:
     """Return the empty layers of a cache whose filling ends with `Filled`."""
     layers = [DynamicLayer() for _ in range(count - 1)]  # type: ignore[no-untyped-call]
-    return [*layers, LastLayer()]  # type: ignore[no-untyped-call]
+    return [*layers, LastKept()]  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from typing import Any, get_args
 
 from qpeft import methods
 from qpeft.commands._run_provenance import read_run_provenance
-from qpeft.data.collection import Collection, open_collection
+from qpeft.data.collection import open_collection
 from qpeft.data.trec import read_run
 from qpeft.errors import AdapterError, InputError, OptionError, ScoreError
 from qpeft.evaluation.calibration import (
@@ -78,8 +78,8 @@ def run(config: Config) -> None:
         raise OptionError("give either --adapter or --output")
     facts = _provenance(config.run)
     collection = open_collection(config.collection)
-    made_of = facts.get("collection") or {}
-    if made_of.get("fingerprint", collection.fingerprint()) != collection.fingerprint():
+    made_of, fingerprint = facts.get("collection") or {}, collection.fingerprint()
+    if made_of.get("fingerprint", fingerprint) != fingerprint:
         raise InputError(
             f"{config.run} was made from collection {made_of.get('name')!r}, which is not {collection.name!r}"
         )
@@ -94,7 +94,10 @@ def run(config: Config) -> None:
     predicted = _predicted(pairs, fold)
     chosen = predicted[_name(config.method, config.centre)]
     kept = [keep(threshold, chosen, pairs, fold) for threshold in THRESHOLDS]
-    on, validation = _fitted_on(config, facts, collection, pairs), _validation(config, pairs, predicted, kept)
+    on, validation = (
+        _fitted_on(config, facts, collection.name, fingerprint, pairs),
+        _validation(config, pairs, predicted, kept),
+    )
     calibration = Calibration(fitted, origin, config.centre, on, validation)
     print(_report(calibration, kept))
     if config.plot is not None:
@@ -159,10 +162,12 @@ def _predicted(pairs: JudgedPairs, fold: Groups) -> dict[str, Values]:
     return found
 
 
-def _fitted_on(config: Config, facts: Mapping[str, Any], collection: Collection, pairs: JudgedPairs) -> dict[str, Any]:
+def _fitted_on(
+    config: Config, facts: Mapping[str, Any], collection: str, fingerprint: str, pairs: JudgedPairs
+) -> dict[str, Any]:
     return {
         "command": facts.get("command"),
-        "collection": {"name": collection.name, "split": config.split, "fingerprint": collection.fingerprint()},
+        "collection": {"name": collection, "split": config.split, "fingerprint": fingerprint},
         "run": file_fingerprint(Path(config.run)),
         "queries": pairs.queries,
         "queries_with_relevant": pairs.answerable,

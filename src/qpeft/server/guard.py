@@ -79,7 +79,7 @@ class Keys:
 
 
 class Guard:
-    """The outermost layer.
+    """The outermost layer but for CORS, which answers what browsers ask ahead.
 
     Args:
         app: what it guards.
