@@ -94,10 +94,8 @@ def run(config: Config) -> None:
     predicted = _predicted(pairs, fold)
     chosen = predicted[_name(config.method, config.centre)]
     kept = [keep(threshold, chosen, pairs, fold) for threshold in THRESHOLDS]
-    on, validation = (
-        _fitted_on(config, facts, collection.name, fingerprint, pairs),
-        _validation(config, pairs, predicted, kept),
-    )
+    on = _fitted_on(config, facts, collection.name, fingerprint, pairs)
+    validation = _validation(config, pairs, predicted, kept)
     calibration = Calibration(fitted, origin, config.centre, on, validation)
     print(_report(calibration, kept))
     if config.plot is not None:
