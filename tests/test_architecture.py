@@ -1,6 +1,7 @@
 """The order of the house: imports at module level point down this list only."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,3 +76,13 @@ def test_torch_is_imported_only_when_there_is_work():
 def test_public_names_are_sorted_and_importable():
     assert qpeft.__all__ == sorted(qpeft.__all__)
     assert all(hasattr(qpeft, name) for name in qpeft.__all__)
+
+
+def test_deliberate_bugs_are_of_the_code_as_it_is():
+    """What tests/mutations.md changes stands in the file that it names, and the file of the test beside it exists."""
+    tests = Path(__file__).parent
+    rows = re.findall(r"^\| `([^`]+)` \| `([^`]+)`.* \| `(test_\w+\.py)`", (tests / "mutations.md").read_text(), re.M)
+    assert len(rows) > 150
+    for file, code, test in rows:
+        assert code.replace("\\|", "|") in (ROOT / file).read_text(encoding="utf-8"), f"{file}: {code}"
+        assert list(tests.rglob(test)), test
