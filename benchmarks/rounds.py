@@ -20,7 +20,6 @@ import transformers
 
 from qpeft import memory
 from qpeft.provenance import provenance
-from qpeft.tuning import FOLDER
 
 
 @dataclass
@@ -103,7 +102,7 @@ def set_up(threads: int | None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     os.environ["RAYON_NUM_THREADS"] = str(torch.get_num_threads())
-    os.environ[FOLDER] = os.devnull  # what `qpeft doctor --tune` found here is left out
+    os.environ["QPEFT_CACHE"] = os.devnull  # what `qpeft doctor --tune` found here is left out
     memory.hold()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()

@@ -202,6 +202,20 @@ def test_an_example_comes_with_candidates_and_grades(opened, server):
     assert not page.get_by_role("region", name="BM25").locator(".badge").all_inner_texts()
 
 
+def test_candidates_that_come_late_do_not_replace_others(opened, server):
+    page = opened(server)
+    expect(page.locator("#count")).to_have_text("10")
+    late = []
+    page.route("**/page/candidates?*depth=20", lambda route: late.append(route))
+    page.get_by_label("Candidates").select_option("20")
+    page.get_by_label("Candidates").select_option("5")
+    expect(page.locator("#count")).to_have_text("5")
+    with page.expect_response("**/page/candidates?*depth=20"):
+        late[0].continue_()
+    page.wait_for_timeout(100)
+    expect(page.locator("#count")).to_have_text("5")
+
+
 def test_only_the_systems_chosen_rank(opened, server):
     page = opened(server)
     few(page)

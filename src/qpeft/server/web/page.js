@@ -80,11 +80,11 @@ async function fillQuestions() {
 
 /** Take over a question of the collection, with its candidates. */
 async function pick() {
-  const id = $("question").value;
+  const id = $("question").value, depth = $("depth").value;
   if (!id) return;
   try {
-    const { documents } = await ask(`page/candidates?question=${encodeURIComponent(id)}&depth=${$("depth").value}`);
-    if (id !== $("question").value) return;
+    const { documents } = await ask(`page/candidates?question=${encodeURIComponent(id)}&depth=${depth}`);
+    if (id !== $("question").value || depth !== $("depth").value) return; // a later choice may be answered first
     $("query").value = $("question").selectedOptions[0].textContent;
     state.judged = $("query").value;
     passages.replace(documents);
