@@ -145,6 +145,7 @@ def test_pairs_get_a_score_each():
     assert (
         Longest().predict(pairs) == Longest().predict(iter(pairs)) == Longest().predict(map(list, pairs)) == [2, 0, -1]
     )
+    assert Longest().predict(np.array(pairs)) == [2, 0, -1]
     assert Longest().predict([]) == Longest().predict(()) == []
 
 

@@ -356,7 +356,7 @@ def as_list(texts: Iterable[T], what: str) -> list[T]:
 
 
 def _pair(pair: Any, place: int) -> tuple[str, str | Passage]:
-    if isinstance(pair, str | bytes) or not isinstance(pair, Sequence) or len(pair) != 2:
+    if isinstance(pair, str | bytes) or not isinstance(pair, Sequence | np.ndarray) or len(pair) != 2:
         raise OptionError(f"pair {place} is {pair!r:.60}, not a pair of a query and a passage")
     return pair[0], pair[1]
 
