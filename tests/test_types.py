@@ -146,6 +146,7 @@ def test_pairs_get_a_score_each():
         Longest().predict(pairs) == Longest().predict(iter(pairs)) == Longest().predict(map(list, pairs)) == [2, 0, -1]
     )
     assert Longest().predict(np.array(pairs)) == [2, 0, -1]
+    assert len(Longest().rank("a", ["b", "bb", "bbb"], top_k=np.int64(2))) == 2
     assert Longest().predict([]) == Longest().predict(()) == []
 
 

@@ -9,8 +9,8 @@ import abc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from operator import itemgetter
-from typing import Any, ClassVar, NotRequired, Protocol, TypedDict, TypeVar, final, overload
+from operator import index, itemgetter
+from typing import Any, ClassVar, NotRequired, Protocol, SupportsIndex, TypedDict, TypeVar, final, overload
 
 import numpy as np
 
@@ -54,6 +54,11 @@ class Passage:
     def __post_init__(self) -> None:
         object.__setattr__(self, "text", whole(self.text))
         object.__setattr__(self, "title", whole(self.title))
+
+    @property
+    def blank(self) -> bool:
+        """Whether it has nothing but white space."""
+        return not (self.text.strip() or self.title.strip())
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +332,7 @@ class Reranker(abc.ABC):
             OptionError: `top_k` is less than 1, or `passages` is one text.
         """
         passages = as_list(passages, "passages")
-        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+        if top_k is not None and (not isinstance(top_k, SupportsIndex) or index(top_k) < 1):
             raise OptionError(f"top_k is {top_k!r}; it must be a whole number of at least 1")
         ranked: list[RankedPassage] = []
         for hit in self._ranking(query, passages).by_position()[:top_k]:
@@ -362,9 +367,7 @@ def _pair(pair: Any, place: int) -> tuple[str, str | Passage]:
 
 
 def _is_blank(passage: str | Passage) -> bool:
-    if isinstance(passage, Passage):
-        return not (passage.text.strip() or passage.title.strip())
-    return not passage.strip()
+    return passage.blank if isinstance(passage, Passage) else not passage.strip()
 
 
 def _candidates(query: str, passages: Sequence[str | Passage]) -> Candidates:

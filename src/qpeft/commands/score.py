@@ -63,7 +63,7 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
         placed = {int(hit.passage_id): (rank, hit.score) for rank, hit in enumerate(ranking.by_position(), start=1)}
         for index, passage in enumerate(candidates.passages):
             rank, score = placed[index]
-            if not (passage.text.strip() or passage.title.strip()):
+            if passage.blank:
                 score = UNREADABLE
             line = {
                 "query": candidates.query.text, "index": index, "rank": rank, "score": score, "passage": passage.text,
