@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from qpeft.data.candidates import candidates_from_run
 from qpeft.data.collection import Collection
@@ -14,14 +13,12 @@ from qpeft.data.trec import read_run
 from qpeft.errors import InputError, OptionError
 from qpeft.retrieval.bm25 import BM25
 from qpeft.training.config import TrainingConfig
-from qpeft.training.groups import MiningCounts, groups_from_collection, groups_from_jsonl, unscored
+from qpeft.training.groups import MiningCounts, groups_from_collection, groups_from_jsonl, shuffled, unscored
 from qpeft.training.processes import processes
 from qpeft.types import Candidates, Group, Run
 
 if TYPE_CHECKING:
     from qpeft.commands.train import Config
-
-T = TypeVar("T")
 
 
 def say(text: str) -> None:
@@ -49,14 +46,8 @@ def read_training_groups(
         )
     groups, counts = groups_from_jsonl(config.train_file)
     if config.train_queries is not None and config.train_queries < len(groups):
-        groups = _shuffled(sorted(groups, key=lambda group: group.query.id), config.seed)[: config.train_queries]
+        groups = shuffled(sorted(groups, key=lambda group: group.query.id), config.seed)[: config.train_queries]
     return groups, counts
-
-
-def _shuffled(items: list[T], seed: int) -> list[T]:
-    """Return items in a seeded order, of which a smaller sample is the beginning of a larger one."""
-    random.Random(seed).shuffle(items)
-    return items
 
 
 def find_dev_candidates(config: Config, collection: Collection | None) -> list[Candidates]:
@@ -73,9 +64,9 @@ def find_dev_candidates(config: Config, collection: Collection | None) -> list[C
     queries, qrels = collection.queries(config.dev_split), collection.qrels(config.dev_split)
     if config.dev_run:
         run = read_run(config.dev_run)
-        run = Run((run[query_id] for query_id in _shuffled(sorted(run), config.seed)), run.tag)
+        run = Run((run[query_id] for query_id in shuffled(sorted(run), config.seed)), run.tag)
     else:
-        ordered = _shuffled(sorted(queries), config.seed)
+        ordered = shuffled(sorted(queries), config.seed)
         chosen = [queries[query_id] for query_id in ordered[: 2 * config.dev_queries]]
         index = BM25(collection.passages.values())
         run = Run(index.retrieve(chosen, config.dev_depth), "bm25")

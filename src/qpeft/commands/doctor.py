@@ -80,12 +80,13 @@ def run(config: Config, model: ModelConfig) -> None:
     print(f"{'dtype auto':22} {choose_dtype(device)}")
 
     pairs = _pairs()
-    _check(model, pairs)
+    plain = dataclasses.replace(model, passage_cache=None, passage_cache_folder=None)
+    _check(plain, pairs)
     if config.tune:
         from qpeft.commands._tune import tune
 
         tune(model, lambda lm: _rows(lm, pairs))
-    lm = load_lm(dataclasses.replace(model, passage_cache=None, passage_cache_folder=None))
+    lm = load_lm(plain)
     rows = _rows(lm, pairs)
     started, done = time.perf_counter(), 0
     while time.perf_counter() - started < config.seconds:
@@ -116,7 +117,7 @@ def _check(model: ModelConfig, pairs: Sequence[tuple[Query, Passage]]) -> None:
     if model.quantization != "none":
         print(f"{'self-check':22} left out: it is for weights as they are, not for {model.quantization}")
         return
-    lm = load_lm(dataclasses.replace(model, dtype="float32", passage_cache=None, passage_cache_folder=None))
+    lm = load_lm(dataclasses.replace(model, dtype="float32"))
     if not isinstance(lm, CausalLM):
         print(f"{'self-check':22} left out: it is for decoder-only models")
         return

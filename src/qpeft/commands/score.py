@@ -90,5 +90,4 @@ def _passages(record: Record) -> list[Record]:
         return [record.child({"text": record.text("passage"), "title": record.fields.get("title")}, "passage")]
     if record.has("title"):
         raise record.error("'title' is for one 'passage'; 'passages' are objects with 'text' and 'title'")
-    given = [{"text": each} if isinstance(each, str) else each for each in record.items("passages")]
-    return [record.child(each, f"passages[{i}]") for i, each in enumerate(given)]
+    return [record.described(each, f"passages[{i}]") for i, each in enumerate(record.items("passages"))]

@@ -98,8 +98,8 @@ class Config:
     def __post_init__(self) -> None:
         if not Path(self.output).name:
             raise OptionError(f"--output {self.output}: it must name a folder to make")
-        for name in ("train_queries", "dev_queries", "dev_depth", "negative_depth", "max_passage_tokens", "keep_every"):
-            at_least(1, **{name: getattr(self, name)})
+        counts = ("train_queries", "dev_queries", "dev_depth", "negative_depth", "max_passage_tokens", "keep_every")
+        at_least(1, **{name: getattr(self, name) for name in counts})
         if not 0 <= self.seed < 2**32:
             raise OptionError(f"--seed is {self.seed}; it must be from 0 to {2**32 - 1}")
 

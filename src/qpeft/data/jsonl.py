@@ -97,14 +97,13 @@ def _passages(record: Record, names: tuple[str, ...]) -> tuple[Passage, ...]:
 
 
 def _passage(record: Record, value: Any, place: str) -> Passage:
-    child = record.child({"text": value} if isinstance(value, str) else value, place)
+    child = record.described(value, place)
     text, title = child.text(*PASSAGE_TEXT), child.text("title", default="")
     return Passage(child.id(*PASSAGE_ID, default=content_id(title, text)), text, title)
 
 
 def _requested(candidate: Record) -> Passage:
-    doc = candidate.get("doc")
-    child = candidate.child({"text": doc} if isinstance(doc, str) else doc, "doc")
+    child = candidate.described(candidate.get("doc"), "doc")
     text = child.text(*PASSAGE_TEXT, "segment", "body", "content", "passage")
     return Passage(candidate.id("docid", *PASSAGE_ID), text, child.text("title", default=""))
 

@@ -99,6 +99,14 @@ class Record:
             raise FormatError(self.path, self.line, f"{place}: {value!r:.60} is not a JSON object")
         return Record(value, self.path, self.line, place)
 
+    def described(self, value: Any, place: str) -> Record:
+        """Return an object that stands inside this one; a lone string stands for one with that `text`.
+
+        Raises:
+            FormatError: it is neither.
+        """
+        return self.child({"text": value} if isinstance(value, str) else value, place)
+
     def children(self, *names: str) -> list[Record]:
         """Return the objects of a list, empty if missing.
 

@@ -240,5 +240,5 @@ def _check(config: Options) -> None:
         raise OptionError("--max-passage-tokens cuts passages, and --windows reads them whole: give one of the two")
     if config.windows and config.window_overlap >= config.windows:
         raise OptionError(f"--window-overlap {config.window_overlap} must be below --windows {config.windows}")
-    for name, least in (("max_passage_tokens", 1), ("windows", 0), ("window_overlap", 0), ("queries_per_batch", 1)):
-        at_least(least, **{name: getattr(config, name)})
+    at_least(1, max_passage_tokens=config.max_passage_tokens, queries_per_batch=config.queries_per_batch)
+    at_least(0, windows=config.windows, window_overlap=config.window_overlap)

@@ -43,8 +43,8 @@ class Settings:
     """Web origin that browsers may ask from; may be given several times."""
 
     def __post_init__(self) -> None:
-        for name in ("max_passage_tokens", "max_documents", "max_queue_pairs", "max_batch_pairs"):
-            at_least(1, **{name: getattr(self, name)})
+        at_least(1, max_passage_tokens=self.max_passage_tokens, max_documents=self.max_documents)
+        at_least(1, max_queue_pairs=self.max_queue_pairs, max_batch_pairs=self.max_batch_pairs)
         at_least(0, port=self.port, max_wait_ms=self.max_wait_ms)
         for name in ("max_body_mib", "request_timeout", "drain_timeout"):
             if not getattr(self, name) > 0:

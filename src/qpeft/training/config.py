@@ -59,8 +59,7 @@ class TrainingConfig:
             (1, ("batch_queries", "gradient_accumulation", "evaluations")),
             (0, ("epochs", "negatives", "patience", "anchor", "weight_decay", "max_grad_norm", "warmup")),
         ):
-            for name in names:
-                at_least(least, **{name: getattr(self, name)})
+            at_least(least, **{name: getattr(self, name) for name in names})
         if not self.learning_rate > 0:
             raise OptionError(f"--learning-rate is {self.learning_rate}; it must be above 0")
         if self.warmup > 1:

@@ -84,7 +84,7 @@ def groups_from_collection(
     _at_least(0, negatives=negatives)
     _at_least(1, depth=depth, pool=pool, **({} if queries is None else {"queries": queries}))
     known, qrels, tally = collection.queries(split), collection.qrels(split), _Tally()
-    positives = _positives(_shuffled(sorted(known), f"queries {seed}"), qrels, collection.passages, queries, tally)
+    positives = _positives(shuffled(sorted(known), f"queries {seed}"), qrels, collection.passages, queries, tally)
     if not positives:
         raise InputError(f"{collection.name}: no query of split {split!r} has a relevant passage")
     chosen = [known[query_id] for query_id in positives]
@@ -96,7 +96,7 @@ def groups_from_collection(
     groups = []
     for query, ranked in zip(chosen, rankings, strict=True):
         candidates = [passage for passage in ranked if qrels[query.id].get(passage.id, 0) < 1]
-        candidates = _shuffled(candidates, f"pool {seed} {query.id}")
+        candidates = shuffled(candidates, f"pool {seed} {query.id}")
         found = positives[query.id]
         groups.append(Group(query, found, tally.usable(candidates, found, query.answers, wanted)))
     return groups, tally.counts(groups)
@@ -276,11 +276,14 @@ def _ranked(collection: Collection, queries: list[Query], run: Run | None, depth
         yield item.passages
 
 
-def _shuffled(items: Iterable[_Item], seed: str) -> list[_Item]:
-    """Return the items in an order that a text decides; Python's hash of a text would differ from run to run."""
-    shuffled = list(items)
-    random.Random(seed).shuffle(shuffled)
-    return shuffled
+def shuffled(items: Iterable[_Item], seed: str | int) -> list[_Item]:
+    """Return the items in an order that a text or a number decides, in every process alike.
+
+    A smaller sample, from the beginning, is a part of a larger one.
+    """
+    ordered = list(items)
+    random.Random(seed).shuffle(ordered)
+    return ordered
 
 
 def _is_list(path: StrPath) -> bool:
