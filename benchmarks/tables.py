@@ -158,12 +158,15 @@ def gpu(result: dict[str, Any]) -> str:
 
 def training(result: dict[str, Any]) -> str:
     """Return the tables of `training.py`."""
+    allowed = result.get("products allow", {})
     rows = [
-        [mode, rate(case), spread(result["against"][mode]), number(case["saved MiB"]), number(case["peak MiB"])]
+        [mode, rate(case), spread(result["against"][mode]), f"{allowed[mode]:.2f}" if mode in allowed else "",
+         number(case["saved MiB"]), number(case["peak MiB"])]
         for mode, case in result["modes"].items()
-    ]
-    rows += [[mode, why, "", "", ""] for mode, why in result["absent"].items()]
-    head = ["way", "rows/s (slowest–quickest round)", "times whole rows", "kept for backpropagation, MiB", "peak, MiB"]
+    ]  # fmt: skip
+    rows += [[mode, why, "", "", "", ""] for mode, why in result["absent"].items()]
+    head = ["way", "rows/s (slowest–quickest round)", "times whole rows", "products allow",
+            "kept for backpropagation, MiB", "peak, MiB"]  # fmt: skip
     settings = result["settings"]
     about = (
         f"{result['shape']}, {result['dtype']}, {settings['adapter']}: passages of {settings['passage_tokens']} "

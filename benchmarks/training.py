@@ -101,6 +101,12 @@ class Training:
         self._optimiser.zero_grad()
         return sum(found.values())
 
+    def flops(self) -> int:
+        """Return the FLOPs of an epoch's forward passes; whether the model's shape is known is not asked."""
+        before = self.lm.computed.flops or 0
+        self.epoch()
+        return (self.lm.computed.flops or 0) - before
+
     def peak(self) -> int:
         """Return the bytes that memory grows by in an epoch, at most."""
         on_gpu = self.lm.device.type == "cuda"
@@ -125,10 +131,12 @@ def measure(training: Training, rounds: int, modes: Sequence[str] = MODES) -> di
     cases: dict[str, Case] = {}
     space: dict[str, dict[str, float]] = {}
     absent: dict[str, str] = {}
+    forth: dict[str, int] = {}
     for mode in modes:
         training.use(mode)
         try:
             training.epoch()
+            forth[mode] = training.flops()
             space[mode] = {"saved MiB": training.saved() / 2**20, "peak MiB": training.peak() / 2**20}
         except torch.OutOfMemoryError:
             absent[mode] = "out of memory"
@@ -141,7 +149,21 @@ def measure(training: Training, rounds: int, modes: Sequence[str] = MODES) -> di
         for mode, case in cases.items()
     }
     against = {mode: ratio(case, cases[PLAIN]) if PLAIN in cases else None for mode, case in cases.items()}
-    return {"modes": results, "absent": absent, "against": against, "targets": list(targets(results, against))}
+    allowed = products_allow(forth) if set(forth) == set(MODES) else {}
+    found = {"modes": results, "absent": absent, "against": against, "products allow": allowed}
+    return {**found, "targets": list(targets(results, against))}
+
+
+def products_allow(forth: dict[str, int]) -> dict[str, float]:
+    """Return how many times as quick as whole rows each way would be if matrix products took all of the time.
+
+    Back, where gradients flow, there are as many as forth: the model is frozen, and has no gradients of its own.
+
+    Args:
+        forth: FLOPs of an epoch's forward passes.
+    """
+    whole, kept = 2 * forth[PLAIN], 2 * forth[KEPT]
+    return {PLAIN: 1.0, ENCODED: round(whole / (forth[ENCODED] + forth[KEPT]), 2), KEPT: round(whole / kept, 2)}
 
 
 def targets(results: dict[str, Any], against: dict[str, Any]) -> Any:

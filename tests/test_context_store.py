@@ -249,6 +249,7 @@ def test_small_batches(make_lm, batch_tokens):
     assert_same(with_store(lm, batch_tokens=batch_tokens).log_probs(rows), lm.log_probs(rows))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_batches_shrink_when_memory_runs_out(make_lm):
     plain = make_lm("llama")
     rows = rows_for(plain)

@@ -1,3 +1,4 @@
+import random
 import threading
 import time
 
@@ -98,6 +99,16 @@ def test_each_context_is_encoded_once(make_lm):
     assert (lm.store.misses, lm.store.hits) == (len(contexts), len(rows) - len(contexts))
     assert lm.store.bytes_kept == sum(packed.nbytes for packed in lm.store._kept.values())
     assert not lm.store._begun
+
+
+def test_contexts_that_are_not_kept_are_shared_out_evenly(make_lm):
+    """As many batches for each of the three threads; fewer and larger ones would leave threads waiting."""
+    lm = with_store(make_lm("llama"), capacity=0)
+    seen = []
+    lm.model.register_forward_pre_hook(lambda _, args, kw: seen.append(len(kw["input_ids"])), with_kwargs=True)
+    contexts = [(1, *range(3, 32), *random.Random(i).choices(range(3, 60), k=120)) for i in range(48)]
+    lm.encode_all(contexts)
+    assert seen == [8] * 6
 
 
 def test_an_error_of_encoding_reaches_all_that_wait_for_it(make_lm, monkeypatch):

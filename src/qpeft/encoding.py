@@ -5,6 +5,7 @@ Shapes: `T` context positions, `d` hidden size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import accumulate
@@ -91,8 +92,10 @@ class ContextEncoder(PretrainedLM):
             batches = self._batches_alike(missing)
         else:
             waiting = Waiting([len(ids) for ids in missing], [0] * len(missing), 1, ALIKE if on_cpu else 1)
-            share = min(TOGETHER if on_cpu else self.batch_tokens, -(-sum(map(len, missing)) // beside))
-            batches = [[missing[i] for i in batch] for batch in waiting.batches(share, 1)]
+            # As many batches for each thread, of as many tokens: then none waits long for the others.
+            tokens = sum(map(len, missing))
+            count = beside * math.ceil(tokens / beside / (TOGETHER if on_cpu else self.batch_tokens))
+            batches = [[missing[i] for i in batch] for batch in waiting.batches(math.ceil(tokens / max(1, count)), 1)]
         if beside > 1:
             found = self._beside.run(lambda some: self._encode(some, layer), batches)
         else:
