@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +66,15 @@ def test_what_needs_no_key(locked):
     for path in ("/health/", "/health//", "/v1/adapters/health", "/nothing", "/openapi.json/../metrics"):
         assert locked.get(path).status_code == 401, path
     assert locked.delete("/v1/adapters/x").status_code == 401
+
+
+def test_the_documentation_needs_nothing_from_elsewhere(locked):
+    loaded = re.findall(r'(?:src|href)="([^"]+)"', locked.get("/docs").text)
+    assert len(loaded) == 3
+    for path in loaded:
+        assert path.startswith("/")
+        assert locked.get(path).status_code == 200
+    assert locked.get("/docs-files/redoc.standalone.js").status_code == 401, "which no page needs"
 
 
 def test_a_body_without_a_key_is_not_even_read(locked):

@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -17,7 +18,7 @@ from qpeft.errors import AdapterError, QpeftError, QueryError
 from qpeft.pretrained import PretrainedLM
 from qpeft.server import page
 from qpeft.server.batcher import OverloadedError
-from qpeft.server.guard import OPEN, Guard
+from qpeft.server.guard import DOCS_FILES, OPEN, Guard
 from qpeft.server.models import UnknownModelError
 from qpeft.server.ranking import NoReasonsError, TruncatedError
 from qpeft.server.refusals import Refusal, of_fault, of_validation, response
@@ -42,8 +43,13 @@ def create_app(settings: Settings, open_lm: Callable[[], PretrainedLM], keys: Se
         yield
         await service.stop()
 
-    app = FastAPI(
-        title="qpeft", version=version("qpeft"), description=server.__doc__ or "", lifespan=lifespan, redoc_url=None
+    app = FastAPIOffline(
+        title="qpeft",
+        version=version("qpeft"),
+        description=server.__doc__ or "",
+        lifespan=lifespan,
+        redoc_url=None,
+        static_url=DOCS_FILES,
     )
     app.state.service = service
     app.include_router(router)

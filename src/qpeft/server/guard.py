@@ -29,7 +29,12 @@ GONE = 499
 """What logs and metrics say of a request whose client went away before there was a response."""
 PROBES = frozenset({"/health", "/ready", "/metrics"})
 """Are asked so often that their success is not worth a line."""
-OPEN = frozenset({"/health", "/ready", "/docs", "/openapi.json"})
+DOCS_FILES = "/docs-files"
+"""Where what `/docs` is made of is served: on machines without the internet it is wanted too."""
+OPEN = frozenset({
+    "/health", "/ready", "/docs", "/openapi.json",
+    *(f"{DOCS_FILES}/{name}" for name in ("swagger-ui-bundle.js", "swagger-ui.css", "favicon.png")),
+})  # fmt: skip
 """Need no key: probes have none, and the documentation is no secret."""
 
 
