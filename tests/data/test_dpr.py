@@ -76,6 +76,7 @@ def test_scores_and_answers_may_be_missing(tmp_path):
         ([question(ctxs=CONTEXTS * 2)], "a passage occurs twice"),
         ([question(ctxs=[CONTEXTS[0] | {"score": "high"}])], "score 'high' is not a finite"),
         ([question(ctxs=[CONTEXTS[0] | {"score": "NaN"}])], "score 'NaN' is not a finite"),
+        ([question(ctxs=[CONTEXTS[0] | {"score": True}])], "score True is not a finite"),
         ([question(ctxs=[CONTEXTS[0] | {"score": 10**400}])], "is not a finite"),
         ('{"\\ud83d": {"question": "?", "ctxs": []}}', "the id '.ud83d' has half a character"),
         ('[{"question": ' + "9" * 5000 + "}]", "integer of too many digits"),

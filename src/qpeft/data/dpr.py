@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -118,7 +117,7 @@ def _retrieved(record: Record, query_id: str, evidence: Mapping[str, Passage]) -
     passages = tuple(_passage(context, evidence) for context in contexts)
     if len({passage.id for passage in passages}) < len(passages):
         raise record.error("a passage occurs twice")
-    scores = tuple(_score(context) for context in _all_or_none(record, contexts, "score"))
+    scores = tuple(context.score() for context in _all_or_none(record, contexts, "score"))
     labels = tuple(_label(context) for context in _all_or_none(record, contexts, "has_answer"))
     return LabelledCandidates(Candidates(_query(record, query_id), passages, scores), labels)
 
@@ -142,16 +141,6 @@ def _passage(context: Record, evidence: Mapping[str, Passage]) -> Passage:
 def _with_id(context: Record) -> Passage:
     text, title = context.text(*PASSAGE_TEXT), context.text("title", default="")
     return Passage(context.id("passage_id", "psg_id", "id", default=content_id(title, text)), text, title)
-
-
-def _score(context: Record) -> float:
-    try:
-        score = float(context.get("score"))
-    except (TypeError, ValueError, OverflowError):
-        score = math.nan
-    if not math.isfinite(score):
-        raise context.error(f"score {context.get('score')!r:.60} is not a finite number")
-    return score
 
 
 def _label(context: Record) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
@@ -71,7 +70,7 @@ def read_requests(path: StrPath) -> Iterator[Candidates]:
         passages = tuple(_requested(candidate) for candidate in candidates)
         if len({passage.id for passage in passages}) < len(passages):
             raise record.error("a passage occurs twice")
-        scores = tuple(_score(candidate) for candidate in candidates if candidate.has("score"))
+        scores = tuple(candidate.score() for candidate in candidates if candidate.has("score"))
         if len(scores) not in (0, len(passages)):
             raise record.error(f"{len(scores)} of {len(passages)} passages have a 'score'")
         yield Candidates(Query(query.id("qid", *QUERY_ID), query.text("text")), passages, scores)
@@ -106,13 +105,6 @@ def _requested(candidate: Record) -> Passage:
     child = candidate.described(candidate.get("doc"), "doc")
     text = child.text(*PASSAGE_TEXT, "segment", "body", "content", "passage")
     return Passage(candidate.id("docid", *PASSAGE_ID), text, child.text("title", default=""))
-
-
-def _score(candidate: Record) -> float:
-    score = candidate.get("score")
-    if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= sys.float_info.max:
-        raise candidate.error(f"score {score!r:.60} is not a finite number")
-    return float(score)
 
 
 def _flagembedding(group: Group) -> dict[str, Any]:

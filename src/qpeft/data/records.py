@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +127,21 @@ class Record:
             if not isinstance(value, str):
                 raise self.error(f"{names[0]!r} holds {value!r:.60}, not a string")
         return tuple(map(whole, values))
+
+    def score(self) -> float:
+        """Read the field `score`: a number, which may stand in quotes (as in DPR's files).
+
+        Raises:
+            FormatError: it is missing, or no finite number.
+        """
+        value = self.get("score")
+        try:
+            score = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            score = math.nan
+        if not math.isfinite(score):
+            raise self.error(f"score {value!r:.60} is not a finite number")
+        return score
 
     def passage(self) -> Passage:
         """Read a passage: an id, a text, perhaps a title.
