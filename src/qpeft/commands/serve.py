@@ -34,6 +34,7 @@ def run(config: Config, model: ModelConfig) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     try:
         import fastapi  # noqa: F401
+        import fastapi_offline  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
