@@ -101,12 +101,6 @@ class Training:
         self._optimiser.zero_grad()
         return sum(found.values())
 
-    def flops(self) -> int:
-        """Return the FLOPs of an epoch's forward passes; whether the model's shape is known is not asked."""
-        before = self.lm.computed.flops or 0
-        self.epoch()
-        return (self.lm.computed.flops or 0) - before
-
     def peak(self) -> int:
         """Return the bytes that memory grows by in an epoch, at most."""
         on_gpu = self.lm.device.type == "cuda"
@@ -136,8 +130,11 @@ def measure(training: Training, rounds: int, modes: Sequence[str] = MODES) -> di
         training.use(mode)
         try:
             training.epoch()
-            forth[mode] = training.flops()
-            space[mode] = {"saved MiB": training.saved() / 2**20, "peak MiB": training.peak() / 2**20}
+            saved, before = training.saved(), training.lm.computed.flops
+            space[mode] = {"saved MiB": saved / 2**20, "peak MiB": training.peak() / 2**20}
+            after = training.lm.computed.flops
+            if before is not None and after is not None:
+                forth[mode] = after - before  # of the epoch whose memory was measured
         except torch.OutOfMemoryError:
             absent[mode] = "out of memory"
             continue

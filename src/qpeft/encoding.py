@@ -86,16 +86,17 @@ class ContextEncoder(PretrainedLM):
         """Return those that the store lacks, encoded in batches."""
         store = self.store
         missing = [ids for ids in dict.fromkeys(contexts) if store is None or not store.has(self.key(ids, layer))]
+        if not missing:
+            return {}
         on_cpu = self.device.type == "cpu"
         beside = self._beside.width() if on_cpu and not self._beside.is_inside else 1
         if self._alike:
             batches = self._batches_alike(missing)
         else:
             waiting = Waiting([len(ids) for ids in missing], [0] * len(missing), 1, ALIKE if on_cpu else 1)
-            # As many batches for each thread, of as many tokens: then none waits long for the others.
-            tokens = sum(map(len, missing))
-            count = beside * math.ceil(tokens / beside / (TOGETHER if on_cpu else self.batch_tokens))
-            batches = [[missing[i] for i in batch] for batch in waiting.batches(math.ceil(tokens / max(1, count)), 1)]
+            most = beside * (TOGETHER if on_cpu else self.batch_tokens)
+            count = beside * math.ceil(sum(map(len, missing)) / most)  # as in _in_batches
+            batches = [[missing[i] for i in batch] for batch in waiting.batches(count, 1)]
         if beside > 1:
             found = self._beside.run(lambda some: self._encode(some, layer), batches)
         else:

@@ -243,7 +243,7 @@ class PretrainedLM:
         if beside > 1:
             # As many batches for each thread, of as many tokens: then none waits long for the others.
             batches = beside * math.ceil(sum(sizes) / self._budget)
-            together = waiting.dealt(batches) if mixed else [*waiting.batches(-(-sum(sizes) // batches), beside)]
+            together = waiting.dealt(batches) if mixed else [*waiting.batches(batches, beside)]
             for failed in self._beside.run(run, together):
                 waiting.put_back(failed)
         while waiting:

@@ -34,8 +34,9 @@ class Waiting:
         del self._rows[-count:]
         return chosen
 
-    def batches(self, tokens: int, share: int) -> Iterator[list[int]]:
-        """Yield batches of about so many tokens until nothing is left; see `take`."""
+    def batches(self, count: int, share: int) -> Iterator[list[int]]:
+        """Yield about so many batches of about as many tokens until nothing is left; see `take`."""
+        tokens = -(-sum(self._sizes[i] for i in self._rows) // count)
         while self:
             yield self.take(tokens + self._multiple // 2 * self._sizes[self._rows[-1]], share)
 

@@ -119,7 +119,7 @@ def test_requests(tmp_path):
         ({"candidates": [{"docid": "d", "doc": {"url": "x"}}]}, r"candidates\[0\], doc: no 'text'"),
         ({"candidates": REQUEST["candidates"] * 2}, "a passage occurs twice"),
         ({"candidates": [*REQUEST["candidates"], {"docid": "d", "doc": "x"}]}, "3 of 4 passages have a 'score'"),
-        ({"candidates": [{"docid": "d", "doc": "x", "score": "high"}]}, "score 'high' is not a finite number"),
+        ({"candidates": [{"docid": "d", "doc": "x", "score": "1"}]}, "score '1' is not a finite number"),
         ({"candidates": [{"docid": "d", "doc": "x", "score": 10**400}]}, "is not a finite number"),
         ({"candidates": [{"docid": "\ud83d", "doc": "x"}]}, r"candidates\[0\]: the id '.ud83d' has half a character"),
         ({"candidates": [{"docid": "d", "doc": "x", "score": float("nan")}]}, "score nan is not a finite number"),

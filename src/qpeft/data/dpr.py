@@ -117,7 +117,7 @@ def _retrieved(record: Record, query_id: str, evidence: Mapping[str, Passage]) -
     passages = tuple(_passage(context, evidence) for context in contexts)
     if len({passage.id for passage in passages}) < len(passages):
         raise record.error("a passage occurs twice")
-    scores = tuple(context.score() for context in _all_or_none(record, contexts, "score"))
+    scores = tuple(context.score(quoted=True) for context in _all_or_none(record, contexts, "score"))
     labels = tuple(_label(context) for context in _all_or_none(record, contexts, "has_answer"))
     return LabelledCandidates(Candidates(_query(record, query_id), passages, scores), labels)
 

@@ -128,15 +128,19 @@ class Record:
                 raise self.error(f"{names[0]!r} holds {value!r:.60}, not a string")
         return tuple(map(whole, values))
 
-    def score(self) -> float:
-        """Read the field `score`: a number, which may stand in quotes (as in DPR's files).
+    def score(self, *, quoted: bool = False) -> float:
+        """Read the field `score`, a number.
+
+        Args:
+            quoted: it may stand in quotes, as in DPR's files.
 
         Raises:
             FormatError: it is missing, or no finite number.
         """
         value = self.get("score")
+        wrong = isinstance(value, bool) or (isinstance(value, str) and not quoted)
         try:
-            score = math.nan if isinstance(value, bool) else float(value)
+            score = math.nan if wrong else float(value)
         except (TypeError, ValueError, OverflowError):
             score = math.nan
         if not math.isfinite(score):
