@@ -29,8 +29,8 @@ COLLECTIONS = ("reddit-shift", "squad")
 LOSSES = {"query_likelihood": "both", "classifier": "softmax", "yes_no": "softmax"}
 COMPARED = {"yes_no": ("softmax", "cross_entropy", "sft")}
 """method → losses that are compared: contrastive, of each pair by itself, and fine-tuning on the answer's token."""
-DTYPES = {"query_likelihood": "float32", "classifier": "bfloat16", "yes_no": "bfloat16"}
-"""method → numbers that the model computes in, in training and study, whatever is quicker on a machine."""
+FLOAT32 = {("query_likelihood", "reddit-shift")}
+"""(method, collection) whose model computes in float32, in training and study; it is bfloat16 for the others."""
 TEMPLATES = {"classifier": "passage_first"}
 """method → template, where it is not the method's own: tiny-lm knows queries behind passages (docs/rerankers.md)."""
 RANK = 8
@@ -80,6 +80,11 @@ class Cell:
     def loss(self) -> str:
         """What it is trained with."""
         return self.another_loss or LOSSES[self.method]
+
+    @property
+    def dtype(self) -> str:
+        """Numbers that the model computes in, whatever is quicker on a machine."""
+        return "float32" if (self.method, self.collection) in FLOAT32 else "bfloat16"
 
     @property
     def kept(self) -> bool:

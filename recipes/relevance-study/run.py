@@ -26,7 +26,6 @@ from typing import Any
 import table
 from cells import (
     COLLECTIONS,
-    DTYPES,
     KEEP_EVERY,
     LOSSES,
     PARTS,
@@ -66,10 +65,10 @@ class Work:
     dtype: str | None
     rate: float | None
 
-    def qpeft(self, name: str, method: str, *arguments: str) -> None:
+    def qpeft(self, name: str, cell: Cell, *arguments: str) -> None:
         """Run a command; its failure is ours. Of several at once, each writes a log of its own."""
         print(f"{time.strftime('%H:%M:%S')} qpeft {' '.join(arguments)}", flush=True)
-        opened = ["--model", self.model, "--dtype", self.dtype or DTYPES[method]]
+        opened = ["--model", self.model, "--dtype", self.dtype or cell.dtype]
         command = [sys.executable, "-m", "qpeft", *arguments, *opened]
         if self.jobs == 1:
             subprocess.run(command, check=True)
@@ -96,7 +95,7 @@ class Work:
             kept = ["--keep-every", str(KEEP_EVERY)] if cell.kept else []
             queries = STEP_QUERIES // self.accumulation
             self.qpeft(
-                cell.name, cell.method,
+                cell.name, cell,
                 "train", "--adapter", "lora", *of_method(cell.method), "--collection", str(self.data / cell.collection),
                 *flags(TRAINING), "--batch-queries", str(queries), "--gradient-accumulation", str(self.accumulation),
                 "--loss", cell.loss, "--learning-rate", f"{rate:g}",
@@ -105,7 +104,7 @@ class Work:
             )  # fmt: skip
         made = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
         found = {"learning rate": made["options"]["learning_rate"], "number type": made["model"]["dtype"]}
-        wanted = {"learning rate": rate, "number type": self.dtype or DTYPES[cell.method]}
+        wanted = {"learning rate": rate, "number type": self.dtype or cell.dtype}
         if found != wanted:
             raise SystemExit(f"{folder} was trained with {found}, and {wanted} is asked for: give another --output")
         told = {name: made[name] for name in ("training", "dev", "history", "versions", "machine")}
@@ -131,7 +130,7 @@ class Work:
         folders = [self.output / "adapters" / f"{cell.name}{suffix}" for cell in asked.cells]
         if not (folder / "study.json").exists():
             self.qpeft(
-                asked.name, first.method,
+                asked.name, first,
                 "analyze", *asked.study, *(part for each in folders for part in ("--adapter", str(each))),
                 "--collection", str(self.data / first.collection), "--run", str(self.first_stage(first.collection)),
                 *flags(dict(asked.options)), "--output", str(folder), "--resume",
@@ -167,7 +166,7 @@ def main() -> None:
     parser.add_argument(
         "--accumulation", type=int, default=4, choices=(1, 2, 4, 8), help="forward passes of a step; less memory"
     )
-    parser.add_argument("--dtype", help="of the model, as `qpeft train` takes it; by default the method's (cells.py)")
+    parser.add_argument("--dtype", help="of the model, as `qpeft train` takes it; by default what cells.py says")
     parser.add_argument("--output", type=Path, default=Path("out/relevance-study"))
     args = parser.parse_args()
     if args.all and (args.parts or args.method or args.collection):

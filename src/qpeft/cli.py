@@ -16,7 +16,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from types import ModuleType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from qpeft.errors import OptionError, QpeftError, nearest
@@ -84,7 +85,18 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(version("qpeft"))
         return 0
-    name, rest = arguments[0], arguments[1:]
+    module, configs = read(arguments)
+    module.run(*configs)
+    return 0
+
+
+def read(arguments: Sequence[str]) -> tuple[ModuleType, list[Any]]:
+    """Return the module of a command, which comes first in the arguments, and what its `run` is to be called with.
+
+    Raises:
+        OptionError: an unknown command or option, a missing one, or a value of the wrong type.
+    """
+    name, rest = arguments[0], list(arguments[1:])
     if rest and f"{name} {rest[0]}" in COMMANDS:
         name, rest = f"{name} {rest[0]}", rest[1:]
     if name not in COMMANDS:
@@ -92,9 +104,13 @@ def _dispatch(arguments: list[str]) -> int:
         raise OptionError(f"{name!r} is followed by one of: {', '.join(verbs)}" if verbs else _unknown(name))
     rest = _in_order(rest)
     module = importlib.import_module(f"qpeft.commands.{name.replace(' ', '_').replace('-', '_')}")
-    configs = module.configs(rest) if hasattr(module, "configs") else (module.Config,)
-    module.run(*parse(name, module.__doc__ or "", configs, rest))
-    return 0
+    configs = module.configs(rest) if hasattr(module, "configs") else _taken(module.run)
+    return module, parse(name, module.__doc__ or "", configs, rest)
+
+
+def _taken(run: Callable[..., None]) -> tuple[type[Any], ...]:
+    """Return the dataclasses that a command's `run` takes, in order."""
+    return tuple(hint for name, hint in get_type_hints(run).items() if name != "return")
 
 
 def _unknown(name: str) -> str:

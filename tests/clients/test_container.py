@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qpeft.cli import parse
-from qpeft.commands import serve
+from qpeft.cli import read
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
@@ -26,8 +25,8 @@ def instruction(name):
 
 def settings(arguments):
     assert arguments[0] == "serve"
-    arguments = [re.sub(r"\$\{\w+:-(.*?)\}", r"\1", argument) for argument in arguments[1:]]
-    return parse("serve", "", serve.configs(arguments), arguments)
+    _, configs = read([re.sub(r"\$\{\w+:-(.*?)\}", r"\1", argument) for argument in arguments])
+    return configs
 
 
 def test_the_server_is_the_first_process_and_listens_on_the_exposed_port():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qpeft.cli import parse
+from qpeft.cli import read
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
@@ -60,9 +60,8 @@ def test_the_readmes_curl_gets_an_answer(url):
 
 def test_commands_and_extras_exist():
     (line,) = re.findall(r"^qpeft serve .*$", TEXT, re.M)
-    module = importlib.import_module("qpeft.commands.serve")
-    arguments = shlex.split(line)[2:]
-    assert len(parse("serve", "", module.configs(arguments), arguments)) == 2
+    _, configs = read(shlex.split(line)[1:])
+    assert len(configs) == 2
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(re.findall(r"qpeft\[(.*?)\]", TEXT)) <= set(extras)
     for module, name in re.findall(r"\| `(\w+)\.(\w+)` \|", TEXT):

@@ -177,10 +177,10 @@ def test_a_title_stands_for_a_missing_text(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"negatives": -1}, "negatives is -1; it must be at least 0"),
-        ({"depth": 0}, "depth is 0; it must be at least 1"),
-        ({"pool": 0}, "pool is 0; it must be at least 1"),
-        ({"queries": 0}, "queries is 0; it must be at least 1"),
+        ({"negatives": -1}, "--negatives is -1; it must be at least 0"),
+        ({"depth": 0}, "--depth is 0; it must be at least 1"),
+        ({"pool": 0}, "--pool is 0; it must be at least 1"),
+        ({"queries": 0}, "--queries is 0; it must be at least 1"),
     ],
 )
 def test_numbers_out_of_range(tmp_path, options, message):

@@ -1,4 +1,5 @@
-"""The verbs of the command line: one file each, with a frozen `Config` and `run(config)`.
+"""The verbs of the command line: one file each, with a frozen `Config` and `run(config, …)`.
 
-A verb whose options depend on others adds `configs(arguments)`, which returns the dataclasses to fill.
+A verb's options are the dataclasses that its `run` takes, such as its own `Config` and that of the model. A verb whose options depend on others adds `configs(arguments)`, which returns
+the dataclasses to fill.
 """

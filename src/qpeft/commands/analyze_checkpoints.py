@@ -6,10 +6,8 @@ one training, and averaged.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qpeft.commands._study import StudyConfig, run_study
 from qpeft.errors import InputError
@@ -19,11 +17,6 @@ from qpeft.model_config import ModelConfig
 @dataclass(frozen=True)
 class Config(StudyConfig):
     """Study of steps."""
-
-
-def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
-    """Return this command's options, and those of the model."""
-    return Config, ModelConfig
 
 
 def run(config: Config, model: ModelConfig) -> None:

@@ -6,9 +6,7 @@ what they have, grouped by rank, and averaged over seeds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from qpeft.commands._study import StudyConfig, run_study
 from qpeft.model_config import ModelConfig
@@ -17,11 +15,6 @@ from qpeft.model_config import ModelConfig
 @dataclass(frozen=True)
 class Config(StudyConfig):
     """Study of components."""
-
-
-def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
-    """Return this command's options, and those of the model."""
-    return Config, ModelConfig
 
 
 def run(config: Config, model: ModelConfig) -> None:

@@ -6,9 +6,7 @@ adapters are seeds of one: what they say is averaged. States below the first lay
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from qpeft.commands._study import StudyConfig, run_study
 from qpeft.model_config import ModelConfig
@@ -20,11 +18,6 @@ class Config(StudyConfig):
 
     window: int = 4
     """Neighbouring layers that are silenced, or left, together."""
-
-
-def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
-    """Return this command's options, and those of the model."""
-    return Config, ModelConfig
 
 
 def run(config: Config, model: ModelConfig) -> None:

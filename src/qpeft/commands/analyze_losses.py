@@ -5,9 +5,7 @@ They are compared with the loss of the adapter that is given first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from qpeft.commands._study import StudyConfig, run_study
 from qpeft.model_config import ModelConfig
@@ -16,11 +14,6 @@ from qpeft.model_config import ModelConfig
 @dataclass(frozen=True)
 class Config(StudyConfig):
     """Study of losses."""
-
-
-def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
-    """Return this command's options, and those of the model."""
-    return Config, ModelConfig
 
 
 def run(config: Config, model: ModelConfig) -> None:

@@ -5,9 +5,7 @@ Each in all layers, and with --grid also in each layer. Several adapters are see
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from qpeft.commands._study import StudyConfig, run_study
 from qpeft.model_config import ModelConfig
@@ -19,11 +17,6 @@ class Config(StudyConfig):
 
     grid: bool = False
     """Also each projection of each layer, as a heat map: layers × projections × 2 more ablations."""
-
-
-def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
-    """Return this command's options, and those of the model."""
-    return Config, ModelConfig
 
 
 def run(config: Config, model: ModelConfig) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from qpeft.commands._study import StudyConfig, run_study
 from qpeft.model_config import ModelConfig
@@ -13,11 +11,6 @@ from qpeft.model_config import ModelConfig
 @dataclass(frozen=True)
 class Config(StudyConfig):
     """Study of ranks."""
-
-
-def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
-    """Return this command's options, and those of the model."""
-    return Config, ModelConfig
 
 
 def run(config: Config, model: ModelConfig) -> None:

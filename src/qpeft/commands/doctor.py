@@ -50,11 +50,6 @@ class Config:
     """Find the quickest settings for the model, and keep them; with --passage-cache, those for use with one."""
 
 
-def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
-    """Return this command's options and those of the model."""
-    return Config, ModelConfig
-
-
 def run(config: Config, model: ModelConfig) -> None:
     """Print the findings.
 

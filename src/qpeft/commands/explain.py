@@ -55,11 +55,6 @@ class Config:
     """Also say, on the page and in JSON, what each query token attends to."""
 
 
-def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
-    """Return this command's options, and those of the model."""
-    return Config, ModelConfig
-
-
 def run(config: Config, model: ModelConfig) -> None:
     """Explain and print; write a page where asked to."""
     if config.title and len(config.title) != len(config.passage):

@@ -35,11 +35,6 @@ class Config:
     """Cut passages to this many tokens, as later in reranking."""
 
 
-def configs(arguments: list[str]) -> tuple[type[Any], ...]:
-    """Return this command's options, and those of the model."""
-    return Config, ModelConfig
-
-
 def run(config: Config, model: ModelConfig) -> None:
     """Encode what is not yet there, and say how much there is."""
     if model.passage_cache_folder is None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qpeft.errors import MissingDependencyError, OptionError
 from qpeft.model_config import ModelConfig
@@ -23,11 +23,6 @@ from qpeft.server.settings import Settings as Config
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
     from qpeft.pretrained import PretrainedLM
-
-
-def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
-    """Return this command's options, and those of the model."""
-    return Config, ModelConfig
 
 
 def run(config: Config, model: ModelConfig) -> None:

@@ -18,7 +18,7 @@ from qpeft.data.collection import Collection
 from qpeft.data.dpr import read_dpr_training
 from qpeft.data.files import StrPath, numbered_lines, open_binary
 from qpeft.data.jsonl import read_groups
-from qpeft.errors import FormatError, InputError, OptionError, QueryError
+from qpeft.errors import FormatError, InputError, OptionError, QueryError, at_least
 from qpeft.evaluation.answers import has_answer
 from qpeft.retrieval.bm25 import BM25
 from qpeft.types import Group, Passage, Qrels, Query, Ranking, Run
@@ -81,8 +81,8 @@ def groups_from_collection(
         UnknownIdError: a passage of the run is not in the collection.
         InputError: no query of the split has a relevant passage.
     """
-    _at_least(0, negatives=negatives)
-    _at_least(1, depth=depth, pool=pool, **({} if queries is None else {"queries": queries}))
+    at_least(0, negatives=negatives)
+    at_least(1, depth=depth, pool=pool, queries=queries)
     known, qrels, tally = collection.queries(split), collection.qrels(split), _Tally()
     positives = _positives(shuffled(sorted(known), f"queries {seed}"), qrels, collection.passages, queries, tally)
     if not positives:
@@ -136,7 +136,7 @@ def draw(group: Group, negatives: int, epoch: int, seed: int) -> tuple[Passage, 
     Raises:
         OptionError: a negative number of negatives.
     """
-    _at_least(0, negatives=negatives)
+    at_least(0, negatives=negatives)
     count = min(negatives, len(group.negatives))
     drawn = random.Random(f"draw {seed} {epoch} {group.query.id}").sample(group.negatives, count)
     positive = random.Random(f"positive {seed} {epoch} {group.query.id}").choice(group.positives)
@@ -298,9 +298,3 @@ def _malformed(path: StrPath, place: int, group: Group, message: str) -> FormatE
         return FormatError(path, None, f"question {group.query.id!r}: {message}")
     line, _ = next(itertools.islice(numbered_lines(path), place, None))
     return FormatError(path, line, message)
-
-
-def _at_least(least: int, **numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < least:
-            raise OptionError(f"{name} is {number}; it must be at least {least}")
