@@ -85,6 +85,18 @@ def test_what_is_written(name, lm, tmp_path):
         assert words in card
 
 
+def test_a_card_names_no_folder_as_its_base(lm, tmp_path, monkeypatch):
+    """The model hub refuses cards whose base is no name of a model there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    for name, told in (("someone/large", True), ("/srv/models/mine", False), ("models/mine", False)):
+        lm.name = name
+        save_adapter(tmp_path / "a", "soft_prompt", build("soft_prompt", lm), lm, PLAIN)
+        card = (tmp_path / "a" / "README.md").read_text()
+        assert (f"base_model: {name}\n" in card) == told
+        assert f"# soft_prompt for {name}" in card
+
+
 def test_a_trainable_table_is_kept(lm, tmp_path):
     adapter = build("qpeft_a", lm, token_table="trainable", trained=True)
     save_adapter(tmp_path / "mine", "qpeft_a", adapter, lm, PLAIN)

@@ -107,6 +107,10 @@ def test_types_of_numbers(family, saved, tmp_path, capsys):
         assert main([*command, *more]) == 0
         assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == expected
         assert f"LlamaForSequenceClassification, {expected}" in capsys.readouterr().err
+    (tmp_path / "m" / "mine.trec").write_text("mine")
+    assert main(command) == 2
+    assert "holds 'mine.trec', which is no part of a merged model" in capsys.readouterr().err
+    assert (tmp_path / "m" / "mine.trec").read_text() == "mine"
 
 
 @pytest.mark.parametrize("family", ["llama"])

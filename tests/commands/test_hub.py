@@ -33,6 +33,8 @@ class Hub:
             if line["key"] == "file":
                 assert line["value"]["encoding"] == "base64"
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            if line["key"] == "deletedFile":
+                del files[line["value"]["path"]]
 
     def find(self, repo, revision):
         """Return the files of a branch, which may be named by its commit."""
@@ -178,7 +180,10 @@ def test_there_and_back(hub, qpeft, folder, make_lm, tmp_path, kind):
     sent = hub.repos["me/adapter"]["main"]
     assert sent == {name: content for name, content in contents(folder).items() if name != "notes.txt"}
 
-    sent |= {"model.safetensors": b"large", ".gitattributes": b""}
+    sent |= {"model.safetensors": b"large", ".gitattributes": b"", "training.png": b"of an earlier one"}
+    assert qpeft("push", "--folder", folder, "--repo", "me/adapter")[0] == 0
+    assert "training.png" not in sent
+    assert {"model.safetensors", ".gitattributes"} <= set(sent)
     code, said = qpeft("pull", "--repo", "me/adapter", "--output", tmp_path / "fetched")
     assert code == 0, said
     assert f"{kind} for tiny-llama" in said
@@ -206,6 +211,10 @@ def test_revisions_and_what_stands_there(hub, qpeft, folder, tmp_path):
         assert json.loads((output / "adapter_config.json").read_text())["max_passage_tokens"] == expected
     code, said = qpeft("pull", "--repo", "me/adapter", "--output", output, "--revision", "long")
     assert (code, "'me/adapter' on the model hub" in said) == (2, True)
+    (output / "notes.txt").write_text("mine")
+    code, said = qpeft("pull", "--repo", "me/adapter", "--output", output)
+    assert (code, "holds 'notes.txt', which is no part of an adapter" in said) == (2, True)
+    assert (output / "notes.txt").read_text() == "mine"
     (tmp_path / "other").mkdir()
     code, said = qpeft("pull", "--repo", "me/adapter", "--output", tmp_path / "other")
     assert (code, "is no adapter folder" in said) == (2, True)

@@ -4,11 +4,14 @@ import random
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_bad_input import fails
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
 from qpeft.adapters._folder import WEIGHTS, load_adapter, read_config
 from qpeft.cli import main
@@ -280,7 +283,7 @@ def test_a_file_of_groups(arguments, train_file, collection, tmp_path, capsys):
     both = ["--train-file", str(train_file), "--collection", str(collection)]
     assert main(arguments(tmp_path / "both", "--train-queries", "2", data=both)) == 0
     facts = json.loads((tmp_path / "both" / "provenance.json").read_text())
-    assert facts["training"]["queries"] == 2
+    assert facts["training"]["queries"] == facts["mining"]["queries"] == 2
     assert facts["dev"]["trained"] > 0
     assert len(facts["files"]["train_file"]) == 64
     capsys.readouterr()
@@ -321,7 +324,7 @@ def test_pairs_without_a_teachers_score(arguments, collection, toy_run, tmp_path
     missing = len(run["q2"].hits) - 1
     assert f"note: {missing} negatives have no score of --teacher, and get its lowest" in capsys.readouterr().err
     none = write(tmp_path / "none.trec", lambda query_id, hit: query_id != "q4" or hit.passage_id not in qrels["q4"])
-    words = ["none.trec: no score for the positives of 1 of 6 queries, first query 'q4', passage 'sea-0'"]
+    words = ["none.trec: no score for positives of 1 of 6 queries, first query 'q4', passage 'sea-0'"]
     fails(arguments(tmp_path / "other", *none, adapter="soft_prompt"), capsys, tmp_path, *words)
 
 
@@ -340,6 +343,33 @@ def test_training_without_dev_says_so(arguments, collection, tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.count("no query of split 'dev' has a relevant passage among its first 6 of BM25") == 1
     assert json.loads((tmp_path / "mine" / "provenance.json").read_text())["dev"] is None
+
+
+def test_dev_queries_are_looked_for_until_there_are_enough(arguments, collection, tmp_path):
+    """BM25 searches for some after others; whichever alone has a relevant candidate is found."""
+    header, *lines = (collection / "qrels" / "dev.tsv").read_text().splitlines()
+    for usable in ("q1", "q2", "q3", "q4", "q5", "q6"):
+        folder, output = tmp_path / f"of-{usable}", tmp_path / usable
+        shutil.copytree(collection, folder)
+        kept = [line if line.startswith(f"{usable}\t") else f"{line.split()[0]}\tno-passage\t1" for line in lines]
+        (folder / "qrels" / "dev.tsv").write_text("\n".join([header, *kept]) + "\n")
+        more = ["--dev-queries", "1", "--epochs", "0"]
+        assert main(arguments(output, *more, adapter="soft_prompt", data=["--collection", str(folder)])) == 0
+        assert json.loads((output / "provenance.json").read_text())["dev"]["queries"] == 1
+
+
+def test_logs_of_trackers_stay(arguments, tmp_path, monkeypatch):
+    class Tracker(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            logs = Path(args.output_dir) / "runs" / "now"
+            logs.mkdir(parents=True)
+            (logs / "events").write_text("logged")
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    assert main(arguments(tmp_path / "mine", "--report-to", "tensorboard", adapter="soft_prompt")) == 0
+    left = tmp_path / "mine.checkpoints"
+    assert [path.name for path in left.iterdir()] == ["runs"]
+    assert (left / "runs" / "now" / "events").read_text() == "logged"
 
 
 def test_shuffled_hint_queries_are_read_in_training_and_on_dev(arguments, tmp_path, monkeypatch):

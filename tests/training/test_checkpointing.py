@@ -8,7 +8,7 @@ from qpeft.errors import OptionError
 from qpeft.read_out import Answers
 from qpeft.template import Prompt, load_template
 from qpeft.training.checkpointing import checkpointed
-from tiny_adapters import PASSAGES, QUERIES, build
+from tiny_adapters import PASSAGES, QUERIES, build, with_store
 
 
 def rows_for(lm):
@@ -56,6 +56,19 @@ def test_gradients_stay_the_same_and_layers_run_again(family, make_lm):
     after = lm.read(rows, Answers((7,)), adapters=adapter)
     for one, other in zip(within, after, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_the_model_alone_can_be_scored_within(family, make_lm):
+    """Its contexts would come from a store, and layers that are computed again take none."""
+    lm = with_store(make_lm(family))
+    prompt = Prompt(load_template("plain"), lm.tokenizer, lm.max_length)
+    rows = [prompt.rows(query, passage)[0] for query in QUERIES for passage in PASSAGES]
+    expected, _ = lm.score(rows)
+    store = lm.store
+    with checkpointed(lm, trained(lm)):
+        within, _ = lm.score(rows)
+    assert lm.store is store
+    torch.testing.assert_close(within, expected, atol=1e-5, rtol=0)
 
 
 def test_what_cannot_be_recomputed(make_lm):

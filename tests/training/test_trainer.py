@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import resource
+import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -272,6 +274,21 @@ def test_the_best_by_dev_is_what_remains(lm, tmp_path):
     assert fitted.dev["trained"] == 0.7
     assert [entry["eval_RR@10"] for entry in fitted.history if "eval_RR@10" in entry] == [0.1, 0.2, 0.7, 0.3, 0.7, 0.1]
     assert len({tuple(seen["vectors"].flatten().tolist()) for seen in dev.seen}) == 6
+
+
+def test_the_best_is_found_again_where_the_checkpoints_were_moved(lm, tmp_path, monkeypatch):
+    values = [0.1, 0.7, 0.3, 0.2, 0.1, 0.0]
+    dev = Scripted(values)
+    monkeypatch.chdir(tmp_path)
+    train(lm, build("soft_prompt", lm), Path("a"), dev=dev)
+    (tmp_path / "a").rename(tmp_path / "b")
+    adapter = build("soft_prompt", lm)
+    fitted = train(lm, adapter, tmp_path / "b", dev=Scripted([]), resume=True)
+    assert fitted.dev["trained"] == 0.7
+    assert_equal(state(adapter), dev.seen[1])
+    shutil.rmtree(tmp_path / "b" / "checkpoint-2")
+    with pytest.raises(StateError, match="checkpoint-2 is missing, the best state"):
+        train(lm, adapter, tmp_path / "b", dev=Scripted([]), resume=True)
 
 
 def test_without_dev_the_last_state_remains(lm, tmp_path):

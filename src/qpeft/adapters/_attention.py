@@ -111,7 +111,8 @@ def _masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
 
 def _spread(centred: Tensor, heads: int, dim: int) -> Tensor:
     """Return the `dim` principal axes `[a, d]`, dealt out so that heads get like shares, each head of unit size."""
-    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :dim].T
+    # On the CPU, whatever the device: not every one has eigh, and an initialisation should be the same on all.
+    axes = torch.linalg.eigh((centred.T @ centred).cpu()).eigenvectors.flip(1)[:, :dim].T.to(centred)
     # Signs of eigenvectors are arbitrary; fixing them makes an initialisation the same everywhere.
     axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
     dealt = torch.stack([axes[head::heads] for head in range(heads)])

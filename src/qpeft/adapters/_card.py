@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+_ON_HUB = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+"""A model's name on the hub, which refuses cards that have another; the adapter may be of a folder's model."""
 _SCORES = {
     "query_likelihood": "the log-likelihood of the query",
     "classifier": "the output of the head",
@@ -20,16 +24,16 @@ def card(described: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
         described: the contents of `adapter_config.json`.
         provenance: what made it; `dev` and `training` are shown where present.
     """
-    method = described.get("method", "query_likelihood")
+    method, base = described.get("method", "query_likelihood"), described["base_model_name_or_path"]
     lines = [
         "---",
         "library_name: qpeft",
-        f"base_model: {described['base_model_name_or_path']}",
+        *([f"base_model: {base}"] if _ON_HUB.fullmatch(base) and not Path(base).exists() else []),
         "pipeline_tag: text-ranking",
         f"tags: [reranker, {method.replace('_', '-')}, qpeft]",
         "---",
         "",
-        f"# {described['adapter']} for {described['base_model_name_or_path']}",
+        f"# {described['adapter']} for {base}",
         "",
         f"A {method.replace('_', '-')} reranker: the language model is frozen, this adapter {_does(described)}, and",
         f"passages are ranked by {_SCORES.get(method, 'its score')}.",
@@ -37,7 +41,7 @@ def card(described: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
         "```python",
         "from qpeft import Reranker",
         "",
-        f'reranker = Reranker.from_pretrained("{described["base_model_name_or_path"]}", adapter="path/to/this/folder")',
+        f'reranker = Reranker.from_pretrained("{base}", adapter="path/to/this/folder")',
         "```",
         "",
         f"* trained parameters: {described['trained_parameters']:,}",

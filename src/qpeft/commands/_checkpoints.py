@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from qpeft.commands._claim import claimed
+from qpeft.commands._output import check_replaced
 from qpeft.commands._same_work import as_kept, check_same
 from qpeft.errors import StateError
 from qpeft.provenance import write_json
@@ -24,9 +26,7 @@ def read_begun(output: Path, checkpoints: Path, *, resume: bool) -> dict[str, An
     if output.exists():
         if not (output / CONFIG).is_file():
             raise StateError(f"{output} exists and is no adapter folder")
-        # A new adapter takes the place of the whole folder.
-        if others := sorted({path.name for path in output.iterdir()} - set(FILES)):
-            raise StateError(f"{output} holds {others[0]!r}, which is no part of an adapter; move it elsewhere first")
+        check_replaced(output, "an adapter", FILES)
     if not any(checkpoints.glob("checkpoint-*")):
         return {}
     if not resume:
@@ -66,6 +66,15 @@ def leave_mark(folder: Path, mark: dict[str, Any], begun: dict[str, Any]) -> Non
         write_json(folder / BEGUN, as_kept(mark))
     except OSError as error:
         raise StateError(f"{folder} cannot be written: {error}") from error
+
+
+def clear(checkpoints: Path) -> None:
+    """Remove what a finished training went on from; the logs of trackers, which may stand there, stay."""
+    for checkpoint in checkpoints.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    with suppress(OSError):
+        (checkpoints / BEGUN).unlink(missing_ok=True)
+        checkpoints.rmdir()
 
 
 def _make(folder: Path) -> None:

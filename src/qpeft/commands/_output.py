@@ -1,11 +1,12 @@
-"""What would keep a run from being written at the end, found before the work."""
+"""What would keep an output from being written at the end, found before the work."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from qpeft.data.trec import fits_column
-from qpeft.errors import OptionError
+from qpeft.errors import OptionError, StateError
 
 
 def check_output(output: str, tag: str | None = None) -> None:
@@ -14,3 +15,9 @@ def check_output(output: str, tag: str | None = None) -> None:
         raise OptionError(f"--output {output}: is a folder")
     if tag is not None and not fits_column(tag):
         raise OptionError(f"--tag {tag!r} cannot stand in a column: it is empty or holds white space")
+
+
+def check_replaced(output: Path, what: str, files: Collection[str]) -> None:
+    """Raise StateError unless all that stands in a folder is part of what is replaced as a whole."""
+    if others := sorted({path.name for path in output.iterdir()} - set(files)):
+        raise StateError(f"{output} holds {others[0]!r}, which is no part of {what}; move it elsewhere first")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qpeft.data.candidates import candidates_from_run
@@ -15,7 +17,7 @@ from qpeft.retrieval.bm25 import BM25
 from qpeft.training.config import TrainingConfig
 from qpeft.training.groups import MiningCounts, groups_from_collection, groups_from_jsonl, shuffled, unscored
 from qpeft.training.processes import processes
-from qpeft.types import Candidates, Group, Run
+from qpeft.types import Candidates, Group, Query, Run
 
 if TYPE_CHECKING:
     from qpeft.commands.train import Config
@@ -47,6 +49,8 @@ def read_training_groups(
     groups, counts = groups_from_jsonl(config.train_file)
     if config.train_queries is not None and config.train_queries < len(groups):
         groups = shuffled(sorted(groups, key=lambda group: group.query.id), config.seed)[: config.train_queries]
+        without = sum(not group.negatives for group in groups)
+        counts = dataclasses.replace(counts, queries=len(groups), without_negative=without)
     return groups, counts
 
 
@@ -64,23 +68,30 @@ def find_dev_candidates(config: Config, collection: Collection | None) -> list[C
     queries, qrels = collection.queries(config.dev_split), collection.qrels(config.dev_split)
     if config.dev_run:
         run = read_run(config.dev_run)
-        run = Run((run[query_id] for query_id in shuffled(sorted(run), config.seed)), run.tag)
+        runs = iter([Run((run[query_id] for query_id in shuffled(sorted(run), config.seed)), run.tag)])
     else:
-        ordered = shuffled(sorted(queries), config.seed)
-        chosen = [queries[query_id] for query_id in ordered[: 2 * config.dev_queries]]
-        index = BM25(collection.passages.values())
-        run = Run(index.retrieve(chosen, config.dev_depth), "bm25")
-    found = [
+        ordered = [queries[query_id] for query_id in shuffled(sorted(queries), config.seed)]
+        runs = _retrieved(collection, ordered, config.dev_depth, 2 * config.dev_queries)
+    usable = (
         item
+        for run in runs
         for item in candidates_from_run(run, queries, collection.passages, config.dev_depth)
         if any(qrels[item.query.id].get(passage.id, 0) > 0 for passage in item.passages)
-    ]
+    )
+    found = list(itertools.islice(usable, config.dev_queries))
     if not found:
         missing = f"no query of split {config.dev_split!r} has a relevant passage among its first {config.dev_depth}"
         if config.dev_run:
             raise InputError(f"{config.dev_run}: {missing}")
         say(f"  note: {missing} of BM25, so nothing is measured on dev, and the last state is kept")
-    return found[: config.dev_queries]
+    return found
+
+
+def _retrieved(collection: Collection, queries: Sequence[Query], depth: int, at_once: int) -> Iterator[Run]:
+    """Yield what BM25 finds for some queries after others, since the first may do."""
+    index = BM25(collection.passages.values())
+    for start in range(0, len(queries), at_once):
+        yield Run(index.retrieve(queries[start : start + at_once], depth), "bm25")
 
 
 def read_teacher(config: Config, groups: Sequence[Group]) -> Mapping[tuple[str, str], float] | None:
@@ -100,8 +111,9 @@ def read_teacher(config: Config, groups: Sequence[Group]) -> Mapping[tuple[str, 
     positives, negatives = unscored(groups, teacher)
     if positives:
         query_id, passage_id = positives[0]
+        without, asked = {query for query, _ in positives}, {group.query.id for group in groups}
         raise InputError(
-            f"{config.teacher}: no score for the positives of {len(positives):,} of {len(groups):,} queries, first "
+            f"{config.teacher}: no score for positives of {len(without):,} of {len(asked):,} queries, first "
             f"query {query_id!r}, passage {passage_id!r}; score them too, or leave the queries out"
         )
     if negatives:

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qpeft.commands._output import check_replaced
 from qpeft.data.files import replacing_folder
+from qpeft.data.records import read_json
 from qpeft.errors import InputError, StateError
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import provenance, write_json
@@ -36,8 +38,10 @@ class Config:
 def run(config: Config, model: ModelConfig) -> None:
     """Merge, write the folder, and say how it is used."""
     output = Path(config.output)
-    if output.exists() and not ((output / PROVENANCE).is_file() and (output / "config.json").is_file()):
-        raise StateError(f"{output} exists and is no folder of a merged model")
+    if output.exists():
+        if not ((output / PROVENANCE).is_file() and (output / "config.json").is_file()):
+            raise StateError(f"{output} exists and is no folder of a merged model")
+        check_replaced(output, "a merged model", read_json(output / PROVENANCE).get("files", ()))
     import yaml
     from transformers import AutoConfig
 
@@ -69,6 +73,7 @@ def run(config: Config, model: ModelConfig) -> None:
             "template": opened.template.fingerprint,
             "max_passage_tokens": opened.max_passage_tokens,
             "dtype": str(dtype).removeprefix("torch."),
+            "files": sorted({path.name for path in temporary.iterdir()} | {PROVENANCE}),
         }
         write_json(temporary / PROVENANCE, provenance(**facts))
     options = ["--model", str(output), "--method", opened.method, "--template", str(output / TEMPLATE)]

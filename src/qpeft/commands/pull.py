@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qpeft.commands._hub import reaching
+from qpeft.commands._output import check_replaced
 from qpeft.data.files import replacing_folder
 from qpeft.errors import AdapterError, StateError
 
@@ -37,8 +38,10 @@ def run(config: Config) -> None:
     from qpeft.adapters._folder import CONFIG, FACTS, FILES, WEIGHTS, read_config
 
     output = Path(config.output)
-    if output.exists() and not (output / CONFIG).is_file():
-        raise StateError(f"{output} exists and is no adapter folder")
+    if output.exists():
+        if not (output / CONFIG).is_file():
+            raise StateError(f"{output} exists and is no adapter folder")
+        check_replaced(output, "an adapter", FILES)
     with replacing_folder(output) as temporary:
         # The small files first: other repositories may be large.
         for some in ([CONFIG, FACTS], list(FILES)):

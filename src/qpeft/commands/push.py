@@ -53,6 +53,7 @@ def run(config: Config) -> None:
             folder_path=folder,
             revision=config.revision,
             allow_patterns=list(FILES),
+            delete_patterns=[name for name in FILES if not (folder / name).exists()],
             commit_message=f"{described['adapter']} for {described['base_model_name_or_path']}",
         )
     print(f"{sent.commit_url} is {config.folder}", file=sys.stderr)

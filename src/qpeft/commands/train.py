@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qpeft import adapters, methods
-from qpeft.commands._checkpoints import BEGUN, claim, leave_mark, read_begun, read_mark
+from qpeft.commands._checkpoints import BEGUN, claim, clear, leave_mark, read_begun, read_mark
 from qpeft.commands._peek import peek
 from qpeft.commands._same_work import check_same
 from qpeft.commands._training_data import find_dev_candidates, read_teacher, read_training_groups, say, say_counts
@@ -224,7 +223,7 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
         history=fitted.history,
     )
     save(output, provenance=made)
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    clear(checkpoints)
     if config.report:
         _draw(fitted, ranking.name if ranking else "", output)
     say(f"{output}: trained on {len(groups):,} queries in {fitted.seconds:,.0f} s, {fitted.steps:,} steps")

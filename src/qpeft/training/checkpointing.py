@@ -16,7 +16,8 @@ from qpeft.lm import CausalLM
 def checkpointed(lm: CausalLM, adapter: Adapter) -> Iterator[None]:
     """Let the model recompute its layers within this context.
 
-    The adapter has been switched off again when the backward pass begins, so each recomputation switches it on.
+    The adapter has been switched off again when the backward pass begins, so each recomputation switches it on. No
+    contexts are kept meanwhile: such layers take none.
 
     Raises:
         OptionError: the adapter reads passages that are encoded already, or the architecture cannot do it.
@@ -28,6 +29,7 @@ def checkpointed(lm: CausalLM, adapter: Adapter) -> Iterator[None]:
         raise OptionError(f"--gradient-checkpointing: {lm.name} has no layers that can be computed again")
     options = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), adapter.applied())}
     lm.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    store, lm.store = lm.store, None
     for layer in layers:
         layer.training = True  # of itself alone: what is within stays without dropout
     try:
@@ -35,4 +37,5 @@ def checkpointed(lm: CausalLM, adapter: Adapter) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
+        lm.store = store
         lm.model.activation_checkpointing_disable()

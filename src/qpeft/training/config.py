@@ -52,7 +52,7 @@ class TrainingConfig:
     measure: str = "RR@10"
     """What dev is judged by, and the best checkpoint is kept by."""
     report_to: tuple[str, ...] = ()
-    """tensorboard, wandb, mlflow: where transformers sends its logs."""
+    """tensorboard, wandb, mlflow: where transformers sends its logs; TensorBoard's stand in OUTPUT.checkpoints/runs."""
 
     def __post_init__(self) -> None:
         for least, names in (

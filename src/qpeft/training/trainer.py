@@ -194,6 +194,12 @@ class AdapterTrainer(Trainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         begun = super()._init_training_state(*args, **kwargs)
+        if self.state.best_global_step is not None:
+            # What the Trainer keeps is a path, which is another one from elsewhere, and goes on without it.
+            best = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.best_global_step}"
+            if not best.is_dir():
+                raise StateError(f"{best} is missing, the best state of a training that is to be continued")
+            self.state.best_model_checkpoint = str(best)
         # On resume the Trainer puts EarlyStoppingCallback last, and forgets that it had ended the training.
         self.callback_handler.callbacks.sort(key=lambda each: isinstance(each, KeepSteps))
         return (1, 0) if self.control.should_training_stop else begun
