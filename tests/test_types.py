@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qpeft.errors import OptionError, ScoreError
-from qpeft.types import Candidates, Passage, Query, Ranking, Reranker, Run, Window, whole
+from qpeft.types import UNREADABLE, Candidates, Passage, Query, Ranking, Reranker, Run, Window, whole
 
 ids = st.text(st.characters(exclude_categories=("Cs",)), max_size=5)
 scored = st.dictionaries(ids, st.floats(-1e30, 1e30) | st.sampled_from([0.0, -0.0, 1.0, 1.0 + 1e-12]), max_size=8).map(
@@ -65,6 +66,8 @@ def test_a_passage_may_not_occur_twice():
 def test_by_position_keeps_equal_scores_in_the_order_given():
     ranking = Ranking.from_scores("q", [("10", 1.0), ("2", 1.0), ("3", 2.0), ("1", 1.0)])
     assert [hit.passage_id for hit in ranking.by_position()] == ["3", "1", "2", "10"]
+    told = dataclasses.replace(ranking, unreadable=frozenset(["10"])).by_position()
+    assert [hit.score for hit in told] == [2.0, 1.0, 1.0, UNREADABLE]
 
 
 def test_constant_scores_are_seen():

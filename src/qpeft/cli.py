@@ -190,8 +190,20 @@ def _add_options(parser: Any, config: type[Any]) -> None:
         elif hint is bool:
             options |= {"type": bool, "nargs": "?", "const": True, "metavar": "true|false"}
         else:
-            options["type"] = hint
+            options["type"] = _Text() if hint == str | None else hint
         group.add_argument(flag, **options)
+
+
+class _Text:
+    """A text as it was typed: read as YAML, what stands behind # would be lost, and ~ be nothing. The word null is."""
+
+    def __call__(self, value: object) -> str | None:
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{value!r} is no text; put it in quotes")
+        return None if value == "null" else value
+
+    def __repr__(self) -> str:
+        return "str | null"
 
 
 def _dashed(argument: str) -> str:

@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from qpeft.errors import InputError
+
 PACKAGES = (
     "qpeft", "torch", "transformers", "tokenizers", "accelerate", "peft",
     "bm25s", "ir_measures", "sentence-transformers", "numpy",
@@ -43,9 +45,17 @@ def provenance_path(output: Path) -> Path:
 
 
 def write_provenance(output: Path, facts: Mapping[str, Any]) -> None:
-    """Write the provenance of `output` beside it; a pipe or device has no such place."""
+    """Write the provenance of `output` beside it; a pipe or device has no such place.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     if output.is_file():
-        write_json(provenance_path(output), facts)
+        path = provenance_path(output)
+        try:
+            write_json(path, facts)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:

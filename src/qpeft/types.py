@@ -55,11 +55,6 @@ class Passage:
         object.__setattr__(self, "text", whole(self.text))
         object.__setattr__(self, "title", whole(self.title))
 
-    @property
-    def blank(self) -> bool:
-        """Whether it has nothing but white space."""
-        return not (self.text.strip() or self.title.strip())
-
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
@@ -99,6 +94,8 @@ class Ranking:
 
     query_id: str
     hits: tuple[Hit, ...]
+    unreadable: frozenset[str] = field(default=frozenset(), compare=False)
+    """Ids of passages that no score could be given to: theirs say only that they come last."""
 
     @classmethod
     def from_scores(cls, query_id: str, scores: Iterable[tuple[str, float]]) -> Ranking:
@@ -127,8 +124,12 @@ class Ranking:
         return cls(query_id, tuple(hits))
 
     def by_position(self) -> list[Hit]:
-        """Return the hits with equal scores in the order given, for passages whose ids are their positions."""
-        return sorted(self.hits, key=lambda hit: (-hit.score, int(hit.passage_id)))
+        """Return the hits with equal scores in the order given, for passages whose ids are their positions.
+
+        Their scores may be compared with those of other rankings: what is unreadable has `UNREADABLE`.
+        """
+        hits = sorted(self.hits, key=lambda hit: (-hit.score, int(hit.passage_id)))
+        return [Hit(hit.passage_id, UNREADABLE) if hit.passage_id in self.unreadable else hit for hit in hits]
 
     @property
     def constant(self) -> bool:
@@ -143,7 +144,7 @@ class Ranking:
         lowest = self.hits[-1].score if self.hits else 0.0
         step = max(1.0, abs(lowest) * 1e-5)
         rest = (Hit(passage_id, lowest - step * place) for place, passage_id in enumerate(passage_ids, start=1))
-        return Ranking(self.query_id, (*self.hits, *rest))
+        return replace(self, hits=(*self.hits, *rest))
 
 
 class Run(Mapping[str, Ranking]):
@@ -315,9 +316,9 @@ class Reranker(abc.ABC):
         groups = groupby(pairs, key=itemgetter(0))
         scores: list[float] = []
         for ranking in self.rerank([_candidates(query, [text for _, text in group]) for query, group in groups]):
-            by_position = {int(hit.passage_id): hit.score for hit in ranking.hits}
+            by_position = {int(hit.passage_id): hit.score for hit in ranking.by_position()}
             scores += [by_position[position] for position in range(len(by_position))]
-        return [UNREADABLE if _is_blank(passage) else score for (_, passage), score in zip(pairs, scores, strict=True)]
+        return scores
 
     @final
     def rank(
@@ -337,8 +338,7 @@ class Reranker(abc.ABC):
         ranked: list[RankedPassage] = []
         for hit in self._ranking(query, passages).by_position()[:top_k]:
             given = passages[int(hit.passage_id)]
-            score = UNREADABLE if _is_blank(given) else hit.score
-            entry = RankedPassage(corpus_id=int(hit.passage_id), score=score)
+            entry = RankedPassage(corpus_id=int(hit.passage_id), score=hit.score)
             if return_documents:
                 entry["text"] = given.text if isinstance(given, Passage) else given
             ranked.append(entry)
@@ -364,10 +364,6 @@ def _pair(pair: Any, place: int) -> tuple[str, str | Passage]:
     if isinstance(pair, str | bytes) or not isinstance(pair, Sequence | np.ndarray) or len(pair) != 2:
         raise OptionError(f"pair {place} is {pair!r:.60}, not a pair of a query and a passage")
     return pair[0], pair[1]
-
-
-def _is_blank(passage: str | Passage) -> bool:
-    return passage.blank if isinstance(passage, Passage) else not passage.strip()
 
 
 def _candidates(query: str, passages: Sequence[str | Passage]) -> Candidates:

@@ -174,6 +174,15 @@ def test_a_cut_passage_is_shown_as_far_as_it_was_read(lm, saved):
     check_against_scoring(lm, folder, "plain", found)
 
 
+def test_equal_scores_keep_the_order_given(lm):
+    passages = [
+        Passage(name, text) for name, text in (("0", "sea"), ("1", "sea"), ("2", "the sky is blue"), ("3", "sea"))
+    ]
+    found = {each.passage.id: each.rank for each in explain(lm, None, None, QUERY, passages)}
+    assert found["0"] < found["1"] < found["3"]
+    assert sorted(found.values()) == [1, 2, 3, 4]
+
+
 def test_an_encoder_decoder_is_explained_without_an_adapter(t5, tmp_path):
     found = explain(t5, None, None, QUERY, PASSAGES)
     scores = build_scorer(Config(), t5).score([(QUERY, passage) for passage in PASSAGES])

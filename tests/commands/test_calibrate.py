@@ -1,6 +1,7 @@
 """`qpeft calibrate`: from a reranked dev run to a calibration that knows what it belongs to."""
 
 import json
+import os
 import shutil
 
 import matplotlib.image
@@ -197,6 +198,7 @@ def test_bad_input_is_one_line(calibrate, calibratable, toy_run, tmp_path):
     output = ["--output", tmp_path / "c.json"]
     lonely = calibratable / "lonely.trec"
     lonely.write_text("q1 Q0 sky-0 1 2.0 t\n")
+    os.mkfifo(calibratable / "pipe.trec")
     foreign = shutil.copytree(calibratable / "toy", tmp_path / "foreign")
     (foreign / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tsky-0\t1\n")
     for name, more, words in (
@@ -209,6 +211,7 @@ def test_bad_input_is_one_line(calibrate, calibratable, toy_run, tmp_path):
         ("alone", [*output, "--collection", foreign], "which is not"),
         ("nowhere", output, "nowhere.trec"),
         ("lonely", output, "lonely.trec.provenance.json is missing"),
+        ("pipe", output, "pipe.trec.provenance.json is missing"),
     ):
         code, out, err = calibrate(name, *more)
         assert code == 2, (name, more)
@@ -216,6 +219,13 @@ def test_bad_input_is_one_line(calibrate, calibratable, toy_run, tmp_path):
         assert words in line
         assert not out
     assert [path.name for path in tmp_path.iterdir()] == ["foreign"]
+
+
+def test_a_picture_that_cannot_be_written_takes_nothing_along(calibrate, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = calibrate("alone", "--output", tmp_path / "c.json", "--plot", tmp_path / "file" / "p.png")
+    assert (code, "file" in err) == (2, True)
+    assert json.loads((tmp_path / "c.json").read_text())
 
 
 def test_scores_that_say_nothing(calibrate, calibratable, tmp_path):

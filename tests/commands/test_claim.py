@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 
 from qpeft.commands._claim import claimed
 from qpeft.errors import StateError
@@ -32,3 +33,12 @@ def test_the_second_is_refused_until_the_first_is_dead(tmp_path):
     with claimed(path):
         pass
     assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    def denied(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(FileLock, "acquire", denied)  # those who run tests may be allowed everything
+    with pytest.raises(StateError, match="cannot be written to: Permission denied"), claimed(tmp_path / "run.partial"):
+        pass

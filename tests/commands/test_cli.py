@@ -1,8 +1,10 @@
 """Options on the command line and in YAML files."""
 
+import json
+
 import pytest
 
-from qpeft.cli import main, parse
+from qpeft.cli import main, parse, read
 from qpeft.commands import evaluate, score, train
 from qpeft.errors import OptionError
 from qpeft.training.config import Authors, TrainingConfig
@@ -72,6 +74,33 @@ def test_texts_that_begin_with_dashes_stay_as_they_are():
     arguments = ["--query", "dry run", "--passage", "--dry_run is a_flag of x_y=3"]
     (config,) = parse("score", "", [score.Config], arguments)
     assert config.passage == ("--dry_run is a_flag of x_y=3",)
+
+
+@pytest.mark.parametrize(("given", "expected"), [("#metoo", "#metoo"), ("~", "~"), ("7", "7"), ("null", None)])
+def test_texts_are_taken_as_they_are_typed(given, expected, tmp_path):
+    (config,) = parse("score", "", [score.Config], ["--query", given])
+    assert config.query == expected
+    path = tmp_path / "options.yaml"
+    path.write_text(json.dumps({"query": None if given == "null" else given}))
+    (config,) = parse("score", "", [score.Config], ["--config", str(path)])
+    assert config.query == expected
+
+
+def test_a_file_must_say_that_a_text_is_one(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text("query: 7\n")
+    with pytest.raises(OptionError, match="7 is no text; put it in quotes"):
+        parse("score", "", [score.Config], ["--config", str(path)])
+
+
+def test_the_last_of_several_files_that_says_it_counts(tmp_path):
+    for name, text in (("a", "first_stage: dense\n"), ("b", "first_stage: dense\n"), ("c", "depth: 3\n")):
+        (tmp_path / name).write_text(text)
+    arguments = ["--collection", "mini", "--output", "o"]
+    for names in ("c", "a", "ac", "ca"):
+        files = [word for name in names for word in ("--config", str(tmp_path / name))]
+        _, (_, stage) = read(["retrieve", *arguments, *files])
+        assert hasattr(stage, "encode_batch") == ("a" in names)
 
 
 @pytest.mark.parametrize("given", [["--first_stage", "dense"], ["--first-stage=bm25", "--first-stage", "dense"], None])

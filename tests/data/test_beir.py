@@ -28,14 +28,19 @@ def test_files_are_beir(beir):
 
 
 def test_gzip_folder(beir):
-    queries = beir.queries("test")
-    for name in ("corpus.jsonl", "queries.jsonl"):
+    queries, qrels = beir.queries("test"), beir.qrels("test")
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
         path = beir.folder / name
         (beir.folder / f"{name}.gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
     again = BeirCollection(beir.folder)
     assert tuple(again.passages.values()) == PASSAGES
     assert again.queries("test") == queries
+    assert again.qrels("test") == qrels
+    assert again.splits() == ["dev", "test"]
+    before = again.fingerprint()
+    (beir.folder / "qrels" / "test.tsv.gz").write_bytes(gzip.compress(b"query-id\tcorpus-id\tscore\nq1\tp2\t1\n"))
+    assert BeirCollection(beir.folder).fingerprint() != before
 
 
 def test_unknown_split_names_the_known(beir):

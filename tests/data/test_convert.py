@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 
 import pytest
 from cats import PASSAGES, QRELS, QUERIES, jsonl
@@ -79,6 +80,12 @@ def test_collection(beir, tmp_path):
     copy = BeirCollection(tmp_path / "dev")
     assert copy.splits() == ["dev"]
     assert copy.queries("dev") == {"q1": QUERIES[1]}
+    shutil.rmtree(beir.folder / "qrels")
+    for name, split in (("unjudged", None), ("asked", "test")):
+        convert(str(beir.folder), tmp_path / name, "collection", split=split)
+        copy = BeirCollection(tmp_path / name)
+        assert copy.splits() == []
+        assert tuple(copy.queries("test").values()) == tuple(QUERIES)
 
 
 def test_groups(tmp_path, source):

@@ -117,6 +117,10 @@ def test_evidence(tmp_path):
         Passage("1", 'He said "no", and\nleft.', "A b"),
         Passage("2", 'plain "quoted" word', "C"),
     ]
+    long = "word " * 30_000
+    assert list(read_evidence(write(tmp_path, f"id\ttext\ttitle\n1\t{long}\tA\n", "w.tsv"))) == [
+        Passage("1", long, "A")
+    ]
 
 
 @pytest.mark.parametrize(

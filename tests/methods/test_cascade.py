@@ -4,7 +4,7 @@ import torch
 from qpeft.errors import OptionError, ScoreError
 from qpeft.methods import query_likelihood
 from qpeft.methods.cascade import Config, build
-from qpeft.types import Candidates, Hit, Passage, Query, Ranking
+from qpeft.types import UNREADABLE, Candidates, Hit, Passage, Query, Ranking
 from tiny_adapters import build as build_adapter
 from tiny_adapters import with_store
 
@@ -146,6 +146,15 @@ def test_an_empty_passage_does_not_survive(lm):
     (ranking,) = cascade.rerank([Candidates(ITEMS[0].query, passages)])
     assert ids(ranking)[1] == "none"
     assert cascade.counts.empty_passages == 1
+
+
+def test_what_cannot_be_read_is_told_wherever_it_fell_out(lm):
+    texts = ["", *(passage.text for passage in PASSAGES[:4])]
+    query = ITEMS[0].query.text
+    for options in ({"cheap": CHEAP[1]}, {"cheap": "first_stage"}):
+        cascade = build(Config(cascade="5:3", **options), lm)
+        for entry in cascade.rank(query, texts):
+            assert (entry["score"] == UNREADABLE) == (entry["corpus_id"] == 0)
 
 
 @pytest.mark.parametrize("cheap", CHEAP)

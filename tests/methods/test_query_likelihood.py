@@ -6,7 +6,7 @@ from qpeft.methods import _pointwise
 from qpeft.methods._pointwise import Pointwise
 from qpeft.methods.query_likelihood import Config, build, build_scorer
 from qpeft.template import Prompt, load_template
-from qpeft.types import Candidates, Passage, Query
+from qpeft.types import UNREADABLE, Candidates, Passage, Query
 from reference import naive_log_probs
 
 QUERY = Query("q", "why is the sky blue?")
@@ -48,6 +48,15 @@ def test_unreadable_passages_come_last_one_below_the_lowest(lm):
     assert ranking.hits[-1].passage_id == "none"
     assert ranking.hits[-1].score == pytest.approx(ranking.hits[-2].score - 1)
     assert reranker.counts.empty_passages == 1
+
+
+def test_what_has_no_tokens_gets_one_score_in_any_company(make_lm):
+    """Zero-width characters are no white space, and tokenizers like BERT's remove them."""
+    reranker = build(Config(), make_lm("bert"))
+    for text in ("", " ", "\u200b"):
+        assert reranker.predict(("why", text)) == UNREADABLE
+        assert reranker.predict([("why", text), ("why", "the sky")])[0] == UNREADABLE
+        assert reranker.rank("why", [text, "the sky"])[1] == {"corpus_id": 0, "score": UNREADABLE}
 
 
 def test_counts(lm):

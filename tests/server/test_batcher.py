@@ -30,8 +30,8 @@ def words(lm, batch):
 
 
 @asynccontextmanager
-async def batching(**options):
-    batcher = Batcher(Metrics(), **{"batch_pairs": 8, "queue_pairs": 100, "max_wait": 0, **options})
+async def batching(metrics=None, **options):
+    batcher = Batcher(metrics or Metrics(), **{"batch_pairs": 8, "queue_pairs": 100, "max_wait": 0, **options})
     batcher.start()
     try:
         yield batcher
@@ -131,6 +131,23 @@ def test_a_cancelled_request_leaves_the_queue(lm):
 
     asyncio.run(run())
     assert [words(lm, i) for i in range(len(lm.batches))] == [["sea"] * 8, ["moon"]]
+
+
+def test_who_leaves_while_it_waits_for_company_leaves_no_batch(lm):
+    scorer = build_scorer(Config(), lm)
+    metrics = Metrics()
+
+    async def run():
+        async with batching(max_wait=0.05, metrics=metrics) as batcher:
+            gone = asyncio.create_task(batcher.score(scorer, pairs(1, "king")))
+            await queued(batcher, 1)
+            gone.cancel()
+            await asyncio.sleep(0.15)
+            await batcher.score(scorer, pairs(2, "moon"))
+
+    asyncio.run(run())
+    assert [words(lm, i) for i in range(len(lm.batches))] == [["moon", "moon"]]
+    assert "qpeft_batch_fill_count 1.0" in metrics.text().decode()
 
 
 def test_a_request_cancelled_in_its_midst_is_scored_no_further(lm):

@@ -177,6 +177,8 @@ def test_max_tokens_per_doc_cuts_and_says_so(client, offline):
     assert [scores[i] for i in range(5)] == pytest.approx(wanted, abs=1e-4)
     assert found["meta"]["warnings"] == ["documents that were cut to fit: 5"]
     assert "warnings" not in post(client, "/v2/rerank", query=QUERY, documents=DOCUMENTS)["meta"]
+    whole = post(client, "/v2/rerank", **(body | {"max_tokens_per_doc": 0}), raw_scores=True)  # vLLM's default
+    assert_ranked(whole["results"], expected(offline, raw=True))
 
 
 def test_explanations_are_those_of_the_command(client, lm):

@@ -28,7 +28,7 @@ LONG = " ".join(["the sea"] * 100)
         ("/v2/rerank", {**GOOD, "query": None}, 422, "query"),
         ("/v2/rerank", {**GOOD, "top_n": -1}, 422, "top_n"),
         ("/v2/rerank", {**GOOD, "top_n": "many"}, 422, "top_n"),
-        ("/v2/rerank", {**GOOD, "max_tokens_per_doc": 0}, 422, "max_tokens_per_doc"),
+        ("/v2/rerank", {**GOOD, "max_tokens_per_doc": -1}, 422, "max_tokens_per_doc"),
         ("/v2/rerank", {**GOOD, "model": 3}, 422, "model"),
         ("/v2/rerank", [], 422, "body"),
         ("/v2/rerank", "text", 422, "body"),

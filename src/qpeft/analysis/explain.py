@@ -286,6 +286,8 @@ def _score(value: RowLogProbs | None) -> float:
 
 
 def _ranks(query: Query, passages: Sequence[Passage], scores: Sequence[float]) -> dict[str, int]:
-    """Return passage id → rank from 1, by the rule of all rankings."""
+    """Return passage id → rank from 1; equal scores keep the order given, as in `Reranker.rank`."""
     ranking = Ranking.from_scores(query.id, [(p.id, score) for p, score in zip(passages, scores, strict=True)])
-    return {hit.passage_id: rank for rank, hit in enumerate(ranking.hits, start=1)}
+    found = {hit.passage_id: hit.score for hit in ranking.hits}
+    ordered = sorted((passage.id for passage in passages), key=lambda passage_id: -found[passage_id])
+    return {passage_id: rank for rank, passage_id in enumerate(ordered, start=1)}

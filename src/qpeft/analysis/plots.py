@@ -11,7 +11,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from qpeft.data.files import replacing
+from qpeft.errors import InputError
 from qpeft.evaluation.calibration import Labels, Values, reliability
 
 GAIN, LOSS = "#0072B2", "#D55E00"
@@ -137,8 +138,7 @@ def training_curves(
             grid(axes)
         rows[-1].set(xlabel="optimiser step", xlim=(0, 1.02 * last))
         rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", metadata={"Software": None})
+        save_png(figure, path)
 
 
 def reliability_diagram(probabilities: Values, relevant: Labels, path: Path) -> None:
@@ -176,8 +176,7 @@ def reliability_diagram(probabilities: Values, relevant: Labels, path: Path) -> 
         lower.legend(frameon=False, fontsize=8)
         for axes in (upper, lower):
             grid(axes)
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", metadata={"Software": None})
+        save_png(figure, path)
 
 
 def _reach(share: float, count: int) -> tuple[float, float]:
@@ -219,6 +218,19 @@ def grid(axes: Axes) -> None:
     """Draw faint lines at the values, behind what is drawn."""
     axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.8)
     axes.set_axisbelow(True)
+
+
+def save_png(figure: Figure, path: Path, dpi: float | Literal["figure"] = "figure") -> None:
+    """Write a figure, which appears whole or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with replacing(path) as temporary:
+        try:
+            figure.savefig(temporary, format="png", metadata={"Software": None}, dpi=dpi)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def svg(figure: Figure, name: str) -> str:

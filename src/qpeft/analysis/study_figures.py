@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 
 from qpeft.adapters._lora_targets import PROJECTIONS
 from qpeft.analysis.ablation import NONE
-from qpeft.analysis.plots import INK, SERIES, STYLE, grid, svg
+from qpeft.analysis.plots import INK, SERIES, STYLE, grid, save_png, svg
 from qpeft.analysis.study import Finding, Study
 from qpeft.analysis.study_intervals import Interval
-from qpeft.data.files import replacing, write_text
+from qpeft.data.files import write_text
 
 From = Literal["full", "none"]
 
@@ -47,8 +47,7 @@ def write_figures(study: Study, folder: Path) -> list[Drawn]:
         for name, title, figure in _figures(study):
             text = svg(figure, name)
             FigureCanvasAgg(figure)
-            with replacing(folder / f"{name}.png") as temporary:
-                figure.savefig(temporary, format="png", dpi=150, metadata={"Software": None})
+            save_png(figure, folder / f"{name}.png", dpi=150)
             with write_text(folder / f"{name}.svg") as file:
                 file.write(text)
             found.append(Drawn(name, title, text))

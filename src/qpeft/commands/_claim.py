@@ -16,7 +16,7 @@ def claimed(path: Path) -> Iterator[None]:
     """Keep other processes from a file or folder that is being made; a process that dies gives it up.
 
     Raises:
-        StateError: another process has it.
+        StateError: another process has it, or the folder cannot be written to.
     """
     file = path.with_name(f".{path.name}.lock")
     lock = FileLock(file)
@@ -24,6 +24,8 @@ def claimed(path: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise StateError(f"{path}: another process is working on it") from error
+    except OSError as error:
+        raise StateError(f"{path.parent} cannot be written to: {error.strerror}") from error
     try:
         yield
     finally:

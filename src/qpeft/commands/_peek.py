@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import yaml
 
@@ -12,13 +12,14 @@ from qpeft.errors import AdapterError
 
 
 def peek(arguments: Sequence[str], option: str, default: str) -> str:
-    """Return an option's value before its parser exists: from the flags, else the YAML file, else the default."""
-    value = _flag(arguments, option)
-    if value is None and (path := _flag(arguments, "config")) is not None:
+    """Return an option's value before its parser exists: from the flags, else the YAML files, else the default."""
+    values = list(_flags(arguments, option))
+    for path in [] if values else _flags(arguments, "config"):
         with contextlib.suppress(OSError, yaml.YAMLError), open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
-            value = content.get(option.replace("-", "_")) if isinstance(content, dict) else None
-    return str(value or default)
+            if isinstance(content, dict) and (name := option.replace("-", "_")) in content:
+                values.append(content[name])
+    return str((values and values[-1]) or default)
 
 
 def peek_method(arguments: Sequence[str]) -> str:
@@ -29,12 +30,10 @@ def peek_method(arguments: Sequence[str]) -> str:
     return methods.chosen(asked, None)
 
 
-def _flag(arguments: Sequence[str], option: str) -> str | None:
-    """Return an option's last value, which is the one that counts."""
-    value = None
+def _flags(arguments: Sequence[str], option: str) -> Iterator[str]:
+    """Yield the values that an option is given; the last counts."""
     for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
         if argument.startswith(f"--{option}="):
-            value = argument.split("=", 1)[1]
+            yield argument.split("=", 1)[1]
         elif argument == f"--{option}" and following is not None:
-            value = following
-    return value
+            yield following

@@ -21,7 +21,7 @@ from qpeft.data.records import read_json
 from qpeft.data.trec import read_run
 from qpeft.errors import InputError, OptionError, StateError
 from qpeft.model_config import ModelConfig
-from qpeft.provenance import file_fingerprint, fingerprint, provenance
+from qpeft.provenance import fingerprint, input_fingerprint, provenance
 from qpeft.types import Candidates, Qrels, Ranking, Run
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
@@ -111,7 +111,7 @@ def run_study(
             if name not in ("resume", "output")
         },
         "collection": {"name": collection.name, "split": config.split, "fingerprint": collection.fingerprint()},
-        "first_stage": {"tag": first.tag, "sha256": file_fingerprint(Path(config.run))},
+        "first_stage": {"tag": first.tag, "sha256": input_fingerprint(config.run)},
         "adapters": [
             {
                 "folder": each.folder,

@@ -41,7 +41,7 @@ from qpeft.evaluation.calibration import (
 from qpeft.evaluation.calibration_file import FILE, Calibration, ScoreOrigin, write_calibration
 from qpeft.evaluation.table_formats import text_table
 from qpeft.evaluation.tables import Cell, Table, interval, number
-from qpeft.provenance import file_fingerprint, provenance, provenance_path, write_provenance
+from qpeft.provenance import file_fingerprint, input_fingerprint, provenance, provenance_path, write_provenance
 
 BASE_RATE = "base rate"
 
@@ -98,21 +98,21 @@ def run(config: Config) -> None:
     validation = _validation(config, pairs, predicted, kept)
     calibration = Calibration(fitted, origin, config.centre, on, validation)
     print(_report(calibration, kept))
-    if config.plot is not None:
-        from qpeft.analysis.plots import reliability_diagram
-
-        reliability_diagram(chosen, pairs.relevant, Path(config.plot))
-        print(f"plot: {config.plot}", file=sys.stderr)
     write_calibration(calibration, output)
     if config.output is not None:
         options = dataclasses.asdict(config)
         write_provenance(output, provenance(command="calibrate", options=options, fitted_on=calibration.fitted_on))
     print(f"calibration: {output}", file=sys.stderr)
+    if config.plot is not None:
+        from qpeft.analysis.plots import reliability_diagram
+
+        reliability_diagram(chosen, pairs.relevant, Path(config.plot))
+        print(f"plot: {config.plot}", file=sys.stderr)
 
 
 def _provenance(run: str) -> dict[str, Any]:
     facts = read_run_provenance(run)
-    if facts is None and Path(run).is_file():
+    if facts is None and Path(run).exists():
         beside = provenance_path(Path(run))
         raise InputError(f"{beside} is missing: without it, nobody knows what the scores of {run} are of")
     return facts or {"options": {}}
@@ -166,7 +166,7 @@ def _fitted_on(
     return {
         "command": facts.get("command"),
         "collection": {"name": collection, "split": config.split, "fingerprint": fingerprint},
-        "run": file_fingerprint(Path(config.run)),
+        "run": input_fingerprint(config.run),
         "queries": pairs.queries,
         "queries_with_relevant": pairs.answerable,
         "pairs": len(pairs.scores),

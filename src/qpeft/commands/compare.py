@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from qpeft.commands._judgements import Labels, judgements, read_costs, read_runs
 from qpeft.commands.evaluate import DEFAULT_MEASURES
 from qpeft.evaluation.measures import evaluate
 from qpeft.evaluation.significance import Test, compare, compare_all_pairs
 from qpeft.evaluation.table_formats import Format, render
-from qpeft.provenance import file_fingerprint, provenance
+from qpeft.provenance import input_fingerprint, provenance
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def run(config: Config) -> None:
         provenance(
             collection={"name": collection.name, "split": config.split, "fingerprint": collection.fingerprint()},
             options=dataclasses.asdict(config),
-            runs={each.tag: file_fingerprint(Path(path)) for each, path in zip(runs, paths, strict=True)},
+            runs={each.tag: input_fingerprint(path) for each, path in zip(runs, paths, strict=True)},
         ),
         costs=costs,
         test=config.test,

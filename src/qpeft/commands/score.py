@@ -18,7 +18,7 @@ from qpeft.commands._peek import peek_method
 from qpeft.data.records import Record, parse_record
 from qpeft.errors import OptionError
 from qpeft.model_config import ModelConfig
-from qpeft.types import UNREADABLE, Candidates, Passage, Query
+from qpeft.types import Candidates, Passage, Query
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,6 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
         placed = {int(hit.passage_id): (rank, hit.score) for rank, hit in enumerate(ranking.by_position(), start=1)}
         for index, passage in enumerate(candidates.passages):
             rank, score = placed[index]
-            if passage.blank:
-                score = UNREADABLE
             line = {
                 "query": candidates.query.text, "index": index, "rank": rank, "score": score, "passage": passage.text,
             }  # fmt: skip

@@ -24,7 +24,7 @@ from qpeft.commands._training_data import find_dev_candidates, read_teacher, rea
 from qpeft.commands._unfinished import open_as_begun
 from qpeft.data.collection import open_collection
 from qpeft.data.records import read_json
-from qpeft.errors import OptionError, PassageCacheError, at_least, nearest
+from qpeft.errors import InputError, OptionError, PassageCacheError, at_least, nearest
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import file_fingerprint, provenance
 from qpeft.template import Prompt, Template, load_template
@@ -316,8 +316,8 @@ def _draw(fitted: Any, measure: str, output: Path) -> None:
 
     try:
         training_curves(fitted.history, measure, fitted.dev, output / "training.png")
-    except OSError as error:
-        say(f"  note: {output / 'training.png'} cannot be written: {error}")
+    except InputError as error:
+        say(f"  note: {error}")
 
 
 def _values(measured: Mapping[str, float | None]) -> str:

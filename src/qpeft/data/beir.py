@@ -50,7 +50,13 @@ class BeirCollection:
 
     def splits(self) -> list[str]:
         """Return the names of the qrels files, sorted."""
-        return sorted(path.stem for path in (self.folder / "qrels").glob("*.tsv"))
+        return sorted(self._qrels)
+
+    @cached_property
+    def _qrels(self) -> dict[str, Path]:
+        folder = self.folder / "qrels"
+        zipped = {path.name.removesuffix(".tsv.gz"): path for path in folder.glob("*.tsv.gz")}
+        return zipped | {path.stem: path for path in folder.glob("*.tsv")}
 
     def queries(self, split: str) -> dict[str, Query]:
         """Return the queries that a split judges, in the order of `queries.jsonl`; all of them where nothing is judged.
@@ -70,7 +76,7 @@ class BeirCollection:
         """
         if split not in self.splits():
             raise unknown_split(self.name, split, self.splits())
-        path = self.folder / "qrels" / f"{split}.tsv"
+        path = self._qrels[split]
         qrels = read_qrels(path)
         unknown = qrels.keys() - self._all_queries.keys()
         if unknown:
@@ -81,7 +87,7 @@ class BeirCollection:
     def fingerprint(self) -> str:
         """Return a SHA-256 over queries and qrels, and the size and both ends (1 MiB each) of the corpus."""
         digest = hashlib.sha256()
-        for path in (self._queries, *sorted((self.folder / "qrels").glob("*.tsv"))):
+        for path in (self._queries, *sorted(self._qrels.values())):
             content = path.read_bytes()
             digest.update(f"{path.name} {len(content)}\n".encode() + content)
         digest.update(_ends(self._corpus))

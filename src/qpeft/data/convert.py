@@ -41,7 +41,7 @@ def convert(
         target: the folder to make.
         format: one of `FORMATS`.
         split: name of the qrels; `train` for training formats and `test` for others by default. A collection keeps
-            its own splits, or only this one.
+            its own splits, or only this one, and the queries that they judge.
         evidence: DPR's evidence TSV, for retrieved lists without texts.
 
     Raises:
@@ -97,9 +97,12 @@ def _mean(total: int, count: int) -> float:
 
 def _from_collection(source: str, split: str | None, evidence: StrPath | None) -> Contents:
     collection = open_collection(source)
-    splits = collection.splits() if split is None else [split]
+    known = collection.splits()
+    # Where nothing is judged, any split has all queries.
+    splits = [split] if split is not None else known or ["test"]
     queries = {query.id: query for name in splits for query in collection.queries(name).values()}
-    return Contents(collection.passages.values(), queries.values(), {name: collection.qrels(name) for name in splits})
+    qrels = {name: collection.qrels(name) for name in splits if name in known}
+    return Contents(collection.passages.values(), queries.values(), qrels)
 
 
 def _from_squad(source: str, split: str | None, evidence: StrPath | None) -> Contents:

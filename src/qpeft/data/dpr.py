@@ -80,6 +80,7 @@ def read_evidence(path: StrPath) -> Iterator[Passage]:
         InputError: the file cannot be opened.
         FormatError: a column is missing or too much, or the quoting is broken.
     """
+    csv.field_size_limit(1 << 30)  # by default a text of 128 KiB is taken for a quote that is not closed
     with open_text(path) as file:
         rows = csv.reader(file, delimiter="\t", strict=True)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import final
@@ -47,6 +48,8 @@ class Pointwise(Reranker):
         for item in items:
             scored = [(passage.id, next(scores)) for passage in item.passages]
             ranking = Ranking.from_scores(item.query.id, floor_unreadable(item.query.id, scored))
+            if unreadable := frozenset(passage_id for passage_id, score in scored if score == -math.inf):
+                ranking = dataclasses.replace(ranking, unreadable=unreadable)
             self.counts.constant_queries += ranking.constant
             yield ranking
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, final
 
@@ -135,6 +135,7 @@ class Cascade(Reranker):
         self.counts.pairs += sum(len(item.passages) for item in items)
         below: list[list[str]] = [[] for _ in items]
         constant = [False] * len(items)
+        unreadable: list[frozenset[str]] = [frozenset()] * len(items)
         for step in self._steps:
             many = [i for i, item in enumerate(items) if len(item.passages) > step.survivors]
             for i, ranking in zip(many, step.rank([items[i] for i in many]), strict=True):
@@ -142,10 +143,12 @@ class Cascade(Reranker):
                 below[i] = dropped + below[i]
                 items[i] = _without(items[i], set(dropped))
                 constant[i] |= ranking.constant
+                unreadable[i] |= ranking.unreadable.intersection(dropped)
         for i, ranking in enumerate(self._full.rerank(items)):
             self.counts.constant_queries += constant[i] or ranking.constant
             self._count()
-            yield ranking.followed_by(below[i])
+            unreadable[i] |= ranking.unreadable
+            yield replace(ranking.followed_by(below[i]), unreadable=unreadable[i])
 
     def _count(self) -> None:
         scorers = [step.reranker for step in self._steps if step.reranker is not None]

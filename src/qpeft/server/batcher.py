@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -188,10 +189,8 @@ class Batcher:
                 left = oldest + self._max_wait - asyncio.get_running_loop().time()
                 if left <= 0:
                     return
-            try:
+            with suppress(TimeoutError):  # by then, who waited may have left
                 await asyncio.wait_for(self._changed.wait(), left)
-            except TimeoutError:
-                return
 
     def _take(self) -> list[Chunk]:
         """Take a batch from the queue, a chunk of each job in turn."""

@@ -6,7 +6,17 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Json, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Json,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from qpeft.server.ranking import Ask, Search
@@ -29,7 +39,11 @@ Text = Annotated[str, BeforeValidator(_whole)]
 Model = Annotated[Text | None, Field(description="BASE:ADAPTER, or BASE or nothing for the model alone.")]
 QueryText = Annotated[Text, Field(min_length=1, description="Never cut.")]
 TopN = Annotated[int | None, Field(ge=0, description="Return the best so many; 0 or nothing: all.")]
-MaxTokensPerDoc = Annotated[int | None, Field(ge=1, description="Cut documents to so many tokens.")]
+MaxTokensPerDoc = Annotated[
+    int | None,
+    Field(ge=0, description="Cut documents to so many tokens; 0 or nothing: to what fits."),
+    AfterValidator(lambda value: value or None),
+]
 Off = BeforeValidator(_unless_null(False))
 On = BeforeValidator(_unless_null(True))
 RawScores = Annotated[bool, Off, Field(description="Nats per query token instead of a score in [0, 1].")]
