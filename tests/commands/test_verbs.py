@@ -1,9 +1,11 @@
+import hashlib
 import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import yaml
@@ -200,6 +202,19 @@ def test_compare_writes_a_report(toy, toy_run, rerank_arguments, tmp_path, capsy
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert main([*arguments, "--all-pairs", "--format", "json"]) == 0
     assert "Holm" in capsys.readouterr().out
+
+
+def test_a_report_on_a_run_that_can_be_read_once(toy, toy_run, rerank_arguments, tmp_path, capsys):
+    reranked, pipe, report = tmp_path / "ql.trec", tmp_path / "pipe", tmp_path / "report.html"
+    assert main(rerank_arguments(reranked)) == 0
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(reranked.read_bytes()))
+    writer.start()
+    runs = ["--baseline", str(toy_run), "--run", str(pipe)]
+    assert main(["compare", "--collection", str(toy), *runs, "--html", str(report)]) == 0
+    writer.join()
+    assert hashlib.sha256().hexdigest() not in report.read_text(), "the fingerprint of nothing"
+    assert hashlib.sha256(toy_run.read_bytes()).hexdigest() in report.read_text()
 
 
 def test_data_info_and_convert(tmp_path, capsys):
