@@ -1,14 +1,18 @@
 """Architectures whose attention, positions or memory are unlike what saves work elsewhere: scored right, or refused."""
 
 import pytest
+import torch
 
-from qpeft.errors import ModelError, PassageCacheError
+from qpeft.agreement import agree
+from qpeft.errors import ModelError, OptionError, PassageCacheError
 from qpeft.loading import _name_of_contexts, load_lm
 from qpeft.model_config import ModelConfig
 from qpeft.template import Prompt, load_template
 from qpeft.types import Passage
-from reference import naive_log_probs
+from reference import naive_hinted_log_probs, naive_hints, naive_log_probs
 from test_lm import QUERY, assert_close, rows_for
+from tiny_adapters import build
+from tiny_adapters import rows_for as rows_of
 from tiny_models import GATED, SMALL, VOCABULARY, build_family, wordpiece_tokenizer
 
 LATENT = {
@@ -39,6 +43,23 @@ NOT_KEEPING = {
     "gemma3n_text": {**SHARING, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4},  # layers share keys
     "gemma4_text": {**SHARING, "global_head_dim": 16},  # heads of two sizes
     "lfm2": {**GATED, "layer_types": ["conv", "full_attention"]},
+    # count positions by themselves, whatever they are given
+    "roformer": {
+        **SMALL,
+        "intermediate_size": 48,
+        "embedding_size": 32,
+        "max_position_embeddings": 128,
+        "is_decoder": True,
+    },
+    "bart": {
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 48,
+        "encoder_layers": 2,  # must be as many
+        "max_position_embeddings": 128,
+    },
 }
 
 
@@ -68,6 +89,49 @@ def test_scores_are_the_naive_reference_s(name, tmp_path):
         kept = opened(folder, passage_cache=0.1)
         assert_close(kept.log_probs(rows), expected)
         assert kept.store.hits + kept.store.misses > 0
+
+
+@pytest.mark.parametrize("name", [*KEEPING, *NOT_KEEPING])
+def test_states_are_read_where_they_are_kept(name, tmp_path):
+    lm = opened(save(name, tmp_path))
+    if name in NOT_KEEPING:
+        with pytest.raises(OptionError, match=r"goes on from encoded passages, which .* cannot"):
+            build("qpeft_c", lm)
+        return
+    for layer in (-1, 1):
+        adapter = build("qpeft_c", lm, trained=True, layer=layer)
+        rows = rows_of(lm, adapter, "qpeft")
+        for row, found in zip(rows, lm.log_probs(rows, adapters=adapter), strict=True):
+            expected = naive_hinted_log_probs(lm.model, row, naive_hints(lm.model, adapter, row))
+            assert found.target.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_last_states_may_be_of_another_size(tmp_path):
+    lm = opened(save("opt", tmp_path, word_embed_proj_dim=16))
+    adapter = build("lora", lm, modules="q_proj,v_proj")
+    adapter.add_head(lm)
+    prompt = Prompt(load_template("rankllama"), lm.tokenizer, lm.max_length)
+    (row,) = prompt.rows(QUERY, Passage("p", "the sky is blue"))
+    (found,) = lm.read([row], adapter.head, adapters=adapter)
+    with torch.no_grad():
+        state = lm.model.base_model(input_ids=torch.tensor([row.context])).last_hidden_state[0, -1]
+        torch.testing.assert_close(found, adapter.head.module(state), atol=1e-5, rtol=0)
+    adapter = build("qpeft_c", lm, trained=True)
+    rows = rows_of(lm, adapter, "qpeft")
+    for row, found in zip(rows, lm.log_probs(rows, adapters=adapter), strict=True):
+        expected = naive_hinted_log_probs(lm.model, row, naive_hints(lm.model, adapter, row))
+        assert found.target.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("level", [0, -100])
+def test_what_all_logits_have_in_common_is_no_agreement(dtype, level):
+    torch.manual_seed(0)
+    said, other = torch.randn(2, 3, 320) * 2, torch.randn(2, 3, 320) * 2
+    logits = (said + level).to(dtype)
+    assert agree(logits, logits.clone())
+    assert agree(logits, (said * (1 + torch.finfo(dtype).eps) + level).to(dtype))
+    assert not agree(logits, (other + level).to(dtype))
 
 
 @pytest.mark.parametrize(("name", "spared"), [("gpt_neo", False), ("falcon", True), ("deepseek_v2", True)])

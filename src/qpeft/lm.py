@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qpeft.compiled import Compiled
-from qpeft.context_store import ContextStore, Encoded, keeps_all
+from qpeft.context_store import ContextStore, Encoded
 from qpeft.depth import Layers, find_layers
 from qpeft.encoding import AHEAD, ContextEncoder
 from qpeft.errors import ModelError, OptionError, PassageCacheError
@@ -52,8 +52,7 @@ class CausalLM(ContextEncoder):
         compiled: the parts of its layers that were compiled.
 
     Raises:
-        PassageCacheError: a store was given, but what the model remembers of a context is more than keys and values of
-            one shape in every layer (Mamba).
+        PassageCacheError: a store was given, but the model cannot go on from kept contexts; see `goes_on`.
     """
 
     has_encoder = False
@@ -86,8 +85,21 @@ class CausalLM(ContextEncoder):
             self._last = last if self.attention_kernel not in KERNELS or last.works(model) else None
         self._contexts = Past(model)
         self._applied: HintWriter | None = None
-        if store is not None and not keeps_all(model):
-            raise PassageCacheError(f"{name}: the passage cache is for models whose layers are all attention")
+        if store is not None and not self.goes_on:
+            why = "whose layers are all attention and take the positions that they are given"
+            raise PassageCacheError(f"{name}: the passage cache is for models {why}")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the model can go on from contexts that were encoded before: not if it remembers more (Mamba)."""
+        return self._contexts.goes_on
+
+    @torch.no_grad()
+    def width(self, layer: int) -> int:
+        """Return the size of the states after so many layers; that of the last may be another (OPT-350m)."""
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        states = self.model.base_model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+        return int(states[layer].shape[-1])
 
     @property
     def embeddings(self) -> Any:
@@ -358,7 +370,7 @@ class CausalLM(ContextEncoder):
         return {"inputs_embeds": embedded.masked_scatter(where[..., None], slots.vectors.to(embedded.dtype))}
 
     def _past(self, layout: Layout, encoded: Sequence[Encoded] | None, starts: Sequence[int]) -> dict[str, Any]:
-        """Return mask and positions, and the contexts' keys and values, left-padded so that they end together."""
+        """Return mask and positions, and the contexts' keys and values."""
         mask = layout.mask.long()
         if encoded is None and self.padding_side == "right":  # what stands behind a row's tokens is not seen by them
             return {"position_ids": self._positions(mask.shape[1], int(mask.sum(1).max())), "use_cache": False}
@@ -369,18 +381,8 @@ class CausalLM(ContextEncoder):
                 "position_ids": positions.to(self.device),
                 "use_cache": False,
             }
-        past = max(starts)
-        before = torch.zeros(len(encoded), past, dtype=torch.long)
-        for i, length in enumerate(starts):
-            before[i, past - length :] = 1
-        whole = torch.cat([before, mask], 1)
         contexts = [each.cache[..., :length, :] for each, length in zip(encoded, starts, strict=True)]
-        return {
-            "attention_mask": whole.to(self.device),
-            "position_ids": (whole.cumsum(1) - 1).clamp(min=0)[:, past:].to(self.device),
-            "past_key_values": self._contexts.cache(contexts, mask.shape[1]),
-            "use_cache": True,
-        }
+        return self._contexts.inputs(contexts, mask)
 
 
 def _hint_is_after(row: Row) -> bool:

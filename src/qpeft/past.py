@@ -5,6 +5,7 @@ Shapes: `B` rows, `T` positions of a context, `H` heads, `h` head size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,11 @@ from transformers.cache_utils import DynamicLayer
 
 from qpeft import cpu_attention
 from qpeft.agreement import agree
+from qpeft.context_store import keeps_all
 from qpeft.cpu_attention import Contexts
+
+TRIED = (((3, 4, 5, 6, 7), (8, 9)), ((10, 11), (12, 13)))
+"""Contexts of unlike lengths, and what follows them."""
 
 
 class Past:
@@ -28,6 +33,55 @@ class Past:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._hands_on: bool | None = None
+
+    @functools.cached_property
+    def goes_on(self) -> bool:
+        """Whether the model goes on from contexts of unlike lengths as if it had just read them; tried once.
+
+        One that remembers more than keys and values does not, nor one that counts positions by itself.
+        """
+        return keeps_all(self._model) and self._goes_on()
+
+    @torch.no_grad()
+    def _goes_on(self) -> bool:
+        device, size = self._model.device, self._model.config.get_text_config().vocab_size
+        rows = [[torch.tensor([part], device=device) % size for part in row] for row in TRIED]
+        whole, contexts = [], []
+        for before, after in rows:
+            ids = torch.cat([before, after], 1)
+            positions = torch.arange(ids.shape[1], device=device)[None]
+            logits = self._model(input_ids=ids, position_ids=positions, use_cache=False).logits
+            if logits.dim() != 3:  # a classifier, which reads rows whole
+                return True
+            whole.append(logits[:, -after.shape[1] :])
+            cache: Any = DynamicCache()
+            positions = positions[:, : before.shape[1]]
+            self._model(input_ids=before, position_ids=positions, past_key_values=cache, use_cache=True)
+            contexts.append(torch.stack([torch.cat([layer.keys, layer.values]) for layer in cache.layers]))
+        following = torch.cat([after for _, after in rows])
+        found = self._model(input_ids=following, **self.inputs(contexts, torch.ones_like(following))).logits
+        return agree(torch.cat(whole), found)
+
+    def inputs(self, contexts: Sequence[Tensor], mask: Tensor) -> dict[str, Any]:
+        """Return what a forward pass takes beside the tokens that follow contexts.
+
+        Args:
+            contexts: of each row, `[layers, 2, H, T, h]`.
+            mask: `[B, S]`, 1 where a token follows; shorter rows are padded on the right.
+        """
+        lengths = [context.shape[3] for context in contexts]
+        past = max(lengths)
+        before = mask.new_zeros(len(contexts), past)
+        for i, length in enumerate(lengths):
+            before[i, past - length :] = 1
+        whole = torch.cat([before, mask], 1)
+        device = self._model.device
+        return {
+            "attention_mask": whole.to(device),
+            "position_ids": (whole.cumsum(1) - 1).clamp(min=0)[:, past:].to(device),
+            "past_key_values": self.cache(contexts, mask.shape[1]),
+            "use_cache": True,
+        }
 
     @property
     def apart(self) -> bool:

@@ -75,7 +75,7 @@ class LoraAdapter(Adapter):
     def add_head(self, lm: CausalLM) -> None:
         """Let a head on the last token be trained too; it starts as the model's own, or as in transformers."""
         settings = lm.model.config.get_text_config()
-        module = nn.Linear(settings.hidden_size, 1, bias=False, device=lm.device)
+        module = nn.Linear(lm.width(-1), 1, bias=False, device=lm.device)
         with torch.no_grad():
             if lm.head is None:
                 module.weight.normal_(std=getattr(settings, "initializer_range", 0.02))

@@ -43,7 +43,7 @@ class QPeftA(PromptAdapter):
                 config.attn_sharpness,
                 config.attn_dropout,
                 self.scale,
-                context=0 if reads_layer is None else lm.model.config.get_text_config().hidden_size,
+                context=0 if reads_layer is None else lm.width(reads_layer),
             )
         self.network = HintNetwork(self.width, config.mlp_hidden, config.mlp_layers, config.mlp_init, self.scale)
         self.soft = beside_a_hint(config.soft_length, lm)

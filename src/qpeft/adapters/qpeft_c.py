@@ -37,7 +37,7 @@ def build(config: Config, lm: CausalLM) -> Adapter:
     """Return an untrained module for a model.
 
     Raises:
-        OptionError: options out of range.
+        OptionError: options out of range, or a model that remembers more of a passage than is kept of it.
     """
     layers = lm.model.config.get_text_config().num_hidden_layers
     layer = config.layer + layers + 1 if config.layer < 0 else config.layer
@@ -45,6 +45,8 @@ def build(config: Config, lm: CausalLM) -> Adapter:
         raise OptionError(f"--layer is {config.layer}; the model has {layers} layers")
     if config.attn_init != "cosine":
         raise OptionError("--attn-init of qpeft_c is cosine")
+    if not lm.goes_on:
+        raise OptionError(f"qpeft_c goes on from encoded passages, which {lm.name} cannot: it remembers more of them")
     from qpeft.adapters._qpeft_a import QPeftA  # torch, only when there is work
 
     return QPeftA(config, lm, reads_layer=layer)
