@@ -14,7 +14,7 @@ ROOT = Path(qpeft.__file__).parent
 LAYERS = [
     {"errors"},
     {"types", "registry", "agreement"},
-    {"provenance", "model_config", "kept_tokens"},
+    {"provenance", "model_config", "kept_tokens", "plain_text"},
     {"cpu_attention", "memory"},
     {"template", "hints", "context_store", "depth", "losses", "read_out", "side_by_side"},
     {"compiled", "layout", "flops", "last_layer", "past", "replay", "waiting", "model_checks"},

@@ -255,3 +255,23 @@ def test_which_token_a_decoder_begins_with(t5):
     model.config.bos_token_id = None
     with pytest.raises(ModelError, match="which token the decoder begins with"):
         EncoderDecoderLM(model, t5.tokenizer, name="t5", max_length=64, batch_tokens=64)._start  # noqa: B018
+
+
+def test_words_without_an_embedding_are_refused(saved_model, tmp_path):
+    """Special tokens may be more: no text has them."""
+    folder = shutil.copytree(saved_model, tmp_path / "model")
+    config = ModelConfig(str(folder), dtype="float32")
+    lm = load_lm(config)
+    known = lm.embeddings.num_embeddings
+    for special in (True, False):
+        tokenizer = copy.deepcopy(lm.tokenizer)
+        tokenizer.add_tokens([f"<filler{i}>" for i in range(known - len(tokenizer))])
+        tokenizer.add_tokens(["<more>"], special_tokens=special)
+        assert len(tokenizer) == known + 1
+        tokenizer.save_pretrained(folder)
+        if special:
+            reranker = query_likelihood.build(query_likelihood.Config(), load_lm(config))
+            assert reranker.predict(("why", "the <more> sky")) < 0
+        else:
+            with pytest.raises(ModelError, match=f"makes '<more>' token {known}: its embeddings were not resized"):
+                load_lm(config)

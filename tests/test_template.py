@@ -38,6 +38,27 @@ def test_spaces_stand_where_each_tokenizer_puts_them(tokenizers):
     assert not any(special & set(pieces[1:]) for pieces in texts.values()), "nothing special within"
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_special_tokens_are_words_in_texts_and_meant_in_templates(tokenizer, ahead):
+    names = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    end = tokenizer.eos_token
+    prompt = Prompt(Template("end", 1, f"{{passage}}{end}", "{query}"), tokenizer, 512)
+    passage, query = Passage("p", f"the {' '.join(names)} sky", end), Query("q", f"why {end} is")
+    if ahead:
+        prompt.read_ahead([passage])
+    (row,) = prompt.rows(query, passage)
+    begin, stop = row.passage
+    inside = {*row.context[begin:stop], *row.query, *row.target}
+    assert not inside & {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    assert row.context[stop:] == (tokenizer.eos_token_id,)
+    if tokenizer.unk_token_id is None:
+        assert end in tokenizer.decode(row.query)
+    assert not tokenizer._tokenizer.encode_special_tokens, "threads share it"
+    again = Prompt(Template("end", 1, f"{{passage}}{end}", "{query}"), tokenizer, 512)
+    assert again.rows(QUERY, PASSAGE) == prompt.rows(QUERY, PASSAGE)
+    assert tokenizer(end, add_special_tokens=False)["input_ids"] == [tokenizer.eos_token_id]
+
+
 def test_a_blank_between_context_and_target_is_not_lost(tokenizers):
     template = Template("blank", 1, "Text: {passage} {hint} ", "{query}")
     for name, first in (("bytes", "Ġwhy"), ("metaspace", "▁why"), ("wordpiece", "why")):

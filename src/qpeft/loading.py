@@ -98,6 +98,7 @@ def _open(path: str, config: ModelConfig, options: dict[str, Any], dtype: torch.
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(_explain(config, error)) from error
     model, info = opened
+    _check_vocabulary(tokenizer, model, config.model)
     if info["missing_keys"]:
         raise ModelError(f"model {config.model!r} is no language model: {min(info['missing_keys'])} has no weights")
     return settings, tokenizer, model, info
@@ -134,6 +135,17 @@ def _tokenizer(path: str, options: dict[str, Any]) -> Any:
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise OSError("it has no tokenizer, or an empty one: tokenizer.json or its like is missing")
     return tokenizer
+
+
+def _check_vocabulary(tokenizer: Any, model: Any, name: str) -> None:
+    """Refuse a tokenizer whose words are more than the model's; special tokens are in no text, and may be more."""
+    known = model.get_input_embeddings().weight.shape[0]
+    for token_id, token in sorted(tokenizer.added_tokens_decoder.items()):
+        if token_id >= known and not token.special:
+            raise ModelError(
+                f"model {name!r} has {known:,} token embeddings, but its tokenizer makes {token.content!r} token "
+                f"{token_id:,}: its embeddings were not resized"
+            )
 
 
 def _class(settings: Any) -> Any:

@@ -32,6 +32,7 @@ import yaml
 
 from qpeft.errors import FormatError, InputError, OptionError, QueryError, nearest
 from qpeft.kept_tokens import KeptTokens
+from qpeft.plain_text import PlainText
 from qpeft.types import Passage, Query
 
 QuestionMark = Literal["keep", "add", "strip"]
@@ -221,7 +222,7 @@ class Prompt:
             raise OptionError(f"template {template.name!r} has no place for a hint: {{hint}} is missing in its context")
         self.template = template
         self.max_length = max_length
-        self._tokenizer = tokenizer
+        self._tokenizer, self._plain = tokenizer, PlainText(tokenizer)
         self._separate = separate_target
         self.max_passage_tokens = max_passage_tokens
         self._hint_length = hint_length
@@ -301,9 +302,7 @@ class Prompt:
         lead = self._lead(self._spaced_passage)
 
         def tokenize(texts: list[str]) -> list[list[int]]:
-            found = self._tokenizer([lead + text for text in texts], add_special_tokens=False, verbose=False)
-            ids: list[list[int]] = found["input_ids"]
-            return ids
+            return self._plain([lead + text for text in texts])
 
         self._kept.read_ahead(map(self.template.passage_text, passages), self._spaced_passage, tokenize)
 
@@ -315,11 +314,11 @@ class Prompt:
         text = self.template.passage_text(passage)
         if not text:
             return ()
-        return self._kept.get(text, self._spaced_passage, lambda: self._ids(text, space=self._spaced_passage))
+        return self._kept.get(text, self._spaced_passage, lambda: self._plain_ids(text, space=self._spaced_passage))
 
     def _tokenize_target(self, query: Query) -> tuple[tuple[int, ...], tuple[bool, ...], tuple[int, ...]]:
         """Return the ids after the context, which of them are scored, and those of the query alone."""
-        ids = self._ids(self.template.query_text(query), space=self._spaced_query)
+        ids = self._plain_ids(self.template.query_text(query), space=self._spaced_query)
         if not ids:
             raise QueryError(f"query {query.id!r} has no tokens: {query.text!r}")
         if not self.template.target:
@@ -381,6 +380,9 @@ class Prompt:
 
     def _lead(self, space: bool) -> str:
         return " " if space and not self._adds_space else ""
+
+    def _plain_ids(self, text: str, *, space: bool) -> list[int]:
+        return self._plain([self._lead(space) + text])[0]
 
     def _ids(self, text: str, *, space: bool) -> list[int]:
         return list(self._tokenizer(self._lead(space) + text, add_special_tokens=False, verbose=False)["input_ids"])
