@@ -29,10 +29,13 @@ def naive_hinted_log_probs(model, row, vectors):
     exact = copy.deepcopy(model).double()
     exact.config._experts_implementation = "eager"
     place = len(row.context) if row.hint is None else row.hint
-    before, after = row.context[:place], row.context[place:] + row.target
-    embed = exact.get_input_embeddings()
-    pieces = [embed(torch.tensor(ids, dtype=torch.long)) for ids in (before, after)]
-    logits = exact(inputs_embeds=torch.cat([pieces[0], vectors.double(), pieces[1]])[None]).logits[0]
+    ids = (*row.context[:place], *[0] * len(vectors), *row.context[place:], *row.target)
+
+    def write(module, given, embedded):
+        return torch.cat([embedded[:, :place], vectors.double()[None], embedded[:, place + len(vectors) :]], 1)
+
+    exact.get_input_embeddings().register_forward_hook(write)
+    logits = exact(input_ids=torch.tensor([ids])).logits[0]
     start = len(row.context) + len(vectors)
     return [
         float(torch.log_softmax(logits[start + k - 1], 0)[token])

@@ -17,7 +17,7 @@ LAYERS = [
     {"provenance", "model_config", "kept_tokens", "plain_text"},
     {"cpu_attention", "memory"},
     {"template", "hints", "context_store", "depth", "losses", "read_out", "side_by_side"},
-    {"compiled", "layout", "flops", "last_layer", "past", "replay", "waiting", "model_checks"},
+    {"compiled", "layout", "flops", "last_layer", "past", "per_layer", "replay", "waiting", "model_checks"},
     {"data"},
     {"retrieval"},
     {"evaluation", "tuning"},

@@ -106,6 +106,26 @@ def test_states_are_read_where_they_are_kept(name, tmp_path):
             assert found.target.tolist() == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["gemma3n_text", "gemma4_text"])
+def test_models_that_look_tokens_up_in_every_layer_know_them_beside_a_hint(name, tmp_path):
+    lm = opened(save(name, tmp_path))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in lm.model.parameters():
+            if not parameter.any():  # which would leave these states out
+                parameter.normal_(std=0.5)
+    adapter = build("soft_prompt", lm, trained=True)
+    rows = rows_of(lm, adapter, "qpeft")[:4]
+    alone = lm.log_probs(rows)
+    mixed = lm.log_probs(rows, adapters=[None, adapter, None, adapter])
+    for place in (0, 2):
+        torch.testing.assert_close(mixed[place].target, alone[place].target, atol=1e-4, rtol=0)
+    for place in (1, 3):
+        expected = naive_hinted_log_probs(lm.model, rows[place], naive_hints(lm.model, adapter, rows[place]))
+        assert mixed[place].target.tolist() == pytest.approx(expected, abs=1e-4)
+        assert (mixed[place].target - alone[place].target).abs().max() > 1e-3
+
+
 def test_the_last_states_may_be_of_another_size(tmp_path):
     lm = opened(save("opt", tmp_path, word_embed_proj_dim=16))
     adapter = build("lora", lm, modules="q_proj,v_proj")

@@ -27,6 +27,7 @@ from qpeft.hints import HintWriter, Pairs, Slots, changing, common_layer, groupe
 from qpeft.last_layer import KERNELS, LastLayer
 from qpeft.layout import Batch, Layout, PaddingSide, cached, few_sizes, lay_out
 from qpeft.past import Past
+from qpeft.per_layer import per_layer_inputs
 from qpeft.pretrained import RowLogProbs, T, pad_ids, token_log_probs
 from qpeft.read_out import Head, ReadOut
 from qpeft.template import Row
@@ -367,7 +368,8 @@ class CausalLM(ContextEncoder):
             return {"input_ids": ids}
         embedded = self.embeddings(ids)
         where = layout.slots.to(self.device)
-        return {"inputs_embeds": embedded.masked_scatter(where[..., None], slots.vectors.to(embedded.dtype))}
+        written = embedded.masked_scatter(where[..., None], slots.vectors.to(embedded.dtype))
+        return {"inputs_embeds": written, **per_layer_inputs(self.model, ids)}
 
     def _past(self, layout: Layout, encoded: Sequence[Encoded] | None, starts: Sequence[int]) -> dict[str, Any]:
         """Return mask and positions, and the contexts' keys and values."""
