@@ -18,7 +18,8 @@ def agree(one: Tensor, other: Tensor) -> bool:
     may be far above what tells them apart. A single rounding of the values as they are is no difference.
     """
     eps = torch.finfo(one.dtype).eps
-    exact = one.double() if one.device.type == "cpu" else one.float()
+    kind = torch.float64 if one.device.type == "cpu" else torch.float32
+    exact, tried = one.to(kind), other.to(kind)
     centred = exact - exact.mean(-1, keepdim=True)
-    difference = centred - (other.to(exact.dtype) - other.to(exact.dtype).mean(-1, keepdim=True))
+    difference = centred - (tried - tried.mean(-1, keepdim=True))
     return bool(difference.norm() <= max(LEAST, ROUNDINGS * eps) * centred.norm() + eps * exact.norm())
