@@ -5,8 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import MambaConfig, MambaForCausalLM
 
+from qpeft import context_store
 from qpeft.context_store import ContextStore, Encoded, Packed
 from qpeft.errors import InputError, ModelError
 from qpeft.lm import CausalLM
@@ -163,6 +165,23 @@ def test_what_does_not_fit_goes_to_disk_and_comes_back(make_lm, tmp_path):
         damaged = with_store(lm, 0, tmp_path)
         assert_same(damaged.log_probs(rows), references, exactly=True)
         assert damaged.store.misses == misses
+
+
+def test_two_may_write_the_same_at_once(make_lm, tmp_path, monkeypatch):
+    """In containers that share a folder, processes may have one number."""
+    lm = make_lm("llama")
+    row = rows_for(lm, queries=[QUERY])[0]
+    one, other = (with_store(lm, 0, tmp_path) for _ in range(2))
+
+    def save(tensors, path):
+        save_file(tensors, path)
+        monkeypatch.setattr(context_store, "save_file", save_file)
+        other.log_probs([row])  # between the other's writing and its moving into place
+
+    monkeypatch.setattr(context_store, "save_file", save)
+    assert_same(one.log_probs([row]), with_store(lm).log_probs([row]), exactly=True)
+    (path,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert path.suffix == ".safetensors"
 
 
 def test_a_folder_that_is_full(make_lm, tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -70,6 +71,26 @@ def test_the_quickest_is_kept_only_if_it_beats_the_default(config, monkeypatch, 
     _tune.tune(config, lambda lm: [None] * 4)
     assert read_tuning(key).attention_kernel == "eager"
     assert json.loads(tuning_file().read_text())[key]["passages_per_second"] == pytest.approx(4 / 0.5)
+
+
+def test_what_cannot_be_opened_is_passed_over(config, monkeypatch):
+    """Two models may not fit into memory, nor one in another number type."""
+    opened = []
+
+    def load(model):
+        assert timer is None or timer._lm is None, "the one before is gone"
+        if model.dtype == "bfloat16":
+            raise torch.OutOfMemoryError("no room")
+        opened.append(model.dtype)
+        return load_lm(model)
+
+    timer = None
+    monkeypatch.setattr(_tune, "load_lm", load)
+    timer = _tune._Timer(dataclasses.replace(config, dtype="float32"), lambda lm: [])
+    default = timer.default()
+    assert timer.seconds(dataclasses.replace(default, dtype="bfloat16"), 1) is None
+    assert timer.seconds(default, 1) is not None
+    assert opened == ["float32", "float32"]
 
 
 def test_the_command_measures_real_settings(config, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -60,7 +61,7 @@ def write_provenance(output: Path, facts: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
     """Write facts to a file, which is whole or absent."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 

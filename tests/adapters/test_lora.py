@@ -6,7 +6,13 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from qpeft.adapters import lora
 from qpeft.adapters._folder import load_adapter, read_config, save_adapter
@@ -19,6 +25,7 @@ from qpeft.template import Prompt, Template, load_template
 from reference import naive_hinted_log_probs, naive_hints, naive_log_probs
 from tiny_adapters import PASSAGES, QUERIES, build, rows_for, with_store
 from tiny_models import FAMILIES, SPECIAL, build_family, wordpiece_tokenizer
+from tiny_models import GATED as SMALL_GATED
 
 ATTENTION = {
     "bert": {"query", "key", "value", "dense"},
@@ -373,6 +380,22 @@ def test_architectures_and_experts(make_lm):
     with pytest.raises(OptionError, match="experts are changed; or take --modules attention"):
         lora.build(lora.Config(dropout=0.1), make_lm("mixtral"))
     lora.build(lora.Config(dropout=0.1, modules="attention"), make_lm("mixtral"))
+
+
+@pytest.mark.parametrize("modules", ["all", "attention", "mlp", "q_proj,v_proj"])
+def test_of_a_model_that_also_sees_the_text_decoder_is_trained(modules):
+    text = {**SMALL_GATED, "head_dim": 8, "sliding_window": 12, "query_pre_attn_scalar": 8, **SPECIAL}
+    seen = {
+        "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=seen, mm_tokens_per_image=1))
+    lm = CausalLM(model.eval(), wordpiece_tokenizer(), name="gemma3", max_length=128, batch_tokens=4096)
+    adapter = trained(lm, modules=modules)
+    lm.score(rows_for(lm, adapter, "plain"), [adapter] * len(rows_for(lm, adapter, "plain")))[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+    assert {place.layer for place in adapter.places()} == {0, 1}
+    assert sum(adapter.places().values()) == adapter.count_parameters()
 
 
 def test_without_peft(make_lm, monkeypatch):

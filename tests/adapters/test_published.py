@@ -131,6 +131,26 @@ def test_what_is_refused(published, make_lm):
         load_adapter(folder, lm)
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_a_start_that_changes_the_base_model_is_refused(published, start):
+    lm, folder, _ = published
+    before = {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
+    described = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(described | {"init_lora_weights": start}))
+    with pytest.raises(AdapterError, match=f"init_lora_weights is '{start}', which changes the base model"):
+        load_adapter(folder, lm)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in lm.model.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"])
+def test_a_file_that_holds_no_tensors(published, content):
+    lm, folder, _ = published
+    (folder / WEIGHTS).unlink()
+    (folder / "adapter_model.bin").write_bytes(content)
+    with pytest.raises(AdapterError, match=r"adapter_model\.bin: cannot be read"):
+        load_adapter(folder, lm)
+
+
 def test_other_tasks_are_not_understood(published):
     lm, folder, _ = published
     described = json.loads((folder / CONFIG).read_text())

@@ -169,6 +169,22 @@ def test_examples_are_the_largest_differences(material):
     assert relevant == example.run.first_relevant
 
 
+def test_the_measures_own_grade_says_what_is_relevant(tmp_path):
+    hits = [("a", 3.0), ("b", 2.0), ("c", 1.0), ("d", 0.5), ("e", 0.4), ("f", 0.3), ("g", 0.2), ("h", 0.1)]
+    hits += [(f"x{i}", -float(i)) for i in range(8)]
+    runs = [Run([Ranking.from_scores("q", hits)], "one")]
+    runs.append(Run([Ranking.from_scores("q", [("b", 9.0), *(hit for hit in hits if hit[0] != "b")])], "other"))
+    qrels, measure = {"q": {"a": 1, "b": 2}}, "RR(rel=2)@10"
+    found = [evaluate(run, qrels, measure) for run in runs]
+    (won,), _ = won_and_lost((found[0], found[1]), (runs[0], runs[1]), qrels, found[0].measures[0], count=1)
+    assert (won.baseline.first_relevant, won.run.first_relevant) == (2, 1)
+    assert [(passage.id, passage.relevant) for passage in won.baseline.passages[:2]] == [("a", False), ("b", True)]
+    write_comparison_report(tmp_path / "r.html", found, compare_all_pairs(found, resamples=10), runs, qrels)
+    parsed = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "CandR(rel=2)@k" in parsed.text
+    assert "first relevant at rank 2" in parsed.text
+
+
 def test_runs_with_other_candidates_are_not_compared_by_candidate_recall(material, tmp_path):
     runs, qrels, evaluations, _ = material
     half = Run((Ranking(q, ranking.hits[: DEPTH // 2]) for q, ranking in runs[1].items()), "half")

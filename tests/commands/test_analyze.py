@@ -320,6 +320,7 @@ def test_a_finished_study_is_replaced_and_nothing_else(arguments, tmp_path, caps
         ("layers", ["steps"], [], ["adapter_config.json is missing"]),
         ("projections", ["all-1"], ["--measure", "RR@5 P@5"], ["one measure is compared, not 2"]),
         ("projections", ["all-1"], ["--measure", "RRR@5"], ["RRR"]),
+        ("projections", ["all-1"], ["--measure", "CandR_clean@5"], ["not every query has a value; take CandR@5"]),
         ("projections", ["all-1"], ["--depth", "0"], ["--depth is 0"]),
         ("projections", ["all-1"], ["--limit-queries", "0"], ["--limit-queries is 0"]),
         ("projections", ["all-1"], ["--split", "tset"], ["tset"]),

@@ -147,6 +147,21 @@ def test_files_that_are_not_there_are_reported(register, tmp_path):
             read()
 
 
+def test_a_split_that_is_not_there_does_not_keep_one_from_another(register, tmp_path):
+    family = register()
+    register("/test", queries=QUERIES, qrels=QRELS)
+    register("/train", queries=QUERIES, qrels=QRELS)
+    whole = IrdsCollection(family).fingerprint()
+    for path in tmp_path.glob("2.*"):
+        path.unlink()
+    collection = IrdsCollection(family)
+    assert collection.splits() == ["test", "train"]
+    assert collection.queries("test")
+    with pytest.raises(InputError, match="could not read"):
+        collection.queries("train")
+    assert collection.fingerprint() == IrdsCollection(family).fingerprint() != whole
+
+
 @pytest.fixture
 def quiet():
     logging.disable()

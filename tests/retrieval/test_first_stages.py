@@ -123,6 +123,21 @@ def test_dense_finds_by_meaning(tmp_path):
     assert DenseConfig().encoder == "minilm"
 
 
+def test_an_encoder_is_known_by_its_files(tmp_path):
+    from qpeft.retrieval.dense import Config as DenseConfig
+    from qpeft.retrieval.dense import encoder_fingerprint
+
+    folder = tmp_path / "encoder" / "0_Transformer"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"one")
+    first = encoder_fingerprint(DenseConfig(encoder=str(tmp_path / "encoder")))
+    (tmp_path / "encoder").rename(tmp_path / "moved")
+    assert encoder_fingerprint(DenseConfig(encoder=str(tmp_path / "moved"))) == first
+    (tmp_path / "moved" / "0_Transformer" / "model.safetensors").write_bytes(b"two")
+    assert encoder_fingerprint(DenseConfig(encoder=str(tmp_path / "moved"))) != first
+    assert encoder_fingerprint(DenseConfig(encoder="someone/on-the-hub")) is None
+
+
 @pytest.mark.parametrize("texts", [[], ["", "…"], ["the of and"]])
 def test_bm25_needs_a_word(texts):
     with pytest.raises(InputError, match="no passage has a word that BM25 counts"):

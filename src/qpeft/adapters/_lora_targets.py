@@ -123,12 +123,16 @@ def component_table(model: Any) -> dict[str, Place]:
 
 
 def linear_layers(model: Any) -> dict[str, nn.Module]:
-    """Return a model's linear layers by their paths, without the head, under the names that they have without LoRA."""
-    head = model.get_output_embeddings()
+    """Return a model's linear layers by their paths, without the head, under the names that they have without LoRA.
+
+    Of one that also sees or hears, those of its text decoder.
+    """
+    head, decoder = model.get_output_embeddings(), _decoder(model)
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         inner = getattr(module, "base_layer", module)  # once LoRA is in place, it stands in the layer's stead
-        if isinstance(inner, (nn.Linear, Conv1D)) and inner is not head and ".lora_" not in path:
+        linear = isinstance(inner, (nn.Linear, Conv1D)) and inner is not head
+        if linear and ".lora_" not in path and path.startswith(decoder):
             found[path.replace(".base_layer", "")] = inner
     return found
 
@@ -165,4 +169,12 @@ def _tail_of(name: str, tails: Iterable[str]) -> str | None:
 
 
 def _parameter_names(model: nn.Module) -> list[str]:
-    return [name.replace(".base_layer", "") for name, _ in model.named_parameters() if ".lora_" not in name]
+    names = [name for name, _ in model.named_parameters() if ".lora_" not in name and name.startswith(_decoder(model))]
+    return [name.replace(".base_layer", "") for name in names]
+
+
+def _decoder(model: Any) -> str:
+    """Return what paths within the text decoder begin with, where it is a part of the model beside others."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    return next((f"{path}." for path, module in model.named_modules() if path and module is model.get_decoder()), "")

@@ -8,6 +8,7 @@ Source: Ma et al. 2023, arXiv 2310.08319; https://github.com/texttron/tevatron
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -26,6 +27,8 @@ from qpeft.lm import CausalLM
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 TEMPLATE = "rankllama"
+CHANGING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""What PEFT's starts of LoRA begin with that subtract themselves from the base model's weights."""
 _HEAD = re.compile(rf"model\.{HEAD}(\.modules_to_save)?(\.\w+)?\.weight")
 
 
@@ -70,7 +73,7 @@ def _read(path: Path, lm: CausalLM) -> dict[str, Tensor]:
             return load_file(path, device=str(lm.device))
         tensors: dict[str, Tensor] = torch.load(path, map_location=lm.device, weights_only=True)
         return tensors
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise AdapterError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
@@ -89,6 +92,15 @@ def _named(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     return {**found, f"model.{HEAD}.weight": next(iter(trained.values()))}
 
 
+def _refuse_changed_base(start: Any) -> None:
+    """Raise OptionError for a start that takes itself out of the base model's weights, for whoever uses them next."""
+    if isinstance(start, str) and start.startswith(CHANGING_BASE):
+        raise OptionError(
+            f"init_lora_weights is {start!r}, which changes the base model; save the adapter as ordinary LoRA, with "
+            "PEFT's path_initial_model_for_weight_conversion"
+        )
+
+
 def _build(folder: Path, lm: CausalLM) -> Adapter:
     try:
         from peft import LoraConfig, PeftConfig
@@ -97,6 +109,7 @@ def _build(folder: Path, lm: CausalLM) -> Adapter:
     try:
         settings = PeftConfig.from_pretrained(str(folder))
         assert isinstance(settings, LoraConfig)
+        _refuse_changed_base(settings.init_lora_weights)
         settings.inference_mode, settings.modules_to_save = False, None
         modules = settings.target_modules
         config = lora.Config(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qpeft.evaluation.measures import Evaluation
+from qpeft.evaluation.measures import Evaluation, least_relevant
 from qpeft.evaluation.significance import per_query_differences
 from qpeft.types import Passage, Qrels, Query, Ranking, Run
 
@@ -18,6 +18,7 @@ class ShownPassage:
     id: str
     score: float
     grade: int
+    relevant: bool
     title: str = ""
     text: str = ""
 
@@ -91,10 +92,12 @@ def _top(
     top: int,
 ) -> Top:
     hits = run.get(query_id, Ranking(query_id, ())).hits
-    relevant = (rank for rank, hit in enumerate(hits, start=1) if grades.get(hit.passage_id, 0) >= 1)
+    least = least_relevant(measure)
+    relevant = (rank for rank, hit in enumerate(hits, start=1) if grades.get(hit.passage_id, 0) >= least)
     shown = []
     for rank, hit in enumerate(hits[:top], start=1):
         passage = passages.get(hit.passage_id, Passage(hit.passage_id, ""))
         grade = grades.get(hit.passage_id, 0)
-        shown.append(ShownPassage(rank, hit.passage_id, hit.score, grade, passage.title, passage.text))
+        text = passage.title, passage.text
+        shown.append(ShownPassage(rank, hit.passage_id, hit.score, grade, grade >= least, *text))
     return Top(run.tag, evaluation.per_query[measure][query_id], next(relevant, None), tuple(shown))

@@ -14,12 +14,14 @@ from qpeft.analysis.plots import SERIES, cutoff_curves, difference_bars
 from qpeft.data.files import StrPath, write_text
 from qpeft.errors import OptionError
 from qpeft.evaluation.cost import Cost
-from qpeft.evaluation.measures import Evaluation, evaluate
+from qpeft.evaluation.measures import Evaluation, evaluate, least_relevant
 from qpeft.evaluation.significance import Comparison, Test, bootstrap_interval, per_query_differences
 from qpeft.evaluation.tables import comparison_table, cost_table, interval, measure_notes, measure_table, number
 from qpeft.types import Passage, Qrels, Query, Run
 
 CURVE_CUTOFFS = tuple(range(5, 51, 5))
+OF_CANDIDATES, OF_RUNS = ("CandR", "CandHit"), ("R", "Success")
+"""What is drawn over cutoffs where all runs order the same candidates, and where they do not."""
 """k of the curves: the protocol of the Q-PEFT paper (METHODS.md A.10)."""
 
 
@@ -71,7 +73,7 @@ def write_comparison_report(
         "notes": measure_notes(evaluations, comparisons, test, alpha),
         "costs": cost_table(evaluations, costs) if costs else None,
         "differences": comparison_table(comparisons, test=test, alpha=alpha) if comparisons else None,
-        "curves": _curves([by_tag[each.run] for each in evaluations], qrels),
+        "curves": _curves([by_tag[each.run] for each in evaluations], qrels, evaluations[0].measures[0]),
         "series": [(each.run, *SERIES[index % len(SERIES)]) for index, each in enumerate(evaluations)],
         "pairs": _pairs(evaluations, comparisons, by_tag, qrels, queries, passages, examples),
         "provenance": [(key, _shown(value)) for key, value in (provenance or {}).items()],
@@ -115,13 +117,14 @@ def _summary(
     }
 
 
-def _curves(runs: Sequence[Run], qrels: Qrels) -> dict[str, Any] | None:
+def _curves(runs: Sequence[Run], qrels: Qrels, measure: str) -> dict[str, Any] | None:
     depth = min(max((len(ranking.hits) for ranking in run.values()), default=0) for run in runs)
     cutoffs = [k for k in CURVE_CUTOFFS if k <= depth]
     if len(cutoffs) < 2:
         return None
     same = _same_candidates(runs, qrels)
-    names = ("CandR", "CandHit") if same else ("R", "Success")
+    least = least_relevant(measure)
+    names = [name + (f"(rel={least})" if least > 1 else "") for name in (OF_CANDIDATES if same else OF_RUNS)]
     means = {run.tag: evaluate(run, qrels, [f"{name}@{k}" for name in names for k in cutoffs]).means for run in runs}
     panels = {name: {tag: [of_run[f"{name}@{k}"] for k in cutoffs] for tag, of_run in means.items()} for name in names}
     return {

@@ -86,6 +86,8 @@ def run_study(
     measures = parse_measures(config.measure)
     if len(measures) > 1:
         raise OptionError(f"--measure {config.measure!r}: one measure is compared, not {len(measures)}")
+    if "_clean" in (name := str(measures[0])):
+        raise OptionError(f"--measure {name}: not every query has a value; take {name.replace('_clean', '')}")
     output = Path(config.output)
     unfinished = unfinished_in(output, config.resume)
     collection = open_collection(config.collection)

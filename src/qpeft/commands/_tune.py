@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from qpeft import memory
 from qpeft.commands._progress import progress_bar
 from qpeft.cpu_attention import NAME
 from qpeft.errors import ModelError, OptionError
@@ -87,7 +88,9 @@ class _Timer:
         return self._default
 
     def _open(self, config: ModelConfig) -> None:
-        self._lm: Any = load_lm(config)
+        self._lm: Any = None  # two of them may not fit
+        memory.give_back()
+        self._lm = load_lm(config)
 
     def _set(self, trial: Tuning) -> bool:
         """Return whether the model can be run so."""
@@ -95,8 +98,9 @@ class _Timer:
             compiled: Literal["yes", "no"] = "yes" if trial.compiled else "no"
             try:
                 self._open(dataclasses.replace(self._config, dtype=trial.dtype, compile=compiled))
-            except OptionError:
-                return False  # it does not compile
+            except (OptionError, ModelError, RuntimeError):  # it does not compile, or there is no memory for it
+                self._open(self._config)
+                return False
         if self._lm.attention_kernel != trial.attention_kernel:
             try:
                 self._lm.model.set_attn_implementation(trial.attention_kernel)

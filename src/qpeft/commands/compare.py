@@ -29,7 +29,8 @@ class Config:
     measures: str = DEFAULT_MEASURES
     """Separated by spaces, as for evaluate; the first one is drawn in the report."""
     labels: Labels = "qrels"
-    """Judge by the collection's qrels, or by whether a passage contains an answer string (DPR's rule)."""
+    """Judge by the collection's qrels, or by whether a passage contains an answer string (DPR's rule); of passages,
+    those of all given runs are judged: recall and nDCG depend on all of them, RR, Success, CandR and CandHit do not."""
     test: Test = "t"
     """Whose p-values mark the table; the JSON format and the report hold all."""
     alpha: float = 0.05

@@ -24,6 +24,7 @@ from qpeft.methods.query_likelihood import Config as QueryLikelihood
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import provenance
 from qpeft.retrieval.bm25 import Config as Bm25
+from qpeft.types import Run
 
 MEASURES = "nDCG@10 RR@10 R@10"
 ADAPTERS = ("tiny-lm-qpeft-r", "tiny-lm-qpeft-a")
@@ -77,7 +78,7 @@ def run(config: Config) -> None:
     )
     _announce("test: measures, and significance against BM25 and against zero-shot query likelihood")
     runs = [files[name, "test"] for name in ("bm25", "query_likelihood", "interpolated", *ADAPTERS)]
-    _compare(config.collection, runs, folder / "report.html")
+    _compare(config.collection, runs, folder / "report.html", limited=config.limit_queries is not None)
     _explain(config, folder / "explanations.html", files["bm25", "test"])
 
 
@@ -100,7 +101,7 @@ def _rerank(config: Config, split: str, candidates: str, output: str, adapter: s
     )
 
 
-def _compare(name: str, paths: list[str], report: Path) -> None:
+def _compare(name: str, paths: list[str], report: Path, *, limited: bool) -> None:
     """Print measures and the differences that matter, and write a report with all of them.
 
     The first path is BM25's run, the second zero-shot's. p-values are corrected over all pairs, shown or not.
@@ -108,7 +109,11 @@ def _compare(name: str, paths: list[str], report: Path) -> None:
     from qpeft.analysis.report import write_comparison_report
 
     runs = read_runs(paths)
-    collection, qrels = judgements(name, "test", "qrels", runs)
+    collection, judged = judgements(name, "test", "qrels", runs)
+    # BM25 ranks all queries, the others perhaps the first few.
+    qrels = {query_id: grades for query_id, grades in judged.items() if query_id in runs[1]} if limited else judged
+    if limited:
+        runs = [Run((run[query_id] for query_id in run if query_id in runs[1]), run.tag) for run in runs]
     evaluations = [evaluate(each, qrels, MEASURES) for each in runs]
     comparisons = compare_all_pairs(evaluations)
     first, zero_shot, _, *trained = (each.run for each in evaluations)

@@ -30,7 +30,8 @@ class Config:
     measures: str = DEFAULT_MEASURES
     """Separated by spaces."""
     labels: Labels = "qrels"
-    """Judge by the collection's qrels, or by whether a passage contains an answer string (DPR's rule)."""
+    """Judge by the collection's qrels, or by whether a passage contains an answer string (DPR's rule); of passages,
+    those of all given runs are judged: recall and nDCG depend on all of them, RR, Success, CandR and CandHit do not."""
     per_query: str | None = None
     """Also write every query's values to this JSON Lines file."""
     format: Format = "text"

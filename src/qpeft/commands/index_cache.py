@@ -8,7 +8,7 @@ for queries of other lengths, unless --max-passage-tokens cuts all alike. Interr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,12 +55,25 @@ def run(config: Config, model: ModelConfig) -> None:
             rows = [prompt.rows(A_QUERY, passage)[0] for passage in some]
             cut += sum(row.truncated for row in rows)
             contexts = [row.context[: row.hint] for row in rows]
-            lm.encode_all([context for context in contexts if not lm.store.on_disk(lm.key(context))])
+            for own in _together([each for each in contexts if not lm.store.on_disk(lm.key(each))], lm.batch_tokens):
+                lm.encode_all(own)
             bar.advance(len(some))
     size = sum(path.stat().st_size for path in lm.store.folder.rglob("*.safetensors"))
     print(f"{len(passages):,} passages, {lm.store.misses:,} encoded now, {size / 2**30:.2f} GiB in {lm.store.folder}")
     if cut:
         print(f"{cut:,} passages were cut; --max-passage-tokens cuts alike for all queries")
+
+
+def _together(contexts: Iterable[tuple[int, ...]], tokens: int) -> Iterator[list[tuple[int, ...]]]:
+    """Yield contexts in lists of so many tokens: what is encoded is in memory until all of a list are on disk."""
+    together: list[tuple[int, ...]] = []
+    for context in contexts:
+        if together and sum(map(len, together)) + len(context) > tokens:
+            yield together
+            together = []
+        together.append(context)
+    if together:
+        yield together
 
 
 def _batches(passages: Iterable[Passage], count: int) -> Iterable[list[Passage]]:

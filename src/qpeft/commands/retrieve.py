@@ -92,6 +92,8 @@ def _index(config: Config, stage: Any, collection: Collection, fingerprint: str)
     kind = module.BM25 if config.first_stage == "bm25" else module.Dense
     made_from = {"first_stage": config.first_stage, "collection": fingerprint, "written": collection.written()}
     made_from |= dataclasses.asdict(stage)
+    if config.first_stage == "dense":
+        made_from["encoder_sha256"] = module.encoder_fingerprint(stage)
     folder = Path(config.index) if config.index else None
     if folder is not None and is_index_of(folder, made_from):
         return kind.load(folder)

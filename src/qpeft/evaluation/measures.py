@@ -134,6 +134,12 @@ def _parse(word: str) -> Measure:
     return _computable(word, kind(**params))
 
 
+def least_relevant(notation: str) -> int:
+    """Return the grade from which a measure takes a passage for relevant; 1 if it has none of its own."""
+    (measure,) = parse_measures(notation)
+    return int(measure["rel"]) if "rel" in type(measure).SUPPORTED_PARAMS else 1
+
+
 def _kind(name: str) -> Any:
     known: dict[str, Any] = {**registry, **CANDIDATE_MEASURES}
     if name in known:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from qpeft.errors import InputError, MissingDependencyError, ModelError, OptionError, at_least
+from qpeft.provenance import file_fingerprint, fingerprint
 from qpeft.retrieval._index_folder import new_index_folder, read_index_folder
 from qpeft.types import Passage, Query, Ranking
 
@@ -100,6 +101,15 @@ def _open_encoder(name: str) -> Any:
         raise ModelError(
             f"encoder {name!r} cannot be opened: {str(error).splitlines()[0]} (a local folder works without a network)"
         ) from error
+
+
+def encoder_fingerprint(config: Config) -> str | None:
+    """Return the SHA-256 of an encoder's files, wherever they stand; None for one on the model hub."""
+    folder = Path(_encoder_path(config.encoder))
+    if not folder.is_dir():
+        return None
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".bin"))
+    return fingerprint({path.relative_to(folder).as_posix(): file_fingerprint(path) for path in files})
 
 
 def _encoder_path(name: str) -> str:
