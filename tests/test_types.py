@@ -164,6 +164,20 @@ def test_a_text_in_the_place_of_passages_is_refused():
         Longest().rank("sky", "abc")
 
 
+class Table(list):
+    """Stands for one of pandas or polars, whose items are the names of its columns."""
+
+    columns = ("query", "passage")
+
+
+@pytest.mark.parametrize("given", [Table(["query", "passage"]), {"query": "passage"}, {"a", "b"}])
+def test_tables_and_what_has_no_order_are_refused(given):
+    with pytest.raises(OptionError, match=f"pairs is a {type(given).__name__}, not a list"):
+        Longest().predict(given)
+    with pytest.raises(OptionError, match=f"passages is a {type(given).__name__}, not a list"):
+        Longest().rank("a", given)
+
+
 def test_half_characters_are_replaced():
     assert Query("q", "why \ud83d", ("\udc00",)) == Query("q", "why \ufffd", ("\ufffd",))
     assert Passage("p", "\ud83d\ude00", "a\udce9b") == Passage("p", "\U0001f600", "a\ufffdb")

@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Sequence
 from types import ModuleType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
+from qpeft.commands._config_file import readable
 from qpeft.errors import OptionError, QpeftError, nearest
 
 COMMANDS = {
@@ -153,10 +154,14 @@ def parse(name: str, description: str, configs: Sequence[type[Any]], arguments: 
         for config in configs:
             _add_options(parser, config)
         lists = {name for config in configs for name, hint in get_type_hints(config).items() if _is_list(hint)}
-        values = parser.parse_args(_gathered(_in_order(arguments), lists))
+        hints = {name: hint for config in configs for name, hint in get_type_hints(config).items()}
+        values = parser.parse_args(_gathered(readable(_in_order(arguments), hints), lists))
     filled = []
     for config in configs:
         names = [field.name for field in dataclasses.fields(config)]
+        for name in names:
+            if values[name] is None and not _may_be_none(hints[name]):
+                raise OptionError(f"--{name.replace('_', '-')} cannot be null")
         filled.append(config(**{name: _tuple(values[name]) if name in lists else values[name] for name in names}))
     return filled
 
@@ -229,6 +234,10 @@ def _in_order(arguments: Sequence[str]) -> list[str]:
     return files + rest
 
 
+def _may_be_none(hint: Any) -> bool:
+    return type(None) in get_args(hint)
+
+
 def _is_list(hint: Any) -> bool:
     return get_origin(hint) is tuple
 
@@ -259,6 +268,9 @@ def _tuple(values: Any) -> Any:
 def _one_line(message: str, known: Sequence[str]) -> str:
     """Fold the parser's message into one line, and offer the nearest option for an unknown one."""
     text = " ".join(message.split())
+    if alone := re.match(r"[Uu]nrecognized arguments: (?!-)(\S+)", text):
+        quoted = "texts with blanks are put in quotes, and an option that takes several is given several times"
+        return f"{alone[1]!r} stands alone: {quoted}"
     unknown = re.search(r"(?:[Uu]nrecognized arguments:|Key|key|Option) [\"']?-{0,2}([\w-]+)", text)
     if unknown and unknown.group(1).replace("-", "_") not in known:
         word = unknown.group(1).replace("-", "_")

@@ -6,7 +6,7 @@ Score: higher is better, everywhere. Nothing here imports torch.
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import index, itemgetter
@@ -353,10 +353,12 @@ def as_list(texts: Iterable[T], what: str) -> list[T]:
     """Return a list.
 
     Raises:
-        OptionError: it is one text, which would be read letter by letter.
+        OptionError: it is one text, which would be read letter by letter, or a table, by its columns' names.
     """
     if isinstance(texts, str):
         raise OptionError(f"{what} is one text, {texts!r:.60}, not a list")
+    if isinstance(texts, Mapping | Set) or hasattr(texts, "columns"):
+        raise OptionError(f"{what} is a {type(texts).__name__}, not a list")
     return list(texts)
 
 

@@ -97,6 +97,13 @@ def test_a_card_names_no_folder_as_its_base(lm, tmp_path, monkeypatch):
         assert f"# soft_prompt for {name}" in card
 
 
+def test_a_configuration_may_begin_with_a_byte_order_mark(lm, tmp_path):
+    save_adapter(tmp_path / "a", "soft_prompt", build("soft_prompt", lm), lm, PLAIN)
+    path = tmp_path / "a" / CONFIG
+    path.write_text("\ufeff" + path.read_text())
+    assert load_adapter(tmp_path / "a", lm).name == "soft_prompt"
+
+
 def test_a_trainable_table_is_kept(lm, tmp_path):
     adapter = build("qpeft_a", lm, token_table="trainable", trained=True)
     save_adapter(tmp_path / "mine", "qpeft_a", adapter, lm, PLAIN)

@@ -124,6 +124,34 @@ def test_unknown_measures_and_missing_files(toy, toy_run, tmp_path, capsys):
     fails(["evaluate", "--collection", str(tmp_path / "nothing"), "--run", str(toy_run)], capsys, tmp_path, "nothing")
 
 
+def test_an_output_that_is_what_is_read(toy, toy_run, rerank_arguments, tmp_path, capsys):
+    own = tmp_path / "own.trec"
+    shutil.copy(toy_run, own)
+    (tmp_path / "link.trec").symlink_to(own)
+    before = own.read_bytes()
+    arguments = rerank_arguments(tmp_path / "link.trec")
+    arguments[arguments.index("--run") + 1] = str(own)
+    for command in (
+        arguments,
+        ["fuse", "--run", str(toy_run), "--run", str(own), "--output", str(own)],
+        ["interpolate", "--first", str(own), "--run", str(toy_run), "--weight", "0.5", "--output", str(own)],
+    ):
+        assert main(command) == 2
+        assert "is what is read, and would be lost" in capsys.readouterr().err
+        assert own.read_bytes() == before
+
+
+def test_ids_that_no_run_can_hold_show_before_the_search_ends(tmp_path, capsys):
+    folder = tmp_path / "c"
+    folder.mkdir()
+    (folder / "corpus.jsonl").write_text('{"_id": "doc 1", "text": "the sky is blue"}\n')
+    (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "sky"}\n{"_id": "q2", "text": "blue"}\n')
+    assert main(["retrieve", "--collection", str(folder), "--output", str(tmp_path / "r.trec")]) == 2
+    error = capsys.readouterr().err
+    assert "the id 'doc 1' cannot stand in a run: it is empty or holds white space" in error
+    assert "r.trec" not in error
+
+
 def test_an_output_that_is_a_folder_is_refused_before_the_work(toy, rerank_arguments, tmp_path, capsys):
     fails(rerank_arguments(tmp_path), capsys, tmp_path, f"--output {tmp_path}: is a folder")
     fails(["retrieve", "--collection", str(toy), "--output", str(tmp_path)], capsys, tmp_path, "is a folder")

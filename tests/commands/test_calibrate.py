@@ -211,6 +211,7 @@ def test_bad_input_is_one_line(calibrate, calibratable, toy_run, tmp_path):
         ("alone", [*output, "--collection", foreign], "which is not"),
         ("nowhere", output, "nowhere.trec"),
         ("lonely", output, "lonely.trec.provenance.json is missing"),
+        ("alone", [*output, "--plot", foreign], "is a folder"),
         ("pipe", output, "pipe.trec.provenance.json is missing"),
     ):
         code, out, err = calibrate(name, *more)

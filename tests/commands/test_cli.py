@@ -6,7 +6,7 @@ import pytest
 
 from qpeft.cli import main, parse, read
 from qpeft.commands import evaluate, score, train
-from qpeft.errors import OptionError
+from qpeft.errors import FormatError, InputError, OptionError
 from qpeft.training.config import Authors, TrainingConfig
 
 
@@ -91,6 +91,57 @@ def test_a_file_must_say_that_a_text_is_one(tmp_path):
     path.write_text("query: 7\n")
     with pytest.raises(OptionError, match="7 is no text; put it in quotes"):
         parse("score", "", [score.Config], ["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("dtype: null\ndepth: 3\n", "--dtype cannot be null"),
+        ("seed: null\n", "seed"),
+        ("a: [\n", "options.yaml:2: "),
+        ("compile: no\n", "options.yaml: compile: put yes and no in quotes"),
+        ("just a text\n", "options.yaml: holds no options"),
+    ],
+)
+def test_files_that_are_misread_elsewhere(text, words, tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text(text)
+    with pytest.raises((OptionError, FormatError), match=words):
+        read(["rerank", "--collection", "mini", "--run", "r", "--output", "o", "--config", str(path)])
+    with pytest.raises(InputError, match="nowhere: No such file"):
+        read(["rerank", "--config", str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize("text", ["", "# a comment\n", "max_length:\n", 'compile: "no"\n', "\ufefflimit_queries: 3\n"])
+def test_files_that_say_little(text, tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text(text, encoding="utf-8")
+    arguments = ["rerank", "--collection", "mini", "--run", "r", "--output", "o", "--config", str(path)]
+    _, (config, model, _) = read(arguments)
+    assert config.limit_queries == (3 if "limit" in text else None)
+    assert model.compile == ("no" if "compile" in text else "auto")
+    assert model.max_length is None
+
+
+def test_a_null_of_a_file_turns_off_what_is_on(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text("dev_split:\n")
+    _, (config, *_) = read(["train", "--collection", "mini", "--output", "o", "--config", str(path)])
+    assert config.dev_split is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["evaluate", "--collection", "mini", "--run", "b.trec", "y.trec"], "'y.trec' stands alone"),
+        (["score", "--query", "why", "is", "--passage", "x"], "'is' stands alone"),
+        (["pull", "nosuch"], "'nosuch' stands alone"),
+        (["score", "-q", "why"], "unknown option --q"),
+    ],
+)
+def test_words_without_an_option(arguments, word):
+    with pytest.raises(OptionError, match=word):
+        read(arguments)
 
 
 def test_the_last_of_several_files_that_says_it_counts(tmp_path):

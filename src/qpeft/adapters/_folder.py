@@ -330,7 +330,7 @@ def _prefix(adapter: Adapter) -> str:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise AdapterError(f"no adapter in {str(path.parent)!r}: {path.name} is missing") from error
     except (OSError, ValueError, RecursionError) as error:

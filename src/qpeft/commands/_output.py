@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from qpeft.data.trec import fits_column
 from qpeft.errors import OptionError, StateError
 
 
-def check_output(output: str, tag: str | None = None) -> None:
-    """Raise OptionError for an output that is a folder, or a tag that cannot stand in a column."""
+def check_output(output: str, tag: str | None = None, *, read: Iterable[str] = ()) -> None:
+    """Raise OptionError for an output that is a folder or what is read, or a tag that cannot stand in a column."""
     if Path(output).is_dir():
         raise OptionError(f"--output {output}: is a folder")
+    if any(Path(output).is_file() and Path(path).exists() and Path(output).samefile(path) for path in read):
+        raise OptionError(f"--output {output}: is what is read, and would be lost")
     if tag is not None and not fits_column(tag):
         raise OptionError(f"--tag {tag!r} cannot stand in a column: it is empty or holds white space")
 

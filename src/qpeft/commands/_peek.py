@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
-import yaml
-
 from qpeft import methods
-from qpeft.errors import AdapterError
+from qpeft.commands._config_file import read_options
+from qpeft.errors import AdapterError, InputError
 
 
 def peek(arguments: Sequence[str], option: str, default: str) -> str:
     """Return an option's value before its parser exists: from the flags, else the YAML files, else the default."""
     values = list(_flags(arguments, option))
     for path in [] if values else _flags(arguments, "config"):
-        with contextlib.suppress(OSError, yaml.YAMLError), open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-            if isinstance(content, dict) and (name := option.replace("-", "_")) in content:
-                values.append(content[name])
+        with contextlib.suppress(InputError):  # said by the parser
+            options = read_options(path)
+            if (name := option.replace("-", "_")) in options:
+                values.append(options[name])
     return str((values and values[-1]) or default)
 
 

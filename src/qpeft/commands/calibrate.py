@@ -76,6 +76,8 @@ def run(config: Config) -> None:
     """Fit, validate, write, and print what it is worth."""
     if (config.adapter is None) == (config.output is None):
         raise OptionError("give either --adapter or --output")
+    if config.plot is not None and Path(config.plot).is_dir():
+        raise OptionError(f"--plot {config.plot}: is a folder")
     facts = _provenance(config.run)
     collection = open_collection(config.collection)
     made_of, fingerprint = facts.get("collection") or {}, collection.fingerprint()

@@ -31,7 +31,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Fuse and write the run with its provenance."""
-    check_output(config.output, config.tag)
+    check_output(config.output, config.tag, read=config.run)
     fused = reciprocal_rank_fusion([read_run(path) for path in config.run], config.depth, config.k, config.tag)
     output = Path(config.output)
     write_run(fused, output)

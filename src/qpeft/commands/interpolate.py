@@ -48,7 +48,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Choose the weight if none is given, mix, and write the run with its provenance."""
-    check_output(config.output, config.tag)
+    check_output(config.output, config.tag, read=[config.first, config.run])
     depth = _depth(config, config.run)
     facts: dict[str, Any] = {"command": "interpolate", "options": {**dataclasses.asdict(config), "depth": depth}}
     weight = config.weight

@@ -63,7 +63,7 @@ class Config:
     """Continue an interrupted run."""
 
     def __post_init__(self) -> None:
-        check_output(self.output, self.tag)
+        check_output(self.output, self.tag, read=[self.run])
         if is_stream(self.output):
             raise OptionError(f"--output {self.output}: is a pipe, and unfinished work is kept beside a file")
         if self.interpolate is not None and not 0 <= self.interpolate <= 1:

@@ -14,7 +14,7 @@ from qpeft.commands._output import check_output
 from qpeft.commands._peek import peek
 from qpeft.commands._progress import progress_bar
 from qpeft.data.collection import Collection, open_collection
-from qpeft.data.trec import write_run
+from qpeft.data.trec import check_ids, write_run
 from qpeft.errors import OptionError, at_least, nearest
 from qpeft.provenance import provenance, write_provenance
 from qpeft.retrieval._index_folder import is_index_of
@@ -58,6 +58,7 @@ def run(config: Config, stage: Any) -> None:
     rankings: list[Ranking] = []
     with progress_bar(config.first_stage, len(queries)) as bar:
         for ranking in index.retrieve(queries, config.depth):
+            check_ids(ranking)
             rankings.append(ranking)
             bar.advance()
     output = Path(config.output)

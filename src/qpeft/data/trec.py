@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from qpeft.data.files import StrPath, numbered_lines, write_text
-from qpeft.errors import FormatError
+from qpeft.errors import FormatError, InputError
 from qpeft.types import Qrels, Ranking, Run
 
 # From this magnitude on, rounding to float32 gives infinity.
@@ -62,6 +62,17 @@ def write_run(run: Run, path: StrPath) -> None:
                 line += 1
                 _check_words(path, line, query_id, hit.passage_id, run.tag)
                 file.write(f"{query_id} Q0 {hit.passage_id} {rank} {np.float32(hit.score)!s} {run.tag}\n")
+
+
+def check_ids(ranking: Ranking) -> None:
+    """Raise the error that writing a ranking would end in, so that it shows before all are made.
+
+    Raises:
+        InputError: an id is empty or holds white space.
+    """
+    for word in (ranking.query_id, *(hit.passage_id for hit in ranking.hits)):
+        if not fits_column(word):
+            raise InputError(f"the id {word!r} cannot stand in a run: it is empty or holds white space")
 
 
 class Judgement(NamedTuple):

@@ -52,7 +52,7 @@ def read_keys(file: str | None) -> list[str]:
         raise OptionError(f"{KEYS_VARIABLE} is set but has no key; unset it if everybody may ask")
     if file is not None:
         try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
+            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"--api-key-file {file}: {error}") from error
         found = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
