@@ -169,7 +169,8 @@ def _tail_of(name: str, tails: Iterable[str]) -> str | None:
 
 
 def _parameter_names(model: nn.Module) -> list[str]:
-    names = [name for name, _ in model.named_parameters() if ".lora_" not in name and name.startswith(_decoder(model))]
+    decoder = _decoder(model)
+    names = [name for name, _ in model.named_parameters() if ".lora_" not in name and name.startswith(decoder)]
     return [name.replace(".base_layer", "") for name in names]
 
 
@@ -177,4 +178,5 @@ def _decoder(model: Any) -> str:
     """Return what paths within the text decoder begin with, where it is a part of the model beside others."""
     if model.config.get_text_config() is model.config:
         return ""
-    return next((f"{path}." for path, module in model.named_modules() if path and module is model.get_decoder()), "")
+    decoder = model.get_decoder()
+    return next((f"{path}." for path, module in model.named_modules() if path and module is decoder), "")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qpeft.commands._claim import claimed
-from qpeft.commands._output import check_replaced
+from qpeft.commands._output import check_adapter_folder
 from qpeft.commands._same_work import as_kept, check_same
 from qpeft.errors import StateError
 from qpeft.provenance import write_json
@@ -21,12 +21,7 @@ BEGUN = "begun.json"
 
 def read_begun(output: Path, checkpoints: Path, *, resume: bool) -> dict[str, Any]:
     """Return what an unfinished training left of its options, number type and threads; nothing if there is none."""
-    from qpeft.adapters._folder import CONFIG, FILES
-
-    if output.exists():
-        if not (output / CONFIG).is_file():
-            raise StateError(f"{output} exists and is no adapter folder")
-        check_replaced(output, "an adapter", FILES)
+    check_adapter_folder(output)
     if not any(checkpoints.glob("checkpoint-*")):
         return {}
     if not resume:

@@ -19,6 +19,16 @@ def check_output(output: str, tag: str | None = None, *, read: Iterable[str] = (
         raise OptionError(f"--tag {tag!r} cannot stand in a column: it is empty or holds white space")
 
 
+def check_adapter_folder(output: Path) -> None:
+    """Raise StateError unless an adapter may be written to a folder, in place of whatever stands there."""
+    from qpeft.adapters._folder import CONFIG, FILES
+
+    if output.exists():
+        if not (output / CONFIG).is_file():
+            raise StateError(f"{output} exists and is no adapter folder")
+        check_replaced(output, "an adapter", FILES)
+
+
 def check_replaced(output: Path, what: str, files: Collection[str]) -> None:
     """Raise StateError unless all that stands in a folder is part of what is replaced as a whole."""
     if others := sorted({path.name for path in output.iterdir()} - set(files)):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qpeft.commands._hub import reaching
-from qpeft.commands._output import check_replaced
+from qpeft.commands._output import check_adapter_folder
 from qpeft.data.files import replacing_folder
-from qpeft.errors import AdapterError, StateError
+from qpeft.errors import AdapterError
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,7 @@ def run(config: Config) -> None:
     from qpeft.adapters._folder import CONFIG, FACTS, FILES, WEIGHTS, read_config
 
     output = Path(config.output)
-    if output.exists():
-        if not (output / CONFIG).is_file():
-            raise StateError(f"{output} exists and is no adapter folder")
-        check_replaced(output, "an adapter", FILES)
+    check_adapter_folder(output)
     with replacing_folder(output) as temporary:
         # The small files first: other repositories may be large.
         for some in ([CONFIG, FACTS], list(FILES)):
