@@ -16,8 +16,6 @@ Shapes: `T` context positions, `H` heads, `h` head size, `d` hidden size.
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -34,6 +32,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from qpeft.atomic import replacing
 from qpeft.errors import InputError
 
 
@@ -251,14 +250,11 @@ class ContextStore:
         path = self._path(key)
         if path is None or path.exists():
             return
-        temporary = path.with_suffix(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in packed.tensors().items()}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.cpu().contiguous() for name, tensor in packed.tensors().items()}, temporary)
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                temporary.unlink()
+            with replacing(path) as temporary:
+                save_file(tensors, temporary)
+        except (OSError, SafetensorError, InputError) as error:
             raise InputError(f"passage cache {str(self.folder)!r} cannot be written: {error}") from error
 
 

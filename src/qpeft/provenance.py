@@ -7,13 +7,13 @@ import hashlib
 import json
 import os
 import platform
-import secrets
 import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from qpeft.atomic import replacing
 from qpeft.errors import InputError
 
 PACKAGES = (
@@ -61,9 +61,8 @@ def write_provenance(output: Path, facts: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
     """Write facts to a file, which is whole or absent."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def input_fingerprint(path: str) -> str | None:

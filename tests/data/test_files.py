@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from qpeft.data.files import numbered_lines, open_text, replacing, write_text
+from qpeft.atomic import replacing
+from qpeft.data.files import numbered_lines, open_text, write_text
 from qpeft.errors import FormatError, InputError
 from qpeft.provenance import write_provenance
 

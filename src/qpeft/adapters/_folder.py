@@ -36,7 +36,7 @@ from qpeft.adapters._base import Adapter, withdrawn_on_failure
 from qpeft.adapters._card import card
 from qpeft.adapters._published import TEMPLATE as PUBLISHED_TEMPLATE
 from qpeft.adapters._published import is_published, open_published
-from qpeft.data.files import replacing_folder
+from qpeft.atomic import replacing_folder
 from qpeft.errors import AdapterError, InputError, OptionError, nearest
 from qpeft.evaluation.calibration_file import FILE as CALIBRATION
 from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, read_calibration

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
-from qpeft.data.files import replacing
+from qpeft.atomic import replacing
 from qpeft.errors import InputError
 from qpeft.evaluation.calibration import Labels, Values, reliability
 

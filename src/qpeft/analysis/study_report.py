@@ -12,7 +12,8 @@ from qpeft.analysis.pages import render
 from qpeft.analysis.study import Finding, Study
 from qpeft.analysis.study_figures import Drawn, write_figures
 from qpeft.analysis.study_intervals import Interval
-from qpeft.data.files import make_folder, write_text
+from qpeft.atomic import make_folder
+from qpeft.data.files import write_text
 from qpeft.evaluation.tables import Cell, Table, interval, number
 
 TITLES = {

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qpeft import memory
+from qpeft.atomic import make_folder
 from qpeft.commands._claim import claimed
 from qpeft.commands._same_work import as_kept, check_same
-from qpeft.data.files import make_folder, write_text
+from qpeft.data.files import write_text
 from qpeft.errors import StateError
 from qpeft.model_config import ModelConfig
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from qpeft import memory
+from qpeft.atomic import make_folder
 from qpeft.commands import interpolate, rerank, retrieve
 from qpeft.commands._judgements import judgements, read_costs, read_runs
 from qpeft.data.candidates import candidates_from_run
 from qpeft.data.collection import open_collection
-from qpeft.data.files import make_folder, write_text
+from qpeft.data.files import write_text
 from qpeft.data.trec import read_run
 from qpeft.evaluation.measures import evaluate
 from qpeft.evaluation.significance import compare_all_pairs

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qpeft.atomic import replacing_folder
 from qpeft.commands._output import check_replaced
-from qpeft.data.files import replacing_folder
 from qpeft.data.records import read_json
 from qpeft.errors import InputError, StateError
 from qpeft.model_config import ModelConfig

@@ -7,9 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from qpeft.atomic import replacing_folder
 from qpeft.commands._hub import reaching
 from qpeft.commands._output import check_adapter_folder
-from qpeft.data.files import replacing_folder
 from qpeft.errors import AdapterError
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qpeft import methods
+from qpeft.atomic import is_stream
 from qpeft.commands._output import check_output
 from qpeft.commands._partial import Partial
 from qpeft.commands._peek import peek_method
@@ -24,7 +25,6 @@ from qpeft.commands._sample import sample_run
 from qpeft.commands._unfinished import open_as_begun
 from qpeft.data.candidates import candidates_from_run, check_run
 from qpeft.data.collection import open_collection
-from qpeft.data.files import is_stream
 from qpeft.data.trec import read_run, write_run
 from qpeft.errors import InputError, OptionError
 from qpeft.evaluation.cost import Cost, forget_peak_memory, peak_memory

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
-from qpeft.data.files import StrPath, replacing_folder
+from qpeft.atomic import replacing_folder
+from qpeft.data.files import StrPath
 from qpeft.data.records import json_lines, write_json_lines
 from qpeft.data.splits import judged, unknown_split
 from qpeft.data.store import open_passages

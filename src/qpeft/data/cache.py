@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from qpeft.data.files import make_folder
+from qpeft.atomic import make_folder
 
 
 def user_cache() -> Path:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import gzip
 import io
 import os
-import secrets
-import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
-from pathlib import Path
 from typing import BinaryIO, Literal, TextIO, cast
 
+from qpeft.atomic import replacing
 from qpeft.errors import FormatError, InputError
 
 StrPath = str | PathLike[str]
@@ -67,69 +65,6 @@ def numbered_lines(path: StrPath) -> Iterator[tuple[int, str]]:
 
 
 @contextmanager
-def replacing(path: StrPath) -> Iterator[Path]:
-    """Yield the path of a temporary sibling: moved to `path` on success, removed on failure.
-
-    Folders on the way are made. A link stays a link; a pipe or device is written directly, as it cannot be replaced.
-
-    Raises:
-        InputError: `path` is a folder, or its folder cannot be made.
-    """
-    if os.path.isdir(path):
-        raise InputError(f"{os.fspath(path)}: is a folder")
-    if is_stream(path):
-        yield Path(path)
-        return
-    target = Path(os.path.realpath(path))
-    make_folder(target.parent)
-    temporary = temporary_sibling(target)
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing_folder(folder: StrPath) -> Iterator[Path]:
-    """Yield a temporary folder beside `folder`: moved there on success, over an older one, and removed on failure.
-
-    A link stays a link.
-
-    Raises:
-        InputError: it cannot be made, or not be moved; what stood there is untouched.
-    """
-    target = Path(os.path.realpath(folder))
-    temporary = temporary_sibling(target)
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{os.fspath(folder)}: {error.strerror}") from error
-    try:
-        yield temporary
-        try:
-            _move_folder(temporary, target)
-        except OSError as error:
-            raise InputError(f"{os.fspath(folder)}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _move_folder(temporary: Path, target: Path) -> None:
-    if not target.exists():
-        os.replace(temporary, target)
-        return
-    old = temporary_sibling(target)
-    os.replace(target, old)
-    try:
-        os.replace(temporary, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
 def write_text(path: StrPath) -> Iterator[TextIO]:
     """Open a file for writing as UTF-8 text, gzip where the name ends in `.gz`; it appears whole or not at all.
 
@@ -141,28 +76,6 @@ def write_text(path: StrPath) -> Iterator[TextIO]:
         packed = gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) if _is_gzip(path) else raw
         with io.TextIOWrapper(cast(BinaryIO, packed), encoding="utf-8", newline="\n") as file:
             yield file
-
-
-def is_stream(path: StrPath) -> bool:
-    """Whether a path is a pipe or device: it takes text, but nothing can stand beside it or in its place."""
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it.
-
-    Raises:
-        InputError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: {error.strerror}") from error
-
-
-def temporary_sibling(target: Path) -> Path:
-    """Return a hidden, unused name beside `target`, so that moving it there stays within one file system."""
-    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def _open(path: StrPath, mode: Literal["rb", "wb"], asked: StrPath) -> BinaryIO:

@@ -19,8 +19,9 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from qpeft.atomic import replacing
 from qpeft.data.cache import cache_folder
-from qpeft.data.files import StrPath, open_binary, replacing
+from qpeft.data.files import StrPath, open_binary
 from qpeft.data.passages import ScannedPassages, read_passages
 from qpeft.data.records import parse_record
 from qpeft.errors import FormatError, InputError

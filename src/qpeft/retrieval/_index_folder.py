@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qpeft.data.files import replacing_folder
+from qpeft.atomic import replacing_folder
 from qpeft.errors import InputError, StateError
 
 _IDS = "passage_ids.json"

@@ -31,6 +31,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from qpeft import losses
 from qpeft.adapters._base import Adapter
+from qpeft.atomic import replacing
 from qpeft.errors import OptionError, ScoreError, StateError
 from qpeft.lm import CausalLM
 from qpeft.methods import query_likelihood
@@ -234,11 +235,9 @@ class AdapterTrainer(Trainer):
         if not self.args.should_save:  # one process writes, and the Trainer calls this in all
             return
         folder = Path(output_dir or self.args.output_dir or ".")
-        folder.mkdir(parents=True, exist_ok=True)
         learner: Any = self.accelerator.unwrap_model(self.model)
-        temporary = folder / f"{WEIGHTS}.tmp"
-        save_file({k: v.detach().cpu().contiguous() for k, v in learner.adapter.state_dict().items()}, temporary)
-        temporary.replace(folder / WEIGHTS)
+        with replacing(folder / WEIGHTS) as temporary:
+            save_file({k: v.detach().cpu().contiguous() for k, v in learner.adapter.state_dict().items()}, temporary)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -1,0 +1,98 @@
+"""Files and folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+
+from qpeft.errors import InputError
+
+
+@contextmanager
+def replacing(path: str | PathLike[str]) -> Iterator[Path]:
+    """Yield the path of a temporary sibling: moved to `path` on success, removed on failure.
+
+    Folders on the way are made. A link stays a link; a pipe or device is written directly, as it cannot be replaced.
+
+    Raises:
+        InputError: `path` is a folder, or its folder cannot be made.
+    """
+    if os.path.isdir(path):
+        raise InputError(f"{os.fspath(path)}: is a folder")
+    if is_stream(path):
+        yield Path(path)
+        return
+    target = Path(os.path.realpath(path))
+    make_folder(target.parent)
+    temporary = temporary_sibling(target)
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: str | PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`: moved there on success, over an older one, and removed on failure.
+
+    A link stays a link.
+
+    Raises:
+        InputError: it cannot be made, or not be moved; what stood there is untouched.
+    """
+    target = Path(os.path.realpath(folder))
+    temporary = temporary_sibling(target)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{os.fspath(folder)}: {error.strerror}") from error
+    try:
+        yield temporary
+        try:
+            _move_folder(temporary, target)
+        except OSError as error:
+            raise InputError(f"{os.fspath(folder)}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_folder(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        os.replace(temporary, target)
+        return
+    old = temporary_sibling(target)
+    os.replace(target, old)
+    try:
+        os.replace(temporary, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def is_stream(path: str | PathLike[str]) -> bool:
+    """Whether a path is a pipe or device: it takes text, but nothing can stand beside it or in its place."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}") from error
+
+
+def temporary_sibling(target: Path) -> Path:
+    """Return a hidden, unused name beside `target`, so that moving it there stays within one file system."""
+    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
