@@ -235,6 +235,7 @@ class AdapterTrainer(Trainer):
         if not self.args.should_save:  # one process writes, and the Trainer calls this in all
             return
         folder = Path(output_dir or self.args.output_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
         learner: Any = self.accelerator.unwrap_model(self.model)
         with replacing(folder / WEIGHTS) as temporary:
             save_file({k: v.detach().cpu().contiguous() for k, v in learner.adapter.state_dict().items()}, temporary)
