@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: same work, same scores, right products, right ratios."""
 
 import argparse
+import asyncio
 import json
 import sys
 from importlib import resources
@@ -315,6 +316,20 @@ def test_small_batches_of_candidates_are_pairs():
     query = pairs.Query("q", "why")
     item = Candidates(query, (pairs.Passage("a", "x"), pairs.Passage("b", "y")))
     assert [passage.id for _, passage in pairs.texts([item])] == ["a", "b"]
+
+
+class TestServing:
+    def test_a_server_whose_model_fails_on_a_word_starts_and_answers_the_rest(self):
+        server_process = pytest.importorskip("server_process", exc_type=ImportError)
+        args = argparse.Namespace(model="tiny-lm", device="cpu", dtype="float32")
+        bodies = server_process.make_requests(2, 2)
+        bodies[1]["documents"][0]["text"] += f" {server_process.POISON}"
+
+        async def statuses():
+            async with server_process.serving(args, poisoned=True) as server:
+                return [(await server.client.post("/v1/rerank", json=body)).status_code for body in bodies]
+
+        assert asyncio.run(statuses()) == [200, 500]
 
 
 class TestCascade:
