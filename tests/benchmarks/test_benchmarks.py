@@ -24,6 +24,7 @@ import storage
 import tables
 import training
 from ceiling import needed
+from qpeft import cpu_attention
 from qpeft.loading import load_lm
 from qpeft.model_config import ModelConfig
 from qpeft.template import Row
@@ -169,6 +170,20 @@ class TestSameScores:
         assert seen[0][1] == max(len(row) for row in rows[: seen[0][0]]) - 1
         assert all(height * (width + 1) <= 200 for height, width in seen)
         assert sum(sent) == sum(height * width for height, width in seen)
+
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_attention_over_whole_rows_takes_no_blocks(self, exact, monkeypatch, whole):
+        exact.model.set_attn_implementation(cpu_attention.NAME)
+        rows = [row for row in gpu.varied_rows(6, 6) if len(row) > 120]
+        widths = []
+        weights = cpu_attention._weights
+        monkeypatch.setattr(
+            cpu_attention, "_weights", lambda query, *rest: widths.append(query.shape[2]) or weights(query, *rest)
+        )
+        for place, value in {"qpeft.cpu_attention.TILES": False, **(ablation.WHOLE_ROWS if whole else {})}.items():
+            monkeypatch.setattr(place, value)
+        exact.log_probs(rows)
+        assert (max(widths) > 96) == whole
 
     def test_log_softmax_whole(self):
         logits, tokens = torch.randn(5, 11), torch.tensor([0, 3, 10, 4, 4])
