@@ -34,6 +34,8 @@ from shapes import MAX_LENGTH, model_folder
 QUERIES, DEPTH, PASSAGES, ROUNDS = 32, 16, 64, 3
 FULL = "full"
 STORE = 8 * 2**30
+WHOLE_ROWS = {"qpeft.cpu_attention.BLOCK": 10**6, "qpeft.cpu_attention.MULTIPLE": 1}
+"""What makes our attention take rows in one piece, however wide."""
 
 
 class InOrder(CausalLM):
@@ -196,8 +198,7 @@ def measure(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
     own = {"qpeft.cpu_attention.TILES": False}
     if cpu_attention.TILES:
         bench.add("our attention instead of the fused kernel", bench.again(), patches=own)
-    whole_rows = {"qpeft.cpu_attention.BLOCK": 10**6, "qpeft.cpu_attention.MULTIPLE": 1}
-    bench.add("our attention over whole rows", bench.again(), patches=own | whole_rows)
+    bench.add("our attention over whole rows", bench.again(), patches=own | WHOLE_ROWS)
     bench.add("last layer at all positions", bench.again(WholeLastLayer))
     bench.add("one batch at a time, with all threads", bench.again(OneAtATime))
     ones = "lm.MULTIPLE", "encoding.MULTIPLE", "last_layer.MULTIPLE", "pretrained.ALIKE"

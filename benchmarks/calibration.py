@@ -4,6 +4,7 @@ Each --run is NAME COLLECTION SPLIT FILE, a run made by `qpeft rerank`. Within a
 over queries; and the same with lists of five candidates, drawn from the others' lists, after fitting on whole ones.
 Between two: fitted on all of one, applied to all of the other.
 Usage: python benchmarks/calibration.py --run mini mini dev mini.trec --run squad path/to/squad dev squad.trec
+       [--output benchmarks/results/calibration.json]
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from qpeft.evaluation.calibration import (
 )
 from qpeft.provenance import provenance_path
 
-RESULT = Path(__file__).parent / "results" / "calibration.json"
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--run", nargs=4, action="append", required=True, metavar=("NAME", "COLLECTION", "SPLIT", "FILE")
     )
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
     found, made = {}, {}
-    for name, collection, split, path in parser.parse_args().run:
+    for name, collection, split, path in args.run:
         facts = json.loads(provenance_path(Path(path)).read_text())
         made[name] = {
             "model": facts["model"]["name"],
@@ -58,7 +59,8 @@ def main() -> None:
     }
     text = json.dumps(rounded(result), indent=1)
     print(text)
-    RESULT.write_text(text + "\n")
+    if args.output:
+        args.output.write_text(text + "\n")
 
 
 def rounded(value: object) -> object:

@@ -184,7 +184,9 @@ def measure(lm: Any, name: str, args: argparse.Namespace) -> dict[str, Any]:
     scorers = {}
     for label in (FULL, *CHEAP):
         if label != "first_stage":
-            scorers[label] = remember(lm, items, label, args.work / f"{name}.{label}.json")
+            # Of other numbers there are other queries, and other candidates.
+            kept = args.work / f"{name}.{args.queries}x{args.depth}.{label}.json"
+            scorers[label] = remember(lm, items, label, kept)
             print(name, label, flush=True)
     whole, most = rank(scorers, items, [args.depth], [])
     reference = evaluate(whole, qrels, MEASURES)

@@ -2,6 +2,7 @@
 
 Each measurement is a process of its own, so that none inherits another's memory.
 Usage: python benchmarks/passage_store.py [--passages 1000000] [--fetches 100000]
+       [--output benchmarks/results/passage_store.json]
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 WORDS = [f"word{i}" for i in range(5000)]
-RESULT = Path(__file__).parent / "results" / "passage_store.json"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--passages", type=int, default=1_000_000)
     parser.add_argument("--fetches", type=int, default=100_000)
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--measure", nargs=2, metavar=("WHAT", "CORPUS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -45,8 +46,8 @@ def main() -> None:
         }
     text = json.dumps(result, indent=2)
     print(text)
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(text + "\n")
+    if args.output:
+        args.output.write_text(text + "\n")
 
 
 def make_corpus(path: Path, passages: int) -> None:

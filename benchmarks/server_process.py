@@ -19,8 +19,7 @@ from typing import Any
 import httpx2
 import psutil
 
-from qpeft.cli import parse
-from qpeft.commands import serve
+from qpeft.cli import read
 from qpeft.data.collection import open_collection
 from qpeft.lm import CausalLM
 from qpeft.loading import load_lm
@@ -110,7 +109,7 @@ class Poisoned(CausalLM):
 
 def main() -> None:
     """Serve a model that fails on one word."""
-    settings, model = parse("serve", "", serve.configs([]), sys.argv[1:])
+    _, (settings, model) = read(["serve", *sys.argv[1:]])
 
     def open_poisoned() -> CausalLM:
         lm: Any = load_lm(model)

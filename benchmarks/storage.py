@@ -33,9 +33,9 @@ MEASURES = "nDCG@10 RR@10"
 
 
 def candidates(collection: Any, split: str, queries: int, depth: int) -> list[Candidates]:
-    """Return BM25's candidates of a sample of queries."""
+    """Return BM25's candidates of a sample of queries, or of all where there are no more."""
     known = collection.queries(split)
-    chosen = [known[query_id] for query_id in random.Random(0).sample(sorted(known), queries)]
+    chosen = [known[query_id] for query_id in random.Random(0).sample(sorted(known), min(queries, len(known)))]
     run = Run(BM25(collection.passages.values()).retrieve(chosen, depth), "bm25")
     return list(candidates_from_run(run, known, collection.passages, depth))
 

@@ -120,7 +120,7 @@ def attention(
             return over, None
         return torch.cat(
             [
-                _attend(query[some], keys, values, wider[some, ..., -keys.shape[2] :], scaling, softcap, False)
+                _attend(query[some], keys, values, wider[some, ..., -keys.shape[2] :], scaling, softcap, False, BLOCK)
                 for some, keys, values in contexts.joined(key, value, JOINED)
             ]
         ), None
@@ -144,7 +144,7 @@ def attention(
     for i in range(0, batch, rows):
         some = slice(i, i + rows)
         mask = attention_mask if attention_mask is None or len(attention_mask) == 1 else attention_mask[some]
-        parts.append(_attend(query[some], key[some], value[some], mask, scaling, softcap, causal))
+        parts.append(_attend(query[some], key[some], value[some], mask, scaling, softcap, causal, block))
     return torch.cat(parts), None
 
 
@@ -169,7 +169,7 @@ def _attend(
     scaling: float,
     softcap: float | None,
     causal: bool,
-    block: int = BLOCK,
+    block: int,
 ) -> Tensor:
     """Return `[B, T, H, h]`, a block of positions at a time."""
     batch, heads, width, _ = query.shape

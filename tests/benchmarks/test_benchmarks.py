@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: same work, same scores, right products, right ratios."""
 
 import argparse
+import asyncio
 import json
 import sys
 from importlib import resources
@@ -23,6 +24,7 @@ import storage
 import tables
 import training
 from ceiling import needed
+from qpeft import cpu_attention
 from qpeft.loading import load_lm
 from qpeft.model_config import ModelConfig
 from qpeft.template import Row
@@ -168,6 +170,20 @@ class TestSameScores:
         assert seen[0][1] == max(len(row) for row in rows[: seen[0][0]]) - 1
         assert all(height * (width + 1) <= 200 for height, width in seen)
         assert sum(sent) == sum(height * width for height, width in seen)
+
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_attention_over_whole_rows_takes_no_blocks(self, exact, monkeypatch, whole):
+        exact.model.set_attn_implementation(cpu_attention.NAME)
+        rows = [row for row in gpu.varied_rows(6, 6) if len(row) > 120]
+        widths = []
+        weights = cpu_attention._weights
+        monkeypatch.setattr(
+            cpu_attention, "_weights", lambda query, *rest: widths.append(query.shape[2]) or weights(query, *rest)
+        )
+        for place, value in {"qpeft.cpu_attention.TILES": False, **(ablation.WHOLE_ROWS if whole else {})}.items():
+            monkeypatch.setattr(place, value)
+        exact.log_probs(rows)
+        assert (max(widths) > 96) == whole
 
     def test_log_softmax_whole(self):
         logits, tokens = torch.randn(5, 11), torch.tensor([0, 3, 10, 4, 4])
@@ -315,6 +331,20 @@ def test_small_batches_of_candidates_are_pairs():
     query = pairs.Query("q", "why")
     item = Candidates(query, (pairs.Passage("a", "x"), pairs.Passage("b", "y")))
     assert [passage.id for _, passage in pairs.texts([item])] == ["a", "b"]
+
+
+class TestServing:
+    def test_a_server_whose_model_fails_on_a_word_starts_and_answers_the_rest(self):
+        server_process = pytest.importorskip("server_process", exc_type=ImportError)
+        args = argparse.Namespace(model="tiny-lm", device="cpu", dtype="float32")
+        bodies = server_process.make_requests(2, 2)
+        bodies[1]["documents"][0]["text"] += f" {server_process.POISON}"
+
+        async def statuses():
+            async with server_process.serving(args, poisoned=True) as server:
+                return [(await server.client.post("/v1/rerank", json=body)).status_code for body in bodies]
+
+        assert asyncio.run(statuses()) == [200, 500]
 
 
 class TestCascade:
