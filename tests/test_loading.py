@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from qpeft import Reranker
 from qpeft.cli import main
 from qpeft.encoder_decoder import EncoderDecoderLM
 from qpeft.errors import MissingDependencyError, ModelError, OptionError, QueryError
-from qpeft.loading import describe_lm, load_lm
+from qpeft.loading import choose_dtype, describe_lm, load_lm
 from qpeft.methods import query_likelihood
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import weights_fingerprint
@@ -196,6 +197,17 @@ def test_a_hub_name_without_network_says_what_to_do():
     last = done.stderr.strip().splitlines()[-1]
     assert "ModelError: model 'some/model' is not a local folder" in last
     assert "--model path/to/folder" in last
+
+
+@pytest.mark.parametrize(("generation", "dtype"), [(7, torch.float16), (8, torch.bfloat16)])
+def test_a_bfloat16_that_a_gpu_emulates_is_not_chosen(monkeypatch, generation, dtype):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    generations = {0: 15 - generation, torch.device("cuda:1"): generation}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=generations[device]))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert choose_dtype(torch.device("cuda:1")) == dtype
 
 
 def test_quantisation_needs_bitsandbytes(saved_model):

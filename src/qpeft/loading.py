@@ -271,7 +271,9 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16 where the device computes with it at least as fast as with float32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        # torch itself would say that GPUs before Ampere have it too: it emulates it there, slower than float32.
+        native = torch.version.hip or torch.cuda.get_device_properties(device).major >= 8
+        return torch.bfloat16 if native else torch.float16
     if device.type != "cpu":
         return torch.float32
     return torch.bfloat16 if cpu_matmul_seconds(torch.bfloat16) < cpu_matmul_seconds(torch.float32) else torch.float32
