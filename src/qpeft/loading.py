@@ -182,10 +182,13 @@ def tuned(config: ModelConfig, device: torch.device) -> ModelConfig:
         return config
     if found.threads is not None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(found.threads)
+    dtype = found.dtype if config.dtype == "auto" else config.dtype
+    # Kernels are for number types: flash attention knows no float32.
+    kernel = found.attention_kernel if dtype == found.dtype else "auto"
     return dataclasses.replace(
         config,
-        dtype=found.dtype if config.dtype == "auto" else config.dtype,
-        attention_kernel=found.attention_kernel if config.attention_kernel == "auto" else config.attention_kernel,
+        dtype=dtype,
+        attention_kernel=kernel if config.attention_kernel == "auto" else config.attention_kernel,
         batch_tokens=config.batch_tokens or found.batch_tokens,
         compile="yes" if config.compile == "auto" and found.compiled else config.compile,
     )
