@@ -103,9 +103,10 @@ def test_the_head_runs_at_scored_positions_only(family, make_lm):
 class ForgetfulModel(torch.nn.Module):
     """A model on a machine whose memory holds so many rows."""
 
-    def __init__(self, model, most, error=torch.OutOfMemoryError("out of memory")):
+    def __init__(self, model, most, error=None):
         super().__init__()
-        self.model, self.most, self.refused, self.rows, self.error = model, most, 0, 0, error
+        self.model, self.most, self.refused, self.rows = model, most, 0, 0
+        self.error = error or torch.OutOfMemoryError("out of memory")
         self.device, self.dtype, self.config = model.device, model.dtype, model.config
         self._is_stateful = model._is_stateful
 
