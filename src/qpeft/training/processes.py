@@ -70,11 +70,13 @@ def together(device: torch.device) -> Iterator[None]:
 
     What was made of the Trainer must be out of reach by then.
     """
-    from torch import distributed
+    from torch import cuda, distributed
 
     if processes().count == 1:
         yield
         return
+    if device.type == "cuda":
+        cuda.set_device(device)  # by way of the current one objects are gathered, and at first it is the same for all
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
