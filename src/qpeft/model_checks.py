@@ -23,7 +23,7 @@ def choose_attention(model: Any, name: str, device: torch.device) -> None:
     try:
         model.set_attn_implementation(cpu_attention.NAME if name == "auto" else name)
         _two_rows(model)
-    except (ValueError, ImportError, NotImplementedError, AttributeError) as error:
+    except (ValueError, ImportError, RuntimeError, AttributeError) as error:  # the third: of kernels and compilers
         if name != "auto":
             raise OptionError(f"--attention-kernel {name}: {str(error).splitlines()[0]}") from error
         model.set_attn_implementation(before)  # it needs more than ours can do
