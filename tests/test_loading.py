@@ -218,6 +218,14 @@ def test_quantisation_needs_bitsandbytes(saved_model):
             load_lm(ModelConfig(str(saved_model), quantization="4bit"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_4_bits_are_multiplied_in_the_number_type_asked_for(dtype):
+    layers = pytest.importorskip("bitsandbytes").nn.Linear4bit
+    lm = load_lm(ModelConfig(quantization="4bit", dtype=dtype, device="cpu"))
+    kinds = {module.compute_dtype for module in lm.model.modules() if isinstance(module, layers)}
+    assert kinds == {getattr(torch, dtype)}
+
+
 def test_unknown_device(saved_model):
     with pytest.raises(OptionError, match="--device"):
         load_lm(ModelConfig(str(saved_model), device="gpu7"))

@@ -93,7 +93,7 @@ def _open(path: str, config: ModelConfig, options: dict[str, Any], dtype: torch.
             _check_encoder_decoder(config)
         tokenizer = _tokenizer(path, options)
         opened: Any = _class(settings).from_pretrained(
-            path, dtype=dtype, output_loading_info=True, **_quantized(config, device), **options
+            path, dtype=dtype, output_loading_info=True, **_quantized(config, dtype, device), **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(_explain(config, error)) from error
@@ -340,7 +340,7 @@ def _context_length(settings: Any, asked: int | None) -> int:
     return min(found, default=512)
 
 
-def _quantized(config: ModelConfig, device: torch.device) -> dict[str, Any]:
+def _quantized(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     if config.quantization == "none":
         return {}
     try:
@@ -352,7 +352,7 @@ def _quantized(config: ModelConfig, device: torch.device) -> dict[str, Any]:
         load_in_4bit=config.quantization == "4bit",
         bnb_4bit_quant_type="nf4",  # of normally distributed weights; with double quantisation, QLoRA's (2305.14314)
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )  # type: ignore[no-untyped-call]
     return {"quantization_config": settings, "device_map": {"": device}}
 
