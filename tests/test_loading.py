@@ -22,6 +22,7 @@ from qpeft.methods import query_likelihood
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import weights_fingerprint
 from qpeft.types import UNREADABLE, Passage
+from test_lm import rows_for
 
 PASSAGES = ["the sky is blue", "the sea is salty", "the old king", "the sky is blue"]
 
@@ -224,6 +225,16 @@ def test_4_bits_are_multiplied_in_the_number_type_asked_for(dtype):
     lm = load_lm(ModelConfig(quantization="4bit", dtype=dtype, device="cpu"))
     kinds = {module.compute_dtype for module in lm.model.modules() if isinstance(module, layers)}
     assert kinds == {getattr(torch, dtype)}
+
+
+def test_8_bits_are_no_reason_to_compute_everything_anew():
+    pytest.importorskip("bitsandbytes")
+    lm = load_lm(ModelConfig(quantization="8bit", dtype="float16", device="cpu", passage_cache=0.1))
+    assert lm.goes_on
+    assert lm.spares_last_layer
+    scores = [value.target.mean() for value in lm.log_probs(rows_for(lm))]
+    lm.store = None
+    torch.testing.assert_close([value.target.mean() for value in lm.log_probs(rows_for(lm))], scores, atol=0.2, rtol=0)
 
 
 def test_unknown_device(saved_model):
