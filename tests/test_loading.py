@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertLMHeadModel
+from transformers import BertConfig, BertForSequenceClassification, BertLMHeadModel, LlamaForCausalLM
 
 from qpeft import Reranker
 from qpeft.cli import main
@@ -209,6 +209,15 @@ def test_a_bfloat16_that_a_gpu_emulates_is_not_chosen(monkeypatch, generation, d
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=generations[device]))
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
     assert choose_dtype(torch.device("cuda:1")) == dtype
+
+
+def test_a_model_that_is_too_large_for_its_device(saved_model, monkeypatch):
+    def no_room(self, device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(LlamaForCausalLM, "to", no_room)
+    with pytest.raises(ModelError, match="does not fit in the memory of cpu"):
+        load_lm(ModelConfig(str(saved_model), device="cpu"))
 
 
 def test_quantisation_needs_bitsandbytes(saved_model):

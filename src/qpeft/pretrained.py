@@ -230,7 +230,7 @@ class PretrainedLM:
             try:
                 values = forward([rows[i] for i in chosen], [each[i] for i in chosen])
             except RuntimeError as error:
-                if not _says_no_room(error):
+                if not says_no_room(error):
                     raise
                 return chosen
             for i, value in zip(chosen, values, strict=True):
@@ -268,7 +268,7 @@ class PretrainedLM:
         raise NotImplementedError
 
 
-def _says_no_room(error: RuntimeError) -> bool:
+def says_no_room(error: RuntimeError) -> bool:
     """Whether memory ran out; not every device (MPS) raises an error of its own for that."""
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
