@@ -1,6 +1,7 @@
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import eager_mask
 
 from qpeft import cpu_attention, past
 from qpeft.adapters import lora
@@ -179,6 +180,16 @@ def test_it_is_what_cpus_use_unless_told_otherwise(saved_model):
     assert used == {"auto": cpu_attention.NAME, "eager": "eager"}
     with pytest.raises(OptionError, match="--attention-kernel flush: "):
         load_lm(ModelConfig(str(saved_model), attention_kernel="flush"))
+
+
+def test_a_kernel_that_fails_is_named(saved_model):
+    def halves_only(module, query, *args, **kwargs):
+        raise RuntimeError("it only supports fp16 and bf16 data type")  # as flash attention does
+
+    AttentionInterface.register("halves_only", halves_only)
+    AttentionMaskInterface.register("halves_only", eager_mask)
+    with pytest.raises(OptionError, match="--attention-kernel halves_only: it only supports fp16 and bf16"):
+        load_lm(ModelConfig(str(saved_model), attention_kernel="halves_only"))
 
 
 def test_layers_that_need_more_keep_their_own_attention(tmp_path):

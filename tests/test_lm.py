@@ -103,25 +103,33 @@ def test_the_head_runs_at_scored_positions_only(family, make_lm):
 class ForgetfulModel(torch.nn.Module):
     """A model on a machine whose memory holds so many rows."""
 
-    def __init__(self, model, most):
+    def __init__(self, model, most, error=None):
         super().__init__()
         self.model, self.most, self.refused, self.rows = model, most, 0, 0
+        self.error = error or torch.OutOfMemoryError("out of memory")
         self.device, self.dtype, self.config = model.device, model.dtype, model.config
         self._is_stateful = model._is_stateful
 
     def forward(self, **inputs):
         if len(inputs["input_ids"]) > self.most:
             self.refused += 1
-            raise torch.OutOfMemoryError("out of memory")
+            raise self.error
         self.rows = len(inputs["input_ids"])
         return self.model(**inputs)
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_batches_shrink_when_memory_runs_out(make_lm):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 6.04 GiB, max allowed: 6.77 GiB)."),
+    ],
+)
+def test_batches_shrink_when_memory_runs_out(make_lm, error):
     plain = make_lm("llama")
     rows = rows_for(plain)
-    model = ForgetfulModel(plain.model, most=2)
+    model = ForgetfulModel(plain.model, most=2, error=error)
     lm = CausalLM(model, plain.tokenizer, name="small machine", max_length=128, batch_tokens=4096)
     for value, reference in zip(lm.log_probs(rows), plain.log_probs(rows), strict=True):
         torch.testing.assert_close(value.target, reference.target, atol=1e-4, rtol=0)
@@ -139,6 +147,14 @@ def test_a_row_that_never_fits_is_an_error(make_lm):
     lm = CausalLM(ForgetfulModel(plain.model, 0), plain.tokenizer, name="x", max_length=128, batch_tokens=4096)
     with pytest.raises(ModelError, match="tokens do not fit in the memory"):
         lm.log_probs(rows_for(plain))
+
+
+def test_other_errors_are_not_taken_for_it(make_lm):
+    plain = make_lm("llama")
+    model = ForgetfulModel(plain.model, 0, RuntimeError("no such operation"))
+    with pytest.raises(RuntimeError, match="no such operation"):
+        CausalLM(model, plain.tokenizer, name="x", max_length=128, batch_tokens=4096).log_probs(rows_for(plain))
+    assert model.refused == 1
 
 
 def test_encoder_decoder_equals_transformers_own_loss(t5):

@@ -7,20 +7,22 @@ import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertLMHeadModel
+from transformers import BertConfig, BertForSequenceClassification, BertLMHeadModel, LlamaForCausalLM
 
 from qpeft import Reranker
 from qpeft.cli import main
 from qpeft.encoder_decoder import EncoderDecoderLM
 from qpeft.errors import MissingDependencyError, ModelError, OptionError, QueryError
-from qpeft.loading import describe_lm, load_lm
+from qpeft.loading import choose_dtype, describe_lm, load_lm
 from qpeft.methods import query_likelihood
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import weights_fingerprint
 from qpeft.types import UNREADABLE, Passage
+from test_lm import rows_for
 
 PASSAGES = ["the sky is blue", "the sea is salty", "the old king", "the sky is blue"]
 
@@ -198,12 +200,50 @@ def test_a_hub_name_without_network_says_what_to_do():
     assert "--model path/to/folder" in last
 
 
+@pytest.mark.parametrize(("generation", "dtype"), [(7, torch.float16), (8, torch.bfloat16)])
+def test_a_bfloat16_that_a_gpu_emulates_is_not_chosen(monkeypatch, generation, dtype):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    generations = {0: 15 - generation, torch.device("cuda:1"): generation}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=generations[device]))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    assert choose_dtype(torch.device("cuda:1")) == dtype
+
+
+def test_a_model_that_is_too_large_for_its_device(saved_model, monkeypatch):
+    def no_room(self, device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(LlamaForCausalLM, "to", no_room)
+    with pytest.raises(ModelError, match="does not fit in the memory of cpu"):
+        load_lm(ModelConfig(str(saved_model), device="cpu"))
+
+
 def test_quantisation_needs_bitsandbytes(saved_model):
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
         with pytest.raises(MissingDependencyError, match=r"qpeft\[quantized\]"):
             load_lm(ModelConfig(str(saved_model), quantization="4bit"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_4_bits_are_multiplied_in_the_number_type_asked_for(dtype):
+    layers = pytest.importorskip("bitsandbytes").nn.Linear4bit
+    lm = load_lm(ModelConfig(quantization="4bit", dtype=dtype, device="cpu"))
+    kinds = {module.compute_dtype for module in lm.model.modules() if isinstance(module, layers)}
+    assert kinds == {getattr(torch, dtype)}
+
+
+def test_8_bits_are_no_reason_to_compute_everything_anew():
+    pytest.importorskip("bitsandbytes")
+    lm = load_lm(ModelConfig(quantization="8bit", dtype="float16", device="cpu", passage_cache=0.1))
+    assert lm.goes_on
+    assert lm.spares_last_layer
+    scores = [value.target.mean() for value in lm.log_probs(rows_for(lm))]
+    lm.store = None
+    torch.testing.assert_close([value.target.mean() for value in lm.log_probs(rows_for(lm))], scores, atol=0.2, rtol=0)
 
 
 def test_unknown_device(saved_model):

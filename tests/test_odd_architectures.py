@@ -149,9 +149,9 @@ def test_what_all_logits_have_in_common_is_no_agreement(dtype, level):
     torch.manual_seed(0)
     said, other = torch.randn(2, 3, 320) * 2, torch.randn(2, 3, 320) * 2
     logits = (said + level).to(dtype)
-    assert agree(logits, logits.clone())
-    assert agree(logits, (said * (1 + torch.finfo(dtype).eps) + level).to(dtype))
-    assert not agree(logits, (other + level).to(dtype))
+    assert agree(logits, logits.clone(), None)
+    assert agree(logits, (said * (1 + torch.finfo(dtype).eps) + level).to(dtype), None)
+    assert not agree(logits, (other + level).to(dtype), None)
 
 
 @pytest.mark.parametrize(("name", "spared"), [("gpt_neo", False), ("falcon", True), ("deepseek_v2", True)])

@@ -35,6 +35,8 @@ def test_what_was_measured_is_used_where_options_are_left_open(config, saved_mod
     assert settings(load_lm(config)) == ("float32", "eager", 777) != before
     given = ModelConfig(str(saved_model), device="cpu", dtype="bfloat16", attention_kernel="sdpa", batch_tokens=5)
     assert settings(load_lm(given)) == ("bfloat16", "sdpa", 5)
+    wider = ModelConfig(str(saved_model), device="cpu", dtype="bfloat16")
+    assert settings(load_lm(wider))[:2] == ("bfloat16", before[1]), "a kernel may not know every number type"
     other = ModelConfig(str(saved_model), device="cpu", passage_cache=0.1)
     assert load_lm(other).batch_tokens != 777, "measured without a passage cache"
     write_tuning(tuning_key_of(config, CPU), None)

@@ -70,7 +70,7 @@ class LastLayer:
                 some = model.base_model(**inputs).last_hidden_state
         except Exception:  # a layer that takes its arguments otherwise, whatever that ends in
             return False
-        return agree(whole[wanted], some[wanted])
+        return agree(whole[wanted], some[wanted], model)
 
     @contextmanager
     def only_at(self, wanted: Tensor) -> Iterator[None]:

@@ -33,7 +33,7 @@ from qpeft.errors import MissingDependencyError, ModelError, OptionError, neares
 from qpeft.lm import CausalLM
 from qpeft.model_checks import check_causal, check_positions, choose_attention, classifies
 from qpeft.model_config import EMBEDDED, ModelConfig
-from qpeft.pretrained import PretrainedLM
+from qpeft.pretrained import PretrainedLM, says_no_room
 from qpeft.provenance import fingerprint
 from qpeft.read_out import WEIGHT, Head, linear_head
 from qpeft.tuning import read_tuning, tuning_key
@@ -56,7 +56,7 @@ def load_lm(config: ModelConfig) -> PretrainedLM:
     dtype = choose_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     settings, tokenizer, model, info = _open(path, config, options, dtype, device)
     if config.quantization == "none":
-        model = model.to(device)
+        model = _moved(model, device, config.model)
     facts: dict[str, Any] = {
         "name": config.model,
         "folder": Path(path) if Path(path).is_dir() else None,
@@ -93,7 +93,7 @@ def _open(path: str, config: ModelConfig, options: dict[str, Any], dtype: torch.
             _check_encoder_decoder(config)
         tokenizer = _tokenizer(path, options)
         opened: Any = _class(settings).from_pretrained(
-            path, dtype=dtype, output_loading_info=True, **_quantized(config, device), **options
+            path, dtype=dtype, output_loading_info=True, **_quantized(config, dtype, device), **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(_explain(config, error)) from error
@@ -102,6 +102,15 @@ def _open(path: str, config: ModelConfig, options: dict[str, Any], dtype: torch.
     if info["missing_keys"]:
         raise ModelError(f"model {config.model!r} is no language model: {min(info['missing_keys'])} has no weights")
     return settings, tokenizer, model, info
+
+
+def _moved(model: Any, device: torch.device, name: str) -> Any:
+    try:
+        return model.to(device)
+    except RuntimeError as error:
+        if not says_no_room(error):
+            raise
+        raise ModelError(f"model {name!r} does not fit in the memory of {device}; see --quantization") from error
 
 
 def _check_encoder_decoder(config: ModelConfig) -> None:
@@ -182,10 +191,13 @@ def tuned(config: ModelConfig, device: torch.device) -> ModelConfig:
         return config
     if found.threads is not None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(found.threads)
+    dtype = found.dtype if config.dtype == "auto" else config.dtype
+    # Kernels are for number types: flash attention knows no float32.
+    kernel = found.attention_kernel if dtype == found.dtype else "auto"
     return dataclasses.replace(
         config,
-        dtype=found.dtype if config.dtype == "auto" else config.dtype,
-        attention_kernel=found.attention_kernel if config.attention_kernel == "auto" else config.attention_kernel,
+        dtype=dtype,
+        attention_kernel=kernel if config.attention_kernel == "auto" else config.attention_kernel,
         batch_tokens=config.batch_tokens or found.batch_tokens,
         compile="yes" if config.compile == "auto" and found.compiled else config.compile,
     )
@@ -271,7 +283,9 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(device: torch.device) -> torch.dtype:
     """Return bfloat16 where the device computes with it at least as fast as with float32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        # torch itself would say that GPUs before Ampere have it too: it emulates it there, slower than float32.
+        native = torch.version.hip or torch.cuda.get_device_properties(device).major >= 8
+        return torch.bfloat16 if native else torch.float16
     if device.type != "cpu":
         return torch.float32
     return torch.bfloat16 if cpu_matmul_seconds(torch.bfloat16) < cpu_matmul_seconds(torch.float32) else torch.float32
@@ -335,7 +349,7 @@ def _context_length(settings: Any, asked: int | None) -> int:
     return min(found, default=512)
 
 
-def _quantized(config: ModelConfig, device: torch.device) -> dict[str, Any]:
+def _quantized(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     if config.quantization == "none":
         return {}
     try:
@@ -347,7 +361,7 @@ def _quantized(config: ModelConfig, device: torch.device) -> dict[str, Any]:
         load_in_4bit=config.quantization == "4bit",
         bnb_4bit_quant_type="nf4",  # of normally distributed weights; with double quantisation, QLoRA's (2305.14314)
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )  # type: ignore[no-untyped-call]
     return {"quantization_config": settings, "device_map": {"": device}}
 

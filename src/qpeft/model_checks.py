@@ -23,7 +23,7 @@ def choose_attention(model: Any, name: str, device: torch.device) -> None:
     try:
         model.set_attn_implementation(cpu_attention.NAME if name == "auto" else name)
         _two_rows(model)
-    except (ValueError, ImportError, NotImplementedError, AttributeError) as error:
+    except (ValueError, ImportError, RuntimeError, AttributeError) as error:  # the third: of kernels and compilers
         if name != "auto":
             raise OptionError(f"--attention-kernel {name}: {str(error).splitlines()[0]}") from error
         model.set_attn_implementation(before)  # it needs more than ours can do
@@ -40,7 +40,8 @@ def check_causal(model: Any, name: str) -> None:
 def check_positions(model: Any, name: str) -> None:
     """Refuse a model that numbers its positions otherwise than from 0, such as RoBERTa: they are given it here."""
     ids = torch.tensor([[3, 4, 5, 6]], device=model.device)
-    if not agree(_outputs(model, ids), _outputs(model, ids, position_ids=torch.arange(4, device=model.device)[None])):
+    numbered = _outputs(model, ids, position_ids=torch.arange(4, device=model.device)[None])
+    if not agree(_outputs(model, ids), numbered, model):
         raise ModelError(f"model {name!r} does not number its positions from 0, and is not supported")
 
 

@@ -60,7 +60,7 @@ class Past:
             contexts.append(torch.stack([torch.cat([layer.keys, layer.values]) for layer in cache.layers]))
         following = torch.cat([after for _, after in rows])
         found = self._model(input_ids=following, **self.inputs(contexts, torch.ones_like(following))).logits
-        return agree(torch.cat(whole), found)
+        return agree(torch.cat(whole), found, self._model)
 
     def inputs(self, contexts: Sequence[Tensor], mask: Tensor) -> dict[str, Any]:
         """Return what a forward pass takes beside the tokens that follow contexts.
@@ -115,7 +115,7 @@ class Past:
                     cache.layers = [*layers]
                     given = {"attention_mask": mask, "position_ids": past, "past_key_values": cache}
                     logits.append(self._model(input_ids=past * 0, **given).logits)
-                self._hands_on = agree(*logits)
+                self._hands_on = agree(logits[0], logits[1], self._model)
             except Exception:  # keys without their contexts do not fit the mask, whatever that ends in
                 self._hands_on = False
         return self._hands_on

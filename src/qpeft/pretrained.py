@@ -229,7 +229,9 @@ class PretrainedLM:
             """Return the rows that did not fit in memory: all or none."""
             try:
                 values = forward([rows[i] for i in chosen], [each[i] for i in chosen])
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not says_no_room(error):
+                    raise
                 return chosen
             for i, value in zip(chosen, values, strict=True):
                 results[i] = value
@@ -251,7 +253,7 @@ class PretrainedLM:
             if run(chosen):
                 if len(chosen) == 1 and not self._make_room():
                     raise ModelError(f"{sizes[chosen[0]]} tokens do not fit in the memory of {self.device}")
-                torch.cuda.empty_cache()
+                getattr(torch.get_device_module(self.device), "empty_cache", lambda: None)()
                 self._budget = len(chosen) * sizes[chosen[0]] // 2
                 waiting.put_back(chosen)
         self._budget = min(self.batch_tokens, self._budget * 2)
@@ -264,6 +266,11 @@ class PretrainedLM:
 
     def _read(self, rows: Sequence[Row], read_out: ReadOut, adapters: Sequence[HintWriter | None]) -> list[Tensor]:
         raise NotImplementedError
+
+
+def says_no_room(error: RuntimeError) -> bool:
+    """Whether memory ran out; not every device (MPS) raises an error of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def pad_ids(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

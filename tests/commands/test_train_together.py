@@ -129,6 +129,8 @@ def test_an_error_of_one_is_the_error_of_all(arguments, start, tmp_path):
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE is 2"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 and RANK is missing"),
         ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "x"}, "MASTER_PORT is missing"),
+        ({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP is true"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "ACCELERATE_MIXED_PRECISION is bf16"),
     ],
 )
 def test_other_launchers_are_refused_before_anything_is_read(told, words, arguments, tmp_path, monkeypatch, capsys):

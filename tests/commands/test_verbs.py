@@ -277,6 +277,11 @@ def test_doctor_checks_the_scorer(capsys):
     assert "passages/s" in out
 
 
+def test_doctor_does_not_check_in_float32_what_does_not_know_it(capsys):
+    main(["doctor", "--seconds", "0.1", "--attention-kernel", "flash_attention_2"])
+    assert "left out: it is in float32, which flash_attention_2 does not know" in capsys.readouterr().out
+
+
 def test_demo_goes_the_whole_way(tmp_path, capsys):
     assert main(["demo", "--output", str(tmp_path / "demo"), "--limit-queries", "2", "--depth", "3"]) == 0
     assert "query_likelihood+bm25" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from transformers.training_args import ParallelMode
 from qpeft.errors import OptionError
 from qpeft.training.arguments import OneDevice
 from qpeft.training.config import TrainingConfig
+from qpeft.training.processes import together
 from qpeft.training.trainer import Collator, fit
 from tiny_adapters import build, with_store
 from tiny_training import FAST, GROUPS, dev_for, prompt_for
@@ -44,6 +45,19 @@ def test_one_of_several_gpus(tmp_path, monkeypatch):
     assert (arguments.n_gpu, arguments.parallel_mode) == (1, ParallelMode.NOT_PARALLEL)
     assert arguments.train_batch_size == arguments.per_device_train_batch_size
     assert current == [torch.device("cuda:1")]
+
+
+def test_processes_meet_with_a_gpu_of_their_own_each(monkeypatch):
+    """NCCL sends objects by way of the current device, and refuses two processes that are on one."""
+    told = []
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "set_device", told.append)
+    for name in ("init_process_group", "barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *args, name=name: told.append((name, *args)))
+    with together(torch.device("cuda:1")):
+        assert told == [torch.device("cuda:1"), ("init_process_group", "nccl")]
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])

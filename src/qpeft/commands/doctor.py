@@ -112,6 +112,9 @@ def _check(model: ModelConfig, pairs: Sequence[tuple[Query, Passage]]) -> None:
     if model.quantization != "none":
         print(f"{'self-check':22} left out: it is for weights as they are, not for {model.quantization}")
         return
+    if "flash" in model.attention_kernel:
+        print(f"{'self-check':22} left out: it is in float32, which {model.attention_kernel} does not know")
+        return
     lm = load_lm(dataclasses.replace(model, dtype="float32"))
     if not isinstance(lm, CausalLM):
         print(f"{'self-check':22} left out: it is for decoder-only models")

@@ -95,6 +95,8 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     forget_peak_memory()  # what was done before in this process is not of this run
     partial = Partial(Path(config.output), config.resume)
     lm = open_as_begun(model, partial.settings)
+    if lm.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(lm.device)
     described = describe_lm(lm, model)
     facts: dict[str, Any] = {
         "command": "rerank",

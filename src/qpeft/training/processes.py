@@ -24,6 +24,8 @@ NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each of several processes, beside WORLD_SIZE, their number."""
 OTHERS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """By these other launchers tell a process how many there are."""
+MORE = tuple(f"ACCELERATE_{name}" for name in ("MIXED_PRECISION", "USE_FSDP", "USE_DEEPSPEED", "DYNAMO_BACKEND"))
+"""By these `accelerate launch` has the Trainer compute otherwise: it would cast, split or compile what is trained."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,12 @@ def processes() -> Processes:
     """Return what the launcher told, if there was one.
 
     Raises:
-        OptionError: it was another than torchrun, so that each would train all by itself, and write over the others.
+        OptionError: it was another than torchrun, so that each would train all by itself, and write over the others; or
+            it asks for more than several processes.
     """
+    for name in MORE:
+        if os.environ.get(name, "no").lower() not in ("", "no", "false", "0"):
+            raise OptionError(f"{name} is {os.environ[name]}: start training without a launcher, or with torchrun")
     count = _number("WORLD_SIZE")
     other = next((name for name in OTHERS if _number(name) > max(count, 1)), None)
     if count <= 1 and other is None:
@@ -70,11 +76,13 @@ def together(device: torch.device) -> Iterator[None]:
 
     What was made of the Trainer must be out of reach by then.
     """
-    from torch import distributed
+    from torch import cuda, distributed
 
     if processes().count == 1:
         yield
         return
+    if device.type == "cuda":
+        cuda.set_device(device)  # by way of the current one objects are gathered, and at first it is the same for all
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
