@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
@@ -17,6 +18,8 @@ from typing import BinaryIO, Literal, TextIO, cast
 from qpeft.errors import FormatError, InputError
 
 StrPath = str | PathLike[str]
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What writing ends in where the disk is full, or the user may not have more of it."""
 
 
 @contextmanager
@@ -67,25 +70,42 @@ def numbered_lines(path: StrPath) -> Iterator[tuple[int, str]]:
 
 
 @contextmanager
+def writing(path: StrPath) -> Iterator[None]:
+    """Name the file that is written within this context where there is no room for it.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise InputError(f"{os.fspath(path)} cannot be written: {error.strerror}") from error
+
+
+@contextmanager
 def replacing(path: StrPath) -> Iterator[Path]:
     """Yield the path of a temporary sibling: moved to `path` on success, removed on failure.
 
     Folders on the way are made. A link stays a link; a pipe or device is written directly, as it cannot be replaced.
 
     Raises:
-        InputError: `path` is a folder, or its folder cannot be made.
+        InputError: `path` is a folder, or its folder cannot be made, or there is no room for it.
     """
     if os.path.isdir(path):
         raise InputError(f"{os.fspath(path)}: is a folder")
     if is_stream(path):
-        yield Path(path)
+        with writing(path):
+            yield Path(path)
         return
     target = Path(os.path.realpath(path))
     make_folder(target.parent)
     temporary = temporary_sibling(target)
     try:
-        yield temporary
-        os.replace(temporary, target)
+        with writing(path):
+            yield temporary
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -97,7 +117,7 @@ def replacing_folder(folder: StrPath) -> Iterator[Path]:
     A link stays a link.
 
     Raises:
-        InputError: it cannot be made, or not be moved; what stood there is untouched.
+        InputError: it cannot be made or moved, or there is no room for it; what stood there is untouched.
     """
     target = Path(os.path.realpath(folder))
     temporary = temporary_sibling(target)
@@ -106,7 +126,8 @@ def replacing_folder(folder: StrPath) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"{os.fspath(folder)}: {error.strerror}") from error
     try:
-        yield temporary
+        with writing(folder):
+            yield temporary
         try:
             _move_folder(temporary, target)
         except OSError as error:
