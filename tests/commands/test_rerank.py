@@ -243,6 +243,14 @@ def test_a_resumed_cascade_counts_as_an_uninterrupted_one(rerank_arguments, tmp_
     assert facts[0]["cost"]["flops"] < facts[1]["cost"]["flops"]
 
 
+def test_paths_that_differ_are_named_as_they_were_typed(rerank_arguments, toy_run, tmp_path, capsys):
+    unfinished(rerank_arguments, tmp_path / "ql.trec", *ALONE)
+    other = tmp_path / "läufe.trec"
+    other.write_bytes(toy_run.read_bytes())
+    assert main(rerank_arguments(tmp_path / "ql.trec", *ALONE, "--resume", run=other)) == 2
+    assert f'(--run was "{toy_run}" and is "{other}")' in capsys.readouterr().err
+
+
 def test_what_is_done_after_scoring_may_change_when_a_run_goes_on(rerank_arguments, tmp_path):
     unfinished(rerank_arguments, tmp_path / "ql.trec", *ALONE)
     assert (
