@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -12,6 +13,24 @@ from pathlib import Path
 
 from qpeft.errors import InputError
 
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What writing ends in where the disk is full, or the user may not have more of it."""
+
+
+@contextmanager
+def writing(path: str | PathLike[str]) -> Iterator[None]:
+    """Name the file that is written within this context where there is no room for it.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise InputError(f"{os.fspath(path)} cannot be written: {error.strerror}") from error
+
 
 @contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
@@ -20,19 +39,21 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     Folders on the way are made. A link stays a link; a pipe or device is written directly, as it cannot be replaced.
 
     Raises:
-        InputError: `path` is a folder, or its folder cannot be made.
+        InputError: `path` is a folder, or its folder cannot be made, or there is no room for it.
     """
     if os.path.isdir(path):
         raise InputError(f"{os.fspath(path)}: is a folder")
     if is_stream(path):
-        yield Path(path)
+        with writing(path):
+            yield Path(path)
         return
     target = Path(os.path.realpath(path))
     make_folder(target.parent)
     temporary = temporary_sibling(target)
     try:
-        yield temporary
-        os.replace(temporary, target)
+        with writing(path):
+            yield temporary
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -44,7 +65,7 @@ def replacing_folder(folder: str | PathLike[str]) -> Iterator[Path]:
     A link stays a link.
 
     Raises:
-        InputError: it cannot be made, or not be moved; what stood there is untouched.
+        InputError: it cannot be made or moved, or there is no room for it; what stood there is untouched.
     """
     target = Path(os.path.realpath(folder))
     temporary = temporary_sibling(target)
@@ -53,7 +74,8 @@ def replacing_folder(folder: str | PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"{os.fspath(folder)}: {error.strerror}") from error
     try:
-        yield temporary
+        with writing(folder):
+            yield temporary
         try:
             _move_folder(temporary, target)
         except OSError as error:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Sequence
 from types import ModuleType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
+from qpeft.atomic import NO_ROOM
 from qpeft.commands._config_file import readable
 from qpeft.errors import OptionError, QpeftError, nearest
 
@@ -65,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, count in KEPT_KERNELS.items():
         os.environ.setdefault(name, count)
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        print(end="", flush=True)  # while what goes wrong can still be told
+        return code
     except QpeftError as error:
         print(f"qpeft: error: {error}", file=sys.stderr)
         return 2
@@ -73,8 +76,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nqpeft: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()
         return 0
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        _print_no_more()
+        print(f"qpeft: error: no room for the output: {error.strerror}", file=sys.stderr)
+        return 2
+
+
+def _print_no_more() -> None:
+    """Let go what standard output did not take, as Python would try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -1,6 +1,8 @@
 """Options on the command line and in YAML files."""
 
 import json
+import os
+import subprocess
 
 import pytest
 
@@ -110,6 +112,25 @@ def test_files_that_are_misread_elsewhere(text, words, tmp_path):
         read(["rerank", "--collection", "mini", "--run", "r", "--output", "o", "--config", str(path)])
     with pytest.raises(InputError, match="nowhere: No such file"):
         read(["rerank", "--config", str(tmp_path / "nowhere")])
+
+
+def test_options_from_a_pipe_are_refused_and_not_lost():
+    reading, writing = os.pipe()
+    os.write(writing, b"depth: 3\n")
+    os.close(writing)
+    with pytest.raises(InputError, match=f"--config /dev/fd/{reading}: is a pipe"):
+        read(["retrieve", "--collection", "mini", "--output", "o", "--config", f"/dev/fd/{reading}"])
+    os.close(reading)
+
+
+def test_standard_output_without_room_ends_in_one_line(start_process):
+    with open("/dev/full", "w") as full:
+        process = start_process(
+            ["data", "info", "--collection", "mini"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+        said = process.communicate()[1]
+    assert said == "qpeft: error: no room for the output: No space left on device\n"
+    assert process.returncode == 2
 
 
 @pytest.mark.parametrize("text", ["", "# a comment\n", "max_length:\n", 'compile: "no"\n', "\ufefflimit_queries: 3\n"])

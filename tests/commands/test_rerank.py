@@ -1,7 +1,9 @@
 import gzip
 import json
 import os
+import resource
 import signal
+import subprocess
 import threading
 import time
 
@@ -158,6 +160,25 @@ def test_a_run_goes_on_with_the_threads_that_it_began_with(rerank_arguments, tmp
         torch.set_num_threads(before)
 
 
+def test_a_full_disk_ends_in_one_line_and_the_run_can_go_on(rerank_arguments, tmp_path, start_process):
+    output = tmp_path / "ql.trec"
+    partial, whole = unfinished(rerank_arguments, output, *ALONE)
+    # Room for one more query: what the system answers is what it would on a full disk, with another number.
+    room = int(1.2 * partial.stat().st_size)
+    process = start_process(
+        rerank_arguments(output, *ALONE, "--resume"),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
+    )
+    said = process.communicate()[1]
+    assert process.returncode == 2, said
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == f"qpeft: error: {partial} cannot be written: File too large"
+    assert main(rerank_arguments(output, *ALONE, "--resume")) == 0
+    assert output.read_bytes() == whole.read_bytes()
+
+
 def test_cuts_are_shown(rerank_arguments, tmp_path, capsys):
     assert main(rerank_arguments(tmp_path / "ql.trec", "--max-passage-tokens", "1")) == 0
     assert "passages were cut" in capsys.readouterr().err
@@ -220,6 +241,14 @@ def test_a_resumed_cascade_counts_as_an_uninterrupted_one(rerank_arguments, tmp_
     assert facts[0]["counts"] == facts[1]["counts"]
     assert facts[0]["cost"]["queries"] == facts[1]["cost"]["queries"] - 2
     assert facts[0]["cost"]["flops"] < facts[1]["cost"]["flops"]
+
+
+def test_paths_that_differ_are_named_as_they_were_typed(rerank_arguments, toy_run, tmp_path, capsys):
+    unfinished(rerank_arguments, tmp_path / "ql.trec", *ALONE)
+    other = tmp_path / "läufe.trec"
+    other.write_bytes(toy_run.read_bytes())
+    assert main(rerank_arguments(tmp_path / "ql.trec", *ALONE, "--resume", run=other)) == 2
+    assert f'(--run was "{toy_run}" and is "{other}")' in capsys.readouterr().err
 
 
 def test_what_is_done_after_scoring_may_change_when_a_run_goes_on(rerank_arguments, tmp_path):

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import random
 import shutil
 import signal
@@ -297,6 +298,18 @@ def test_another_train_file_is_no_continuation(arguments, train_file, tmp_path, 
     train_file.write_text(train_file.read_text().replace("the old cat", "a dog"))
     assert main(arguments(tmp_path / "mine", "--resume", data=data)) == 2
     assert "other options, data or model (files.train_file); delete it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--train-file", "--run", "--dev-run"])
+def test_pipes_are_refused_since_files_are_read_twice(
+    arguments, collection, train_file, toy_run, tmp_path, capsys, option
+):
+    reading, writing = os.pipe()
+    os.write(writing, (train_file if option == "--train-file" else toy_run).read_bytes())
+    os.close(writing)
+    data = [option, f"/dev/fd/{reading}"] + (["--collection", str(collection)] if option != "--train-file" else [])
+    fails(arguments(tmp_path / "mine", data=data), capsys, tmp_path, f"{option} /dev/fd/{reading}: is a pipe")
+    os.close(reading)
 
 
 def test_a_teacher(arguments, toy_run, tmp_path):

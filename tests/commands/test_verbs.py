@@ -142,6 +142,16 @@ def test_score_from_options_and_from_standard_input(saved_model, capsys, monkeyp
     assert main(["score"]) == 0
 
 
+def test_a_query_of_standard_input_that_cannot_be_scored_is_named_by_its_line(saved_model, capsys, monkeypatch):
+    for query, words in (("  ", "is empty"), ("sky " * 400, "leave")):
+        lines = [json.dumps({"query": each, "passage": "the sky"}) for each in ("why", query)]
+        monkeypatch.setattr(sys, "stdin", typed("\n\n".join(lines).encode()))
+        assert main(["score", "--model", str(saved_model)]) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert "'line 3'" in message
+        assert words in message
+
+
 def test_titles_are_scored_wherever_they_come_from(saved_model, capsys, monkeypatch):
     model = ["score", "--model", str(saved_model), "--dtype", "float32"]
     given = ["--query", "why", "--passage", "the sky", "--title", "Old kings", "--passage", "the sea", "--title", ""]

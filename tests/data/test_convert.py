@@ -120,6 +120,15 @@ def test_dpr_with_evidence(tmp_path, source):
         convert(str(path), tmp_path / "two", "squad", evidence=source("evidence"))
 
 
+def test_lists_from_a_pipe_cannot_have_evidence(tmp_path, source):
+    reading, writing = os.pipe()
+    os.write(writing, b'[{"question": "?", "ctxs": [{"id": 1}]}]')
+    os.close(writing)
+    with pytest.raises(OptionError, match=f"/dev/fd/{reading} is a pipe"):
+        convert(f"/dev/fd/{reading}", tmp_path / "out", "dpr", evidence=source("evidence"))
+    os.close(reading)
+
+
 def test_candidates_without_scores_keep_their_order(tmp_path, source):
     convert(source("requests"), tmp_path / "out", "requests")
     assert [hit.passage_id for hit in read_run(tmp_path / "out" / "candidates.trec")["q"].hits] == ["b", "a", "c"]

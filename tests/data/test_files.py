@@ -87,6 +87,11 @@ def test_places_that_cannot_be_written(tmp_path):
         pass
     with pytest.raises(InputError, match="file"), write_text(tmp_path / "file" / "below"):
         pass
+    with (
+        pytest.raises(InputError, match="/dev/full cannot be written: No space left"),
+        write_text("/dev/full") as file,
+    ):
+        file.write("more than there is room for")
 
 
 def test_missing_file_is_named(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 import yaml
@@ -14,9 +15,11 @@ def read_options(path: str) -> dict[str, Any]:
     """Return the options that a file sets, by their names with `_`.
 
     Raises:
-        InputError: the file cannot be opened.
+        InputError: the file cannot be opened, or only once.
         FormatError: it is not YAML, or holds something else.
     """
+    if Path(path).is_fifo():  # the parser reads it again, and would find nothing
+        raise InputError(f"--config {path}: is a pipe; options are read from a file")
     try:
         with open(path, encoding="utf-8-sig") as file:
             options = yaml.safe_load(file)

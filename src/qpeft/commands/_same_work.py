@@ -49,7 +49,7 @@ def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
             yield from _differences(f"{name}.{index}", *pair)
     elif name.startswith("options."):
         option = name.removeprefix("options.").replace("_", "-")
-        old, new = ("not given" if value is None else json.dumps(value) for value in (before, now))
+        old, new = ("not given" if value is None else json.dumps(value, ensure_ascii=False) for value in (before, now))
         yield f"--{option} was {old} and is {new}"
     else:
         yield name

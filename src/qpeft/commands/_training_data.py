@@ -6,13 +6,16 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qpeft.atomic import is_stream
 from qpeft.data.candidates import candidates_from_run
 from qpeft.data.collection import Collection
 from qpeft.data.splits import unknown_split
 from qpeft.data.trec import read_run
 from qpeft.errors import InputError, OptionError
+from qpeft.provenance import file_fingerprint
 from qpeft.retrieval.bm25 import BM25
 from qpeft.training.config import TrainingConfig
 from qpeft.training.groups import MiningCounts, groups_from_collection, groups_from_jsonl, shuffled, unscored
@@ -21,6 +24,18 @@ from qpeft.types import Candidates, Group, Query, Run
 
 if TYPE_CHECKING:
     from qpeft.commands.train import Config
+
+
+_FILES = ("train_file", "run", "dev_run", "teacher")
+
+
+def fingerprints(config: Config) -> dict[str, str]:
+    """Return the SHA-256 of each file that the options name."""
+    return {name: file_fingerprint(Path(path)) for name, path in _files(config)}
+
+
+def _files(config: Config) -> Iterator[tuple[str, str]]:
+    return ((name, path) for name in _FILES if (path := getattr(config, name)) is not None)
 
 
 def say(text: str) -> None:
@@ -32,7 +47,14 @@ def say(text: str) -> None:
 def read_training_groups(
     config: Config, training: TrainingConfig, collection: Collection | None
 ) -> tuple[list[Group], MiningCounts]:
-    """Return the groups to train on: of the collection, or of the file where one is given."""
+    """Return the groups to train on: of the collection, or of the file where one is given.
+
+    Raises:
+        OptionError: a pipe is given; files are read more than once, and a resumed training needs the same ones.
+    """
+    for name, path in _files(config):
+        if is_stream(path):
+            raise OptionError(f"--{name.replace('_', '-')} {path}: is a pipe; training reads files")
     if config.train_file is None:
         assert collection is not None
         assert config.split is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qpeft import memory
-from qpeft.atomic import make_folder
+from qpeft.atomic import make_folder, writing
 from qpeft.commands._claim import claimed
 from qpeft.commands._same_work import as_kept, check_same
 from qpeft.data.files import write_text
@@ -66,16 +66,21 @@ class Unfinished:
         self._file = self.path.open("a", encoding="utf-8")
 
     def add(self, line: dict[str, Any]) -> None:
-        """Append a finished piece."""
+        """Append a finished piece.
+
+        Raises:
+            InputError: there is no room for it; work can be resumed with those before it.
+        """
         assert self._file is not None
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Stop appending; the file stays."""
-        if self._file is not None:
-            self._file.close()
-        self._claim.close()
+        with self._claim, writing(self.path):  # what did not fit is tried once more
+            if self._file is not None:
+                self._file.close()
 
     def remove(self) -> None:
         """Delete the file, once the output is in place."""

@@ -56,9 +56,7 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     items = _from_options(config) if config.query is not None else _from_input()
     reranker = methods.load(name).build(method, load_lm(model))
     for query, passages in items:
-        candidates = Candidates(
-            Query("query", query), tuple(Passage(str(i), text, title) for i, (title, text) in enumerate(passages))
-        )
+        candidates = Candidates(query, tuple(Passage(str(i), text, title) for i, (title, text) in enumerate(passages)))
         (ranking,) = reranker.rerank([candidates])
         placed = {int(hit.passage_id): (rank, hit.score) for rank, hit in enumerate(ranking.by_position(), start=1)}
         for index, passage in enumerate(candidates.passages):
@@ -69,18 +67,20 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
             print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
-def _from_options(config: Config) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def _from_options(config: Config) -> Iterator[tuple[Query, list[tuple[str, str]]]]:
     assert config.query is not None
     titles = config.title or ("",) * len(config.passage)
-    yield config.query, list(zip(titles, config.passage, strict=True))
+    yield Query("query", config.query), list(zip(titles, config.passage, strict=True))
 
 
-def _from_input() -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def _from_input() -> Iterator[tuple[Query, list[tuple[str, str]]]]:
     for number, line in enumerate(sys.stdin.buffer, start=1):
         if not line.strip():
             continue
         record = parse_record(line, "standard input", number)
-        yield record.text("query"), [(each.text("title", default=""), each.text("text")) for each in _passages(record)]
+        # The id stands in messages, and says which line is meant.
+        query = Query(f"line {number}", record.text("query"))
+        yield query, [(each.text("title", default=""), each.text("text")) for each in _passages(record)]
 
 
 def _passages(record: Record) -> list[Record]:

@@ -20,13 +20,20 @@ from qpeft import adapters, methods
 from qpeft.commands._checkpoints import BEGUN, claim, clear, leave_mark, read_begun, read_mark
 from qpeft.commands._peek import peek
 from qpeft.commands._same_work import check_same
-from qpeft.commands._training_data import find_dev_candidates, read_teacher, read_training_groups, say, say_counts
+from qpeft.commands._training_data import (
+    find_dev_candidates,
+    fingerprints,
+    read_teacher,
+    read_training_groups,
+    say,
+    say_counts,
+)
 from qpeft.commands._unfinished import open_as_begun
 from qpeft.data.collection import open_collection
 from qpeft.data.records import read_json
 from qpeft.errors import InputError, OptionError, PassageCacheError, at_least, nearest
 from qpeft.model_config import ModelConfig
-from qpeft.provenance import file_fingerprint, provenance
+from qpeft.provenance import provenance
 from qpeft.template import Prompt, Template, load_template
 from qpeft.training import config as training_config
 from qpeft.training.config import TrainingConfig
@@ -285,11 +292,7 @@ def _facts(config: Config, *others: Any) -> dict[str, Any]:
             for name, value in dataclasses.asdict(part).items()
             if name not in ("resume", "output", "report")
         },
-        "files": {
-            name: file_fingerprint(Path(path))
-            for name in ("train_file", "run", "dev_run", "teacher")
-            if (path := getattr(config, name)) is not None
-        },
+        "files": fingerprints(config),
     }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from qpeft.atomic import is_stream
 from qpeft.data.beir import write_beir
 from qpeft.data.collection import Collection, open_collection
 from qpeft.data.dpr import LabelledCandidates, read_dpr_training, read_evidence, read_retrieved, retrieved_ids
@@ -45,7 +46,7 @@ def convert(
         evidence: DPR's evidence TSV, for retrieved lists without texts.
 
     Raises:
-        OptionError: an unknown format, or evidence for one that does not take it.
+        OptionError: an unknown format, or evidence for one that does not take it, or for a pipe.
         StateError: the folder exists and is not empty.
         InputError: the source cannot be read; its subclass FormatError says where.
     """
@@ -53,6 +54,8 @@ def convert(
         raise OptionError(f"unknown format {format!r}{nearest(format, FORMATS)}")
     if evidence is not None and format != "dpr":
         raise OptionError(f"evidence belongs to the format 'dpr', not to {format!r}")
+    if evidence is not None and is_stream(source):
+        raise OptionError(f"{source} is a pipe; with evidence, lists are read twice, so they must be a file")
     contents = FORMATS[format](source, split, evidence)
     write_beir(target, contents.passages, contents.queries, contents.qrels, contents.candidates)
 

@@ -32,7 +32,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from qpeft import losses
 from qpeft.adapters._base import Adapter
 from qpeft.atomic import replacing
-from qpeft.errors import OptionError, ScoreError, StateError
+from qpeft.errors import InputError, OptionError, ScoreError, StateError
 from qpeft.lm import CausalLM
 from qpeft.methods import query_likelihood
 from qpeft.methods._rows import RowScorer
@@ -224,7 +224,7 @@ class AdapterTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch.save's
+        except (OSError, SafetensorError, InputError, RuntimeError) as error:  # the last is torch.save's
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             free = shutil.disk_usage(folder.parent).free / 2**20
