@@ -64,12 +64,12 @@ class TrainingSet(Dataset[tuple[int, Group]]):
 
     def __init__(self, groups: Sequence[Group], epochs: int, seed: int) -> None:
         self.groups = groups
-        self._epochs = epochs
+        self.epochs = epochs
         self._seed = seed
         self._order: tuple[int, list[int]] = (-1, [])
 
     def __len__(self) -> int:
-        return len(self.groups) * self._epochs
+        return len(self.groups) * self.epochs
 
     def __getitem__(self, index: int) -> tuple[int, Group]:
         epoch, place = divmod(index, len(self.groups))
@@ -185,13 +185,20 @@ class Learner(nn.Module):
 class AdapterTrainer(Trainer):
     """A Trainer that feeds groups in a fixed order, saves the adapter alone, and evaluates by ranking dev."""
 
-    def __init__(self, dev: DevRanking | None, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, data: TrainingSet, dev: DevRanking | None, **options: Any) -> None:
+        super().__init__(train_dataset=data, eval_dataset=data if dev else None, **options)
+        self._data = data
         self._dev = dev
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        data: Any = self.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(data)
+        return SequentialSampler(self._data)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log with epochs counted as they were asked for: to the Trainer, all of them are one."""
+        told = self.state.epoch or 0.0
+        self.state.epoch = told * self._data.epochs
+        super().log(logs, start_time)
+        self.state.epoch = told
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         begun = super()._init_training_state(*args, **kwargs)
@@ -372,11 +379,10 @@ def _trainer(
         measure=dev.name if dev else None, progress=progress,
     )  # fmt: skip
     return AdapterTrainer(
+        data,
         dev,
         model=Learner(adapter, lm, config, scorer),
         args=arguments,
-        train_dataset=data,
-        eval_dataset=data if dev else None,
         data_collator=collator,
         callbacks=[*ahead, *stopping, *callbacks],
     )
