@@ -472,6 +472,15 @@ def test_a_folder_that_cannot_be_made_is_named(lm, tmp_path):
         train(lm, build("soft_prompt", lm), tmp_path)
 
 
+def test_a_step_that_does_not_fit_in_memory_is_an_error_that_says_what_to_lower(lm, tmp_path, monkeypatch):
+    def no_room(self, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(torch.Tensor, "backward", no_room)
+    with pytest.raises(OptionError, match="a step does not fit in the memory of cpu: lower --batch-queries and raise"):
+        train(lm, build("soft_prompt", lm), tmp_path)
+
+
 def kept_steps(lm, folder, values, *, every, kill=None, **options):
     """Train, in two parts if it is killed, and return the steps that were kept, with what was kept of them."""
     kept = {}

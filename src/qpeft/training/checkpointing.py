@@ -1,15 +1,17 @@
-"""Memory for time: the frozen model's layers keep nothing for the backward pass and are computed again there."""
+"""The memory of a step: what to do where it does not suffice, and layers that are computed again instead of kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qpeft.adapters._base import Adapter
 from qpeft.errors import OptionError
 from qpeft.lm import CausalLM
+from qpeft.pretrained import says_no_room
 
 
 @contextmanager
@@ -39,3 +41,21 @@ def checkpointed(lm: CausalLM, adapter: Adapter) -> Iterator[None]:
             layer.training = False
         lm.store = store
         lm.model.activation_checkpointing_disable()
+
+
+@contextmanager
+def room_on(device: torch.device) -> Iterator[None]:
+    """Say which options make a step smaller where it does not fit.
+
+    Raises:
+        OptionError: memory ran out within this context.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not says_no_room(error):
+            raise
+        raise OptionError(
+            f"a step does not fit in the memory of {device}: lower --batch-queries and raise --gradient-accumulation "
+            "instead, or, with lora, add --gradient-checkpointing"
+        ) from error

@@ -38,7 +38,7 @@ from qpeft.methods import query_likelihood
 from qpeft.methods._rows import RowScorer
 from qpeft.template import Prompt, Row
 from qpeft.training.arguments import trainer_arguments
-from qpeft.training.checkpointing import checkpointed
+from qpeft.training.checkpointing import checkpointed, room_on
 from qpeft.training.config import TrainingConfig
 from qpeft.training.contexts import EncodeAhead
 from qpeft.training.dev import DevRanking
@@ -310,7 +310,7 @@ def fit(
         scorer: of the method; by default query likelihood.
 
     Raises:
-        OptionError: options out of range, nothing to train, or a launcher other than torchrun.
+        OptionError: options out of range, nothing to train, no memory for a step, or a launcher other than torchrun.
         StateError: a checkpoint cannot be written; the one before it is whole.
         ScoreError: the loss or the weights became infinite.
     """
@@ -336,7 +336,7 @@ def fit(
                 checkpoints=checkpoints, seed=seed, dev=dev, callbacks=callbacks, progress=progress, scorer=scorer,
             )  # fmt: skip
             adapter.train()
-            with checkpointed(lm, adapter) if config.gradient_checkpointing else nullcontext():
+            with room_on(lm.device), checkpointed(lm, adapter) if config.gradient_checkpointing else nullcontext():
                 made.train(resume_from_checkpoint=newest)
             steps = int(made.state.global_step)
             history = [
