@@ -152,8 +152,9 @@ def test_ids_that_no_run_can_hold_show_before_the_search_ends(tmp_path, capsys):
     assert "r.trec" not in error
 
 
-def test_an_output_that_is_a_folder_is_refused_before_the_work(toy, rerank_arguments, tmp_path, capsys):
+def test_an_output_that_is_no_file_is_refused_before_the_work(toy, rerank_arguments, tmp_path, capsys):
     fails(rerank_arguments(tmp_path), capsys, tmp_path, f"--output {tmp_path}: is a folder")
+    fails(rerank_arguments("-"), capsys, tmp_path, "--output '-': name a file, or /dev/stdout")
     fails(["retrieve", "--collection", str(toy), "--output", str(tmp_path)], capsys, tmp_path, "is a folder")
 
 

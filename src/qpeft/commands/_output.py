@@ -10,7 +10,9 @@ from qpeft.errors import OptionError, StateError
 
 
 def check_output(output: str, tag: str | None = None, *, read: Iterable[str] = ()) -> None:
-    """Raise OptionError for an output that is a folder or what is read, or a tag that cannot stand in a column."""
+    """Raise OptionError for an output that is no file, or is what is read, or a tag that cannot stand in a column."""
+    if output in ("", "-"):
+        raise OptionError(f"--output {output!r}: name a file, or /dev/stdout")
     if Path(output).is_dir():
         raise OptionError(f"--output {output}: is a folder")
     if any(Path(output).is_file() and Path(path).exists() and Path(output).samefile(path) for path in read):
