@@ -74,7 +74,7 @@ def tuning() -> Iterator[Cell]:
 
 
 RATES = {"soft_prompt": 3e-3, "lora": 3e-3}
-"""Learning rates that differ from 1e-3: LoRA's was chosen on dev, the soft prompt's is the only one tried (README)."""
+"""Learning rates that differ from 1e-3; of the soft prompt, dev cannot tell it from a higher one (README)."""
 
 
 def cell(row: str, adapter: str, home: str, seed: int, queries: int = 320, **more: Any) -> Cell:
