@@ -31,8 +31,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from qpeft import losses
 from qpeft.adapters._base import Adapter
-from qpeft.atomic import replacing
-from qpeft.errors import InputError, OptionError, ScoreError, StateError
+from qpeft.errors import OptionError, ScoreError, StateError
 from qpeft.lm import CausalLM
 from qpeft.methods import query_likelihood
 from qpeft.methods._rows import RowScorer
@@ -231,7 +230,7 @@ class AdapterTrainer(Trainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError, InputError, RuntimeError) as error:  # the last is torch.save's
+        except (OSError, SafetensorError, RuntimeError) as error:  # the last is torch.save's
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             free = shutil.disk_usage(folder.parent).free / 2**20
@@ -244,8 +243,9 @@ class AdapterTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
         learner: Any = self.accelerator.unwrap_model(self.model)
-        with replacing(folder / WEIGHTS) as temporary:
-            save_file({k: v.detach().cpu().contiguous() for k, v in learner.adapter.state_dict().items()}, temporary)
+        # Not moved into place: until the Trainer's state stands beside it, which comes last, nothing here is read.
+        tensors = {k: v.detach().cpu().contiguous() for k, v in learner.adapter.state_dict().items()}
+        save_file(tensors, folder / WEIGHTS)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
