@@ -33,7 +33,7 @@ from qpeft.errors import MissingDependencyError, ModelError, OptionError, neares
 from qpeft.lm import CausalLM
 from qpeft.model_checks import check_causal, check_positions, choose_attention, classifies
 from qpeft.model_config import EMBEDDED, ModelConfig
-from qpeft.pretrained import PretrainedLM, says_no_room
+from qpeft.pretrained import PretrainedLM, within_memory
 from qpeft.provenance import fingerprint
 from qpeft.read_out import WEIGHT, Head, linear_head
 from qpeft.tuning import read_tuning, tuning_key
@@ -56,7 +56,9 @@ def load_lm(config: ModelConfig) -> PretrainedLM:
     dtype = choose_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     settings, tokenizer, model, info = _open(path, config, options, dtype, device)
     if config.quantization == "none":
-        model = _moved(model, device, config.model)
+        said = f"model {config.model!r} does not fit in the memory of {device}; see --quantization"
+        with within_memory(ModelError(said)):
+            model = model.to(device)
     facts: dict[str, Any] = {
         "name": config.model,
         "folder": Path(path) if Path(path).is_dir() else None,
@@ -102,15 +104,6 @@ def _open(path: str, config: ModelConfig, options: dict[str, Any], dtype: torch.
     if info["missing_keys"]:
         raise ModelError(f"model {config.model!r} is no language model: {min(info['missing_keys'])} has no weights")
     return settings, tokenizer, model, info
-
-
-def _moved(model: Any, device: torch.device, name: str) -> Any:
-    try:
-        return model.to(device)
-    except RuntimeError as error:
-        if not says_no_room(error):
-            raise
-        raise ModelError(f"model {name!r} does not fit in the memory of {device}; see --quantization") from error
 
 
 def _check_encoder_decoder(config: ModelConfig) -> None:

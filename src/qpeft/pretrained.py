@@ -11,7 +11,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from qpeft.compiled import Compiled
-from qpeft.errors import ModelError, OptionError
+from qpeft.errors import ModelError, OptionError, QpeftError
 from qpeft.flops import Computed, shape_of
 from qpeft.hints import HintWriter
 from qpeft.provenance import weights_fingerprint
@@ -271,6 +271,17 @@ class PretrainedLM:
 def says_no_room(error: RuntimeError) -> bool:
     """Whether memory ran out; not every device (MPS) raises an error of its own for that."""
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+@contextmanager
+def within_memory(otherwise: QpeftError) -> Iterator[None]:
+    """Raise an error that says what to do where memory runs out within this context."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not says_no_room(error):
+            raise
+        raise otherwise from error
 
 
 def pad_ids(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

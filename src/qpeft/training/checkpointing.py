@@ -11,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qpeft.adapters._base import Adapter
 from qpeft.errors import OptionError
 from qpeft.lm import CausalLM
-from qpeft.pretrained import says_no_room
+from qpeft.pretrained import within_memory
 
 
 @contextmanager
@@ -50,12 +50,9 @@ def room_on(device: torch.device) -> Iterator[None]:
     Raises:
         OptionError: memory ran out within this context.
     """
-    try:
+    said = (
+        f"a step does not fit in the memory of {device}: lower --batch-queries and raise --gradient-accumulation "
+        "instead, or, with lora, add --gradient-checkpointing"
+    )
+    with within_memory(OptionError(said)):
         yield
-    except RuntimeError as error:
-        if not says_no_room(error):
-            raise
-        raise OptionError(
-            f"a step does not fit in the memory of {device}: lower --batch-queries and raise --gradient-accumulation "
-            "instead, or, with lora, add --gradient-checkpointing"
-        ) from error
