@@ -145,6 +145,25 @@ def test_unfinished_runs_are_neither_lost_nor_mixed(rerank_arguments, tmp_path, 
     assert counts[0] == counts[1]
 
 
+def test_what_is_finished_is_not_done_again(rerank_arguments, tmp_path, capsys):
+    output = tmp_path / "ql.trec"
+    assert main(rerank_arguments(output, "--resume")) == 0
+    made = output.stat().st_mtime_ns
+    capsys.readouterr()
+    assert main(rerank_arguments(output, "--resume")) == 0
+    said = capsys.readouterr().err
+    assert f"{output}: finished before" in said
+    assert "passages/s" not in said
+    assert output.stat().st_mtime_ns == made
+    for changed in (["--resume", "--tag", "mine"], ["--resume", "--template", "upr"], []):
+        assert main(rerank_arguments(output, *changed)) == 0
+        assert output.stat().st_mtime_ns > made
+        made = output.stat().st_mtime_ns
+    output.unlink()  # what stands beside it does not stand for it
+    assert main(rerank_arguments(output, "--resume")) == 0
+    assert read_run(output)
+
+
 def test_a_run_goes_on_with_the_threads_that_it_began_with(rerank_arguments, tmp_path):
     output, cache = tmp_path / "ql.trec", (*ALONE, "--passage-cache", "0.01")
     before = torch.get_num_threads()

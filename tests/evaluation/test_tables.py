@@ -151,6 +151,11 @@ def test_programs_read_costs_too(evaluations):
     assert "cost" not in json.loads(render(evaluations, format="json"))["runs"][0]
 
 
+def test_a_csv_of_comparisons_does_not_lose_costs_silently(evaluations, comparisons):
+    with pytest.raises(OptionError, match="has no place for costs"):
+        render(evaluations, comparisons, format="csv", costs={})
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.0, "0"), (0.012345, "0.0123"), (1.0, "1.00"), (99.96, "100.0"), (1234.5, "1,234"), (None, "–")],

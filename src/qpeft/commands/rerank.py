@@ -1,7 +1,8 @@
 """Order the candidates of a run with a language model.
 
 Only what stands in the run is ranked. Passages below the depth keep their order, after the reranked ones. Finished
-queries go to OUTPUT.partial; after an interruption, --resume continues there and the result is the same to the byte.
+queries go to OUTPUT.partial; after an interruption, --resume continues there and the result is the same to the byte. What
+the same command finished before, --resume leaves as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from qpeft.commands._output import check_output
 from qpeft.commands._partial import Partial
 from qpeft.commands._peek import peek_method
 from qpeft.commands._progress import progress_bar
+from qpeft.commands._run_provenance import read_run_provenance
+from qpeft.commands._same_work import as_kept
 from qpeft.commands._sample import sample_run
 from qpeft.commands._unfinished import open_as_begun
 from qpeft.data.candidates import candidates_from_run, check_run
@@ -60,7 +63,7 @@ class Config:
     tag: str | None = None
     """Name of the system in the run file; by default the method."""
     resume: bool = False
-    """Continue an interrupted run."""
+    """Continue an interrupted run; do nothing if it is finished."""
 
     def __post_init__(self) -> None:
         check_output(self.output, self.tag, read=[self.run])
@@ -118,6 +121,9 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     if config.interpolate is not None and not reranker.scores_all:
         raise OptionError(f"--interpolate needs scores of all candidates; --method {name} gives some none")
     facts |= reranker.facts
+    if config.resume and not partial.settings and _finished(config.output, facts):
+        print(f"{config.output}: finished before, with the same options, data and model", file=sys.stderr)
+        return
     for query_id in first:
         reranker.check(queries[query_id])
     # What is done after scoring may be asked for otherwise when an interrupted run goes on.
@@ -142,6 +148,12 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     write_provenance(Path(config.output), provenance(**facts))
     partial.remove()
     _say(config, counts, cost, cache_idle=getattr(lm, "store", None) is not None and not (cost.cached or cost.encoded))
+
+
+def _finished(output: str, facts: dict[str, Any]) -> bool:
+    """Return whether the output is there, and what stands beside it tells of the same work."""
+    made = read_run_provenance(output) if Path(output).is_file() else None
+    return made is not None and as_kept(facts).items() <= made.items()
 
 
 def _with_rest(first: Run, rankings: list[Ranking], config: Config, tag: str) -> Run:

@@ -47,13 +47,17 @@ def render(
     (`comparison_table`). CSV is one row per run, or, with comparisons, one row per comparison. JSON holds everything.
 
     Raises:
-        OptionError: an unknown format, or digits or an alpha out of range.
+        OptionError: an unknown format, digits or an alpha out of range, or costs of runs in a CSV of comparisons.
     """
     if not 0 <= digits <= MAX_DIGITS:
         raise OptionError(f"digits is {digits}; it must be between 0 and {MAX_DIGITS}")
     if not 0 <= alpha <= 1:
         raise OptionError(f"alpha is {alpha}; it must be between 0 and 1")
     if format == "csv":
+        if comparisons and costs is not None:
+            raise OptionError(
+                "CSV of comparisons has no place for costs: take the format json, or qpeft evaluate --cost"
+            )
         return _comparisons_csv(comparisons) if comparisons else _evaluations_csv(evaluations, costs)
     if format == "json":
         return _json(evaluations, comparisons, test, alpha, costs)
