@@ -1,8 +1,8 @@
 """Order the candidates of a run with a language model.
 
 Only what stands in the run is ranked. Passages below the depth keep their order, after the reranked ones. Finished
-queries go to OUTPUT.partial; after an interruption, --resume continues there and the result is the same to the byte. What
-the same command finished before, --resume leaves as it is.
+queries go to OUTPUT.partial; after an interruption, --resume continues there and the result is the same to the byte.
+What the same command finished before, --resume leaves as it is.
 """
 
 from __future__ import annotations
