@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from types import ModuleType
 from typing import Any, Literal
 
 from qpeft.adapters import qpeft_a, qpeft_r
@@ -123,21 +124,49 @@ The shifted collections are none of their datasets.
 """
 
 
+def of_authors(
+    row: str, module: ModuleType, home: str, seed: int, options: dict[str, Any], training: dict[str, Any], **more: Any
+) -> Cell:
+    """Return a cell with the settings of the authors' code, but for some."""
+    return Cell(
+        row,
+        module.__name__.rpartition(".")[2],
+        home,
+        seed=seed,
+        options=named(asdict(module.Authors(**options))),
+        training=named(asdict(TrainingAuthors(**training)) | {"report_to": []}),
+        template=AUTHORS,
+        **more,
+    )
+
+
+AUTHORS = "qpeft_authors"
+"""Their template."""
+
+
 def authors() -> Iterator[Cell]:
-    """Yield the settings of the authors' code."""
+    """Yield the settings of the authors' code, and the model alone with their template."""
     for seed in SEEDS:
+        if seed == 1:
+            yield Cell("zero_shot-authors", "", "reddit-shift", template=AUTHORS)
         for home in (*HOMES, "nq-mini"):
             for adapter, module in (("qpeft_a", qpeft_a), ("qpeft_r", qpeft_r)):
                 options, training = KEPT.get((home, adapter), ({}, {}))
-                yield Cell(
-                    f"{adapter}-authors",
-                    adapter,
-                    home,
-                    seed=seed,
-                    options=named(asdict(module.Authors(**options))),
-                    training=named(asdict(TrainingAuthors(**training)) | {"report_to": []}),
-                    template="qpeft_authors",
-                )
+                yield of_authors(f"{adapter}-authors", module, home, seed, options, training)
+
+
+def authors_apart() -> Iterator[Cell]:
+    """Yield the settings of the authors' code with one of ours each, for six epochs: what makes the difference."""
+    frozen = {"token_table": "frozen"}
+    changed: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+        "lr0.001": ({}, {}, {"learning_rate": 1e-3}),
+        "residual_zero": ({"mlp_init": "residual_zero", "attn_init": "cosine"}, {"mlp_init": "residual_zero"}, {}),
+        "frozen": (frozen, {**frozen, "similarity_table": "frozen"}, {}),
+    }
+    for name, (of_a, of_r, training) in changed.items():
+        for adapter, module, options in (("qpeft_a", qpeft_a, of_a), ("qpeft_r", qpeft_r, of_r)):
+            short = {"epochs": 6, "evaluations": 6, **training}
+            yield of_authors(f"{adapter}-authors-{name}", module, "reddit-shift", 1, options, short, test=False)
 
 
 def lora_tuning() -> Iterator[Cell]:
@@ -303,6 +332,7 @@ GROUPS = {
     "main": main,
     "untrained": untrained,
     "authors": authors,
+    "authors_apart": authors_apart,
     "lora_tuning": lora_tuning,
     "lora": lora,
     "sizes": sizes,

@@ -114,15 +114,14 @@ def costs(rows: Rows, alone: dict[str, Any], home: str) -> str:
 
 
 def dev(cells: Iterable[dict[str, Any]], beside: dict[str, float]) -> str:
-    """Return RR@10 on dev after each of its evaluations, the mean of all seeds, below what was not trained."""
+    """Return RR@10 on dev after evaluations that all rows have, the mean of all seeds, below what was not trained."""
     curves: dict[str, list[dict[int, float]]] = {}
     for cell in cells:
         curves.setdefault(cell["cell"]["row"], []).append(evaluations(cell))
-    steps = sorted({step for own in curves.values() for curve in own for step in curve})
+    steps = sorted(set[int].intersection(*(set(curve) for own in curves.values() for curve in own)))
     lines = [[name, f"{value:.3f}", *[""] * len(steps)] for name, value in beside.items()]
     for row, own in sorted(curves.items()):
-        seeds = [[curve[step] for curve in own if step in curve] for step in steps]
-        means = [f"{statistics.fmean(values):.3f}" if len(values) == len(own) else "" for values in seeds]
+        means = [f"{statistics.fmean(curve[step] for curve in own):.3f}" for step in steps]
         lines.append([f"{row} ({len(own)})", "", *means])
     return markdown(["setting (seeds)", "untrained", *(f"after {step} steps" for step in steps)], lines)
 

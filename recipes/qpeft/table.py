@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cells import GROUPS, HOMES, LATER, Cell
+from cells import GROUPS, HOMES, LATER
 from confirmation import Confirmation
 from figures import Rows, Zero, ablations, gains, parameters, sizes
 from rows import Comparisons, choice, costs, dev, first_stages, quality
@@ -39,6 +39,7 @@ ON_DEV = {
     "tuning": "Learning rates",
     "lora_tuning": "Learning rates of LoRA",
     "search": "Options, one at a time",
+    "authors_apart": "Settings of the authors' code, with one of ours each",
 }
 """Groups that were compared on dev alone."""
 TINY = LATER["model"]
@@ -133,12 +134,13 @@ def settings(found: dict[str, dict[str, Any]], path: Path) -> list[str]:
     """Return the tables of what was compared on dev of reddit-shift, with what was not trained beside it."""
     beside = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     beside.pop("made", None)
-    defaults = [cell for cell in GROUPS["main"]() if cell.home == "reddit-shift"]
+    unchanged = {
+        "search": [cell for cell in GROUPS["main"]() if cell.row in ("qpeft_a", "qpeft_r")],
+        "authors_apart": [cell for cell in GROUPS["authors"]() if cell.seed == 1 and cell.adapter],
+    }
     texts = []
     for group, title in ON_DEV.items():
-        cells: list[Cell] = list(GROUPS[group]())
-        if group == "search":
-            cells += [cell for cell in defaults if cell.row in ("qpeft_a", "qpeft_r")]
+        cells = [*GROUPS[group](), *(cell for cell in unchanged.get(group, ()) if cell.home == "reddit-shift")]
         some = [found[cell.name] for cell in cells if cell.name in found]
         if any(cell.name in found for cell in GROUPS[group]()):
             texts.append(f"### {title}: RR@10 on dev of reddit-shift, 150 queries\n\n{dev(some, beside)}")

@@ -1,5 +1,6 @@
 """Training: the same gradients on every path, the same adapter after every interruption."""
 
+import copy
 import dataclasses
 import json
 import resource
@@ -19,7 +20,7 @@ from qpeft.training.config import TrainingConfig
 from qpeft.training.dev import DevRanking
 from qpeft.training.keep_steps import KeepSteps
 from qpeft.training.trainer import Collator, Learner, fit
-from tiny_adapters import NAMES, build, with_store
+from tiny_adapters import NAMES, alike, build, with_store
 from tiny_training import FAST, GROUPS, PASSAGES, batch_for, dev_for, prompt_for
 
 
@@ -75,6 +76,21 @@ def test_gradients_over_encoded_contexts_equal_plain_ones(name, family, kernel, 
     for whole, kept, encoded in zip(*found, strict=True):
         torch.testing.assert_close(kept, whole, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(encoded, whole, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_do_not_vanish_in_float16(name, make_lm):
+    exact = make_lm("llama")
+    half = alike(exact, model=copy.deepcopy(exact.model).half())
+    adapter = build(name, exact, trained=True)
+    gradients = []
+    for lm in (exact, half):
+        batch, config = batch_for(lm, adapter)
+        adapter.zero_grad()
+        Learner(adapter, lm, config)(batch)["loss"].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None]))
+    assert (gradients[1] - gradients[0]).norm() < 0.02 * gradients[0].norm()
+    assert not (gradients[0].abs() > 1e-6)[gradients[1] == 0].any()
 
 
 @pytest.mark.parametrize("name", NAMES)
