@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -15,6 +17,9 @@ from qpeft.errors import InputError
 
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What writing ends in where the disk is full, or the user may not have more of it."""
+
+_NAMED = {"stdout": 1, "stderr": 2}
+_HANDLE = re.compile(rf"/dev/(?P<name>{'|'.join(_NAMED)})|(/dev|/proc/self)/fd/(?P<number>\d+)")
 
 
 @contextmanager
@@ -36,7 +41,8 @@ def writing(path: str | PathLike[str]) -> Iterator[None]:
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     """Yield the path of a temporary sibling: moved to `path` on success, removed on failure.
 
-    Folders on the way are made. A link stays a link; a pipe or device is written directly, as it cannot be replaced.
+    Folders on the way are made. A link stays a link; a pipe or device is written directly, as it cannot be replaced. What
+    a shell redirects /dev/stdout to is written behind what stands there.
 
     Raises:
         InputError: `path` is a folder, or its folder cannot be made, or there is no room for it.
@@ -44,8 +50,8 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     if os.path.isdir(path):
         raise InputError(f"{os.fspath(path)}: is a folder")
     if is_stream(path):
-        with writing(path):
-            yield Path(path)
+        with writing(path), _stream(path) as place:
+            yield place
         return
     target = Path(os.path.realpath(path))
     make_folder(target.parent)
@@ -98,9 +104,31 @@ def _move_folder(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def _stream(path: str | PathLike[str]) -> Iterator[Path]:
+    number = _handle(path)
+    if number is None or not os.path.isfile(path):
+        yield Path(path)
+        return
+    # Opened by its name, the file would be written from its beginning, over what others wrote there.
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "output"
+        yield made
+        with made.open("rb") as source, open(os.dup(number), "wb") as target:
+            shutil.copyfileobj(source, target)
+
+
+def _handle(path: str | PathLike[str]) -> int | None:
+    """Return the number of the open file that a name such as /dev/stdout stands for."""
+    found = _HANDLE.fullmatch(os.path.abspath(path))
+    return None if found is None else _NAMED.get(found["name"]) or int(found["number"])
+
+
 def is_stream(path: str | PathLike[str]) -> bool:
-    """Whether a path is a pipe or device: it takes text, but nothing can stand beside it or in its place."""
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    """Whether a path is a pipe, a device or an open file: nothing can stand beside it or in its place."""
+    if os.path.isdir(path) or not os.path.exists(path):
+        return False
+    return not os.path.isfile(path) or _handle(path) is not None
 
 
 def make_folder(folder: Path) -> None:

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qpeft.atomic import replacing
+from qpeft.atomic import is_stream, replacing
 from qpeft.errors import InputError
 
 PACKAGES = (
@@ -51,7 +51,7 @@ def write_provenance(output: Path, facts: Mapping[str, Any]) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    if output.is_file():
+    if output.is_file() and not is_stream(output):
         path = provenance_path(output)
         try:
             write_json(path, facts)

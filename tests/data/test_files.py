@@ -1,5 +1,8 @@
 import gzip
 import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +82,26 @@ def test_a_pipe_is_written_under_whatever_name_it_has():
     os.close(ends[1])
     with os.fdopen(ends[0]) as out:
         assert out.read() == "through"
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+@pytest.mark.parametrize(("redirect", "before"), [(">", ""), (">>", "kept\n")])
+def test_what_stdout_is_redirected_to_keeps_what_others_write_there(tmp_path, name, redirect, before):
+    target = tmp_path / "all.txt"
+    target.write_text("kept\n")
+    code = f"""
+from pathlib import Path
+from qpeft.data.files import write_text
+from qpeft.provenance import write_provenance
+with write_text({name!r}) as file:
+    file.write("ours\\n")
+write_provenance(Path({name!r}), {{"command": "rerank"}})
+"""
+    ours = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}"
+    shell = f"{{ echo first; {ours}; {ours}; echo last; }} {redirect} {shlex.quote(str(target))}"
+    subprocess.run(["/bin/sh", "-e", "-c", shell], check=True)
+    assert target.read_text() == before + "first\nours\nours\nlast\n"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_places_that_cannot_be_written(tmp_path):
