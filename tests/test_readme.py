@@ -1,4 +1,4 @@
-"""The commands of the README and of docs/serving.md parse, and its snippets run (clients: clients/test_docs.py)."""
+"""The commands of the README and of docs/ parse, and its snippets run (clients: clients/test_docs.py)."""
 
 import json
 import os
@@ -14,18 +14,18 @@ from qpeft.cli import read
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8") if README.exists() else ""
-SERVING = README.parent / "docs" / "serving.md"
-SHELL = re.findall(r"```sh\n(.*?)```", TEXT + (SERVING.read_text(encoding="utf-8") if SERVING.exists() else ""), re.S)
-LINES = re.findall(r"^(?:[A-Z_]+=\S+ )?(qpeft .*?)(?: +#.*)?$", "\n".join(SHELL), re.M)
+DOCS = "".join(page.read_text(encoding="utf-8") for page in sorted((README.parent / "docs").glob("*.md")))
+SHELL = re.findall(r"```sh\n(.*?)```", TEXT + DOCS, re.S)
+LINES = re.findall(r"^(?:[A-Z_]+=\S+ |for .*; do )?(qpeft .*?)(?: +#.*|; done)?$", "\n".join(SHELL), re.M)
 
 
 def test_there_is_something_to_test():
-    assert len(LINES) >= 5
+    assert len(LINES) >= 30
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_commands_parse(line):
-    _, configs = read(shlex.split(line)[1:])
+    _, configs = read(shlex.split(line.replace("$s", "1"))[1:])
     assert configs
 
 

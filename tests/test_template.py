@@ -242,10 +242,7 @@ def test_windows_cover_the_passage_with_the_stated_overlap(tokenizer, window, ov
     passage = Passage("p", "the light of the old red moon on the salty sea was blue and long")
     whole = prompt.rows(QUERY, passage)[0]
     tokens = whole.context[slice(*whole.passage)]
-    pieces = [
-        row.context[slice(*row.passage)]
-        for row in prompt.rows(QUERY, passage, window=window, overlap=overlap, windows=True)
-    ]
+    pieces = [row.context[slice(*row.passage)] for row in prompt.rows(QUERY, passage, windows=window, overlap=overlap)]
     rebuilt = list(pieces[0])
     for before, piece in itertools.pairwise(pieces):
         assert overlap == 0 or before[-overlap:] == piece[:overlap]
@@ -253,7 +250,7 @@ def test_windows_cover_the_passage_with_the_stated_overlap(tokenizer, window, ov
     assert tuple(rebuilt) == tokens
     assert all(len(piece) <= window for piece in pieces)
     with pytest.raises(OptionError, match="cannot overlap"):
-        prompt.rows(QUERY, passage, window=5, overlap=5, windows=True)
+        prompt.rows(QUERY, passage, windows=5, overlap=5)
 
 
 def test_place_of_the_hint(tokenizer):
@@ -321,7 +318,7 @@ def test_of_a_pair_the_passage_is_cut_and_never_the_query(tokenizer, form):
     start, end = row.passage
     joined = "".join(map(chr, row.context))
     assert "".join(map(chr, row.query)) in joined[:start] + joined[end:]
-    pieces = prompt.rows(QUERY, Passage("p", "the sea " * 60), windows=True, overlap=2)
+    pieces = prompt.rows(QUERY, Passage("p", "the sea " * 60), windows=1_000, overlap=2)
     assert len(pieces) > 2
     assert {piece.context[: piece.passage[0]] for piece in pieces} == {row.context[:start]}
     with pytest.raises(QueryError, match="leaves no room for a passage; the limit is 60"):

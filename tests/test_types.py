@@ -1,6 +1,7 @@
 import dataclasses
 import itertools
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qpeft.errors import OptionError, ScoreError
-from qpeft.types import UNREADABLE, Candidates, Passage, Query, Ranking, Reranker, Run, Window, whole
+from qpeft.methods._pointwise import Pointwise
+from qpeft.types import (
+    UNREADABLE,
+    Candidates,
+    Passage,
+    Query,
+    Ranking,
+    Reranker,
+    Run,
+    ScoringCounts,
+    Window,
+    whole,
+)
 
 ids = st.text(st.characters(exclude_categories=("Cs",)), max_size=5)
 scored = st.dictionaries(ids, st.floats(-1e30, 1e30) | st.sampled_from([0.0, -0.0, 1.0, 1.0 + 1e-12]), max_size=8).map(
@@ -136,6 +149,12 @@ class Longest(Reranker):
         for item in items:
             scores = ((p.id, len(p.text) - len(item.query.text)) for p in item.passages)
             yield Ranking.from_scores(item.query.id, scores)
+
+
+def test_rerankers_are_themselves():
+    one, other = (Pointwise(SimpleNamespace(counts=ScoringCounts(), facts={})) for _ in range(2))
+    assert one != other
+    assert len({one, other, one}) == 2
 
 
 @pytest.mark.parametrize("pair", [("why sky", "blue"), ["why sky", "blue"], ("ab", "cd")])

@@ -41,8 +41,8 @@ def writing(path: str | PathLike[str]) -> Iterator[None]:
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     """Yield the path of a temporary sibling: moved to `path` on success, removed on failure.
 
-    Folders on the way are made. A link stays a link; a pipe or device is written directly, as it cannot be replaced. What
-    a shell redirects /dev/stdout to is written behind what stands there.
+    Folders on the way are made. A link stays a link; a pipe or device is written directly, as it cannot be replaced.
+    What a shell redirects /dev/stdout to is written behind what stands there.
 
     Raises:
         InputError: `path` is a folder, or its folder cannot be made, or there is no room for it.

@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection, Sequence
 from types import ModuleType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
+from qpeft import adapters, methods
 from qpeft.atomic import NO_ROOM
 from qpeft.commands._config_file import readable
 from qpeft.errors import OptionError, QpeftError, nearest
@@ -196,7 +197,10 @@ def _add_options(parser: Any, config: type[Any]) -> None:
     for field in dataclasses.fields(config):
         flag, hint = "--" + field.name.replace("_", "-"), hints[field.name]
         required = field.default is dataclasses.MISSING
-        options: dict[str, Any] = {"help": " ".join(texts.get(field.name, "").split()).replace("%", "%%")}
+        text = " ".join(texts.get(field.name, "").split()).replace("%", "%%")
+        for registry in (adapters, methods):
+            text = text.replace(f"[{registry.__name__.rpartition('.')[2]}]", ", ".join(registry.available()))
+        options: dict[str, Any] = {"help": text}
         if required:
             options["required"] = True
         else:

@@ -31,13 +31,8 @@ LEAST = 16
 
 
 class ContextEncoder(PretrainedLM):
-    """A decoder that encodes contexts.
+    """A decoder that encodes contexts, and keeps them if it has a store."""
 
-    Attributes:
-        store: keeps them, if there is one.
-    """
-
-    store: ContextStore | None = None
     repeatable: bool = True
     """Whether what a CPU keeps has the same bits whoever asks, and when. Where nobody needs that, few contexts are
     encoded without rows of padding beside them."""

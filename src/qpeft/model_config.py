@@ -20,7 +20,8 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit of a model on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: bfloat16 on GPUs that have it; on CPUs whichever of bfloat16 and float32 multiplies faster here."""
+    """auto: bfloat16 on GPUs that have it, float16 on older ones; on CPUs whichever of bfloat16 and float32 multiplies
+    faster here."""
     device: str = "auto"
     """auto (cuda, then mps, then cpu), or a torch device such as cuda:1."""
     attention_kernel: str = "auto"

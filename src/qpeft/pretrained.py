@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from qpeft.compiled import Compiled
+from qpeft.context_store import ContextStore
 from qpeft.errors import ModelError, OptionError, QpeftError
 from qpeft.flops import Computed, shape_of
 from qpeft.hints import HintWriter
@@ -56,12 +57,14 @@ class PretrainedLM:
         head: a head on the last token that came with the model, if one did.
         has_words: whether the model predicts tokens; one that was saved as a classifier does not.
         compiled: the parts of its layers that were compiled, if any were.
+        store: what keeps encoded contexts, if anything does.
     """
 
     has_encoder: bool
     head: Head | None = None
     has_words: bool = True
     compiled: Compiled | None = None
+    store: ContextStore | None = None
 
     def __init__(
         self,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,17 @@ def _gpu() -> dict[str, str]:
     """Return the GPU's name, if a model could be on one: what has not loaded torch has no model."""
     torch: Any = sys.modules.get("torch")
     return {"gpu": torch.cuda.get_device_name()} if torch is not None and torch.cuda.is_available() else {}
+
+
+def options_of(*parts: Any, without: Collection[str] = ("resume", "output")) -> dict[str, Any]:
+    """Return the options of some dataclasses in one mapping.
+
+    Args:
+        parts: dataclasses, in order; None is passed over.
+        without: names that do not decide what is made.
+    """
+    given = (dataclasses.asdict(part) for part in parts if part is not None)
+    return {name: value for part in given for name, value in part.items() if name not in without}
 
 
 def provenance_path(output: Path) -> Path:

@@ -245,9 +245,8 @@ class Prompt:
         query: Query,
         passage: Passage,
         *,
-        window: int | None = None,
+        windows: int = 0,
         overlap: int = 0,
-        windows: bool = False,
         hint_query: Query | None = None,
         max_passage_tokens: int | None = None,
     ) -> list[Row]:
@@ -256,9 +255,8 @@ class Prompt:
         Args:
             query: never cut.
             passage: cut at its end where it does not fit.
-            window: tokens of the passage in each window; as many as fit where None.
+            windows: tokens of the passage in each window, or as many as fit; 0: no windows.
             overlap: tokens that consecutive windows share.
-            windows: cover the whole passage instead of cutting it.
             hint_query: what an adapter reads instead of the query (a control: hints that belong to another query).
             max_passage_tokens: a bound on this passage, beside that of the prompt; without windows.
 
@@ -285,7 +283,7 @@ class Prompt:
         if not windows:
             room = min(room, max_passage_tokens or room)
             return [row(ids[:room], len(ids) > room)]
-        width = min(room, window or room)
+        width = min(room, windows)
         if width <= overlap:
             raise OptionError(f"query {query.id!r}: windows of {width} tokens cannot overlap by {overlap}")
         starts = range(0, max(1, len(ids) - overlap), width - overlap)

@@ -251,7 +251,7 @@ class Window:
         return pairs >= self.pairs if self.queries is None else queries >= self.queries
 
 
-@dataclass
+@dataclass(eq=False)
 class Reranker(abc.ABC):
     """Orders candidates. Implementations define `rerank`; the rest is the same for all."""
 

@@ -261,6 +261,13 @@ def test_a_killed_study_goes_on(arguments, tmp_path, start_process, capsys):
     assert result(killed).findings == result(straight).findings
     assert result(killed).work == result(straight).work
 
+    before = (killed / RESULT).stat().st_mtime_ns
+    assert main([*again, "--resume"]) == 0
+    assert f"{killed}: finished before" in capsys.readouterr().err
+    assert (killed / RESULT).stat().st_mtime_ns == before
+    assert main([*again, "--measure", "RR@3", "--resume"]) == 0
+    assert result(killed).measure == "RR@3"
+
 
 def test_nothing_is_computed_twice(arguments, tmp_path, monkeypatch):
     """What stands in the unfinished file is taken as it is."""

@@ -10,6 +10,7 @@ import threading
 import pytest
 import yaml
 
+from qpeft import adapters, methods
 from qpeft.cli import COMMANDS, main
 from qpeft.data.collection import open_collection
 from qpeft.data.trec import read_run
@@ -298,6 +299,16 @@ def test_demo_goes_the_whole_way(tmp_path, capsys):
     assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("arguments", [["rerank"], ["score"], ["train", "--adapter", "lora"]])
+def test_help_names_what_there_is(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main([*arguments, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    there = adapters if arguments[0] == "train" else methods
+    assert ": " + ", ".join(there.available()) in text
+    assert "[" + there.__name__.removeprefix("qpeft.") + "]" not in text
+
+
 @pytest.mark.parametrize("options", [["--adapter", "qpeft_c"], ["--adapter", "qpeft_r", "--preset", "authors"]])
 def test_inherited_options_have_help_too(options, capsys):
     with pytest.raises(SystemExit):
@@ -330,6 +341,21 @@ def test_passages_encoded_ahead_are_found_by_reranking(toy, rerank_arguments, tm
     assert sorted(folder.rglob("*.safetensors")) == files, "nothing had to be encoded"
     assert main(index[:-2]) == 2
     assert "--passage-cache-folder is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("rankllama", "it has no target"),
+        ("yes_no", "it has no target"),
+        ("qpeft_prefix", "a hint before the passage leaves nothing to keep"),
+    ],
+)
+def test_nothing_is_encoded_ahead_that_nobody_could_read(toy, saved_model, tmp_path, capsys, template, why):
+    index = ["index-cache", "--collection", str(toy), "--model", str(saved_model)]
+    assert main([*index, "--template", template, "--passage-cache-folder", str(tmp_path / "cache")]) == 2
+    assert f"--template {template}: {why}" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
 
 
 def test_costs_of_runs_that_know_them(toy, toy_run, rerank_arguments, tmp_path, capsys):

@@ -1,9 +1,7 @@
-import json
-
 import pytest
 from cats import jsonl
 
-from qpeft.data.jsonl import read_groups, read_requests, write_groups
+from qpeft.data.jsonl import read_groups, read_requests
 from qpeft.errors import FormatError
 from qpeft.types import Candidates, Group, Passage, Query
 
@@ -25,17 +23,12 @@ def texts(groups):
     ]
 
 
-def test_tevatron_keeps_all(tmp_path):
-    write_groups(GROUPS, tmp_path / "t.jsonl", "tevatron")
-    assert read_groups(tmp_path / "t.jsonl") == GROUPS
-    first = json.loads((tmp_path / "t.jsonl").read_text().splitlines()[0])
-    assert first["positive_passages"][0] == {"docid": "1", "title": "T", "text": "x"}
-
-
-def test_flagembedding_keeps_texts(tmp_path):
-    write_groups(GROUPS, tmp_path / "f.jsonl", "flagembedding")
-    assert texts(read_groups(tmp_path / "f.jsonl")) == [("who?", ["T x", "y"], ["é"]), ("why?", ["z"], [])]
-    assert json.loads((tmp_path / "f.jsonl").read_text().splitlines()[1]) == {"query": "why?", "pos": ["z"], "neg": []}
+def test_tevatron(tmp_path):
+    passages = [{"docid": "1", "title": "T", "text": "x"}, {"docid": "2", "title": "", "text": "y"}]
+    first = {"query_id": "q1", "query": "who?", "answers": ["me"], "positive_passages": passages}
+    second = {"query_id": "q2", "query": "why?", "positive_passages": [{"docid": "4", "text": "z"}]}
+    negatives = {"negative_passages": [{"docid": "3", "title": "", "text": "é"}]}
+    assert read_groups(write(tmp_path, first | negatives, second)) == GROUPS
 
 
 def test_flagembedding_as_found(tmp_path):
@@ -142,5 +135,3 @@ def test_half_characters_are_replaced_in_texts(tmp_path):
     (group,) = read_groups(path)
     assert (group.query.text, group.query.answers) == ("why \ufffd", ("\ufffd",))
     assert (group.positives[0].title, group.positives[0].text) == ("\ufffd", "\U0001f600 \ufffd")
-    for layout in ("flagembedding", "tevatron"):
-        write_groups([group], tmp_path / layout, layout)

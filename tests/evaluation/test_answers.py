@@ -1,10 +1,10 @@
 import unicodedata
 
 import pytest
+import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qpeft.errors import InputError
 from qpeft.evaluation.answers import has_answer
 
 
@@ -75,8 +75,6 @@ def test_any_stretch_of_whole_words_is_found(text, data):
 
 @given(st.text(max_size=20), st.text(max_size=5))
 def test_same_as_dpr_where_the_answer_has_tokens(text, answer):
-    regex = pytest.importorskip("regex")
-
     def tokens(string):
         found = regex.findall(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]", unicodedata.normalize("NFD", string))
         return [token.lower() for token in found]
@@ -86,24 +84,3 @@ def test_same_as_dpr_where_the_answer_has_tokens(text, answer):
     needle, haystack = tokens(answer), tokens(text)
     expected = any(haystack[i : i + len(needle)] == needle for i in range(len(haystack))) if needle else False
     assert has_answer(text, [answer]) is expected
-
-
-@pytest.mark.parametrize(
-    ("text", "pattern", "expected"),
-    [
-        ("Died in 1845.", r"18\d\d", True),
-        ("JOHN Adams", "john( quincy)? adams", True),
-        ("focus", "us", True),
-        ("Café", "cafe\u0301", True),
-        ("anything", "x*", False),
-        ("anything", "", False),
-        ("two\nlines", "^lines$", True),
-    ],
-)
-def test_regex_mode(text, pattern, expected):
-    assert has_answer(text, [pattern], regex=True) is expected
-
-
-def test_bad_regex_is_named():
-    with pytest.raises(InputError, match=r"answer '\(' is not a regular expression"):
-        has_answer("x", ["("], regex=True)

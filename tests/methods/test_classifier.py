@@ -67,7 +67,7 @@ def test_training_and_scoring_agree(family, make_lm):
     lm = make_lm(family)
     adapter = with_lora(lm)
     scorer = build_scorer(Config(), lm).using(adapter)
-    scores = scorer.batch_scores(scorer.prepare(PAIRS).rows)
+    scores = scorer.batch_learned(scorer.prepare(PAIRS).rows)[0]
     assert scores.tolist() == pytest.approx(scorer.score(PAIRS), abs=1e-4)
     scores.sum().backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in adapter.parameters())
@@ -120,7 +120,7 @@ def test_the_best_window_counts(make_lm):
     (best,) = build_scorer(Config(**lengths), lm).score([(query, passage)])
     scorer = build_scorer(Config(), lm)
     ids = scorer.prepare([(query, passage)]).rows[0]
-    rows = scorer.prompt.rows(query, passage, window=6, overlap=2, windows=True)
+    rows = scorer.prompt.rows(query, passage, windows=6, overlap=2)
     assert len(rows) > 2
     each = [float(value) for value in scorer.values(rows, [None] * len(rows))]
     assert best == pytest.approx(max(each), abs=1e-5)

@@ -34,7 +34,7 @@ def test_mean_and_sum_equal_the_reference(lm):
 @pytest.mark.parametrize("pool", ["max", "mean"])
 def test_windows_equal_scoring_each_alone(lm, pool):
     prompt = Prompt(load_template("plain"), lm.tokenizer, 128)
-    rows = prompt.rows(QUERY, PASSAGE, window=6, overlap=2, windows=True)
+    rows = prompt.rows(QUERY, PASSAGE, windows=6, overlap=2)
     assert len(rows) > 2
     each = [sum(target) / len(target) for target, _ in (naive_log_probs(lm.model, row) for row in rows)]
     expected = max(each) if pool == "max" else sum(each) / len(each)

@@ -10,7 +10,7 @@ from qpeft.adapters._folder import save_adapter
 from qpeft.errors import OptionError
 from qpeft.methods.yes_no import Config, build, build_scorer
 from qpeft.template import Prompt, Template, load_template
-from qpeft.training.config import ReadOut
+from qpeft.training.config import ReadOutTraining
 from qpeft.training.trainer import Collator, Learner
 from reference import naive_read
 from tiny_adapters import PASSAGES, QUERIES
@@ -52,7 +52,7 @@ def test_scores_equal_the_naive_reference(family, make_lm, short):
 def test_training_and_scoring_agree(family, make_lm, short):
     lm = make_lm(family)
     scorer = build_scorer(Config(template=short), lm).using(trained(lm))
-    scores = scorer.batch_scores(scorer.prepare(PAIRS).rows)
+    scores = scorer.batch_learned(scorer.prepare(PAIRS).rows)[0]
     assert scores.tolist() == pytest.approx(scorer.score(PAIRS), abs=1e-4)
     scores.sum().backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in scorer.adapter.parameters())
@@ -65,7 +65,7 @@ def test_losses_equal_those_on_the_model_s_own_logits(name, family, make_lm, sho
     lm = make_lm(family)
     scorer = build_scorer(Config(template=short), lm)
     adapter = trained(lm)
-    config = ReadOut(loss=name)
+    config = ReadOutTraining(loss=name)
     batch = Collator(scorer.prompt, config, 0)([(0, group) for group in GROUPS])["batch"]
     answers = torch.tensor(lm.tokenizer.convert_tokens_to_ids(["yes", "no"]))
     with adapter.applied():

@@ -20,9 +20,9 @@ from qpeft.evaluation.tables import comparison_table, cost_table, interval, meas
 from qpeft.types import Passage, Qrels, Query, Run
 
 CURVE_CUTOFFS = tuple(range(5, 51, 5))
+"""k of the curves: the protocol of the Q-PEFT paper (arXiv 2404.04522)."""
 OF_CANDIDATES, OF_RUNS = ("CandR", "CandHit"), ("R", "Success")
 """What is drawn over cutoffs where all runs order the same candidates, and where they do not."""
-"""k of the curves: the protocol of the Q-PEFT paper (METHODS.md A.10)."""
 
 
 def write_comparison_report(

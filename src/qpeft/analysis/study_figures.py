@@ -21,7 +21,7 @@ from qpeft.adapters._lora_targets import PROJECTIONS
 from qpeft.analysis.ablation import NONE
 from qpeft.analysis.plots import INK, SERIES, STYLE, grid, save_png, svg
 from qpeft.analysis.study import Finding, Study
-from qpeft.analysis.study_intervals import Interval
+from qpeft.analysis.study_intervals import Interval, is_clear
 from qpeft.data.files import write_text
 
 From = Literal["full", "none"]
@@ -71,12 +71,12 @@ def _layers(study: Study) -> Iterator[tuple[str, str, Figure]]:
         ("layers", "Layer by layer", "layer", ("all but one layer", "one layer alone")),
         ("windows", "Windows of layers", "middle of the window", ("all but a window", "a window alone")),
     ):
-        figure, (axes,) = _panels(1)
+        figure, axes = _panel()
         for place, kind in enumerate(kinds):
             _series(axes, study.of(kind), place, kind, "full" if place == 0 else "none")
         _finish(axes, study, label)
         yield name, title, figure
-    figure, (axes,) = _panels(1)
+    figure, axes = _panel()
     for place, kind in enumerate(("from the bottom", "from the top")):
         _series(axes, study.of(kind), place, kind, "none")
     _finish(axes, study, "layers whose additions act")
@@ -84,7 +84,7 @@ def _layers(study: Study) -> Iterator[tuple[str, str, Figure]]:
 
 
 def _projections(study: Study) -> Iterator[tuple[str, str, Figure]]:
-    figure, (axes,) = _panels(1)
+    figure, axes = _panel()
     for place, kind in enumerate(("all but one projection", "one projection alone")):
         _series(axes, study.of(kind), place, kind, "full" if place == 0 else "none", line=False)
     alone = study.of("one projection alone")
@@ -120,7 +120,7 @@ def _gains(study: Study, kinds: Sequence[str]) -> Figure:
 
 def _ranks(study: Study) -> Iterator[tuple[str, str, Figure]]:
     found = study.of("rank")
-    figure, (axes,) = _panels(1)
+    figure, axes = _panel()
     _series(axes, found, 0, "all additions", "none")
     axes.set_xscale("log", base=2)
     _finish(axes, study, "rank", ticks=[(each.x, f"{each.x:g}") for each in found])
@@ -129,15 +129,15 @@ def _ranks(study: Study) -> Iterator[tuple[str, str, Figure]]:
 
 
 def _checkpoints(study: Study) -> Iterator[tuple[str, str, Figure]]:
-    figure, (axes,) = _panels(1)
+    figure, axes = _panel()
     _series(axes, study.of("step"), 0, "all additions", "none")
     _finish(axes, study, "optimiser step")
     yield "checkpoints", "Over training", figure
 
 
-def _panels(count: int) -> tuple[Figure, Sequence[Axes]]:
+def _panel() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7.2, 3.3), layout="constrained")
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+    return figure, figure.subplots()
 
 
 def _series(axes: Axes, found: Sequence[Finding], place: int, label: str, read_from: From, line: bool = True) -> None:
@@ -171,10 +171,10 @@ def _around(each: Finding, read_from: From) -> tuple[float, float]:
 
 
 def _finish(axes: Axes, study: Study, label: str, ticks: Sequence[tuple[float, str]] = ()) -> None:
-    for name, words, dashes in ((study.full, study.full, (0, (5, 2))), (NONE, NONE, (0, (1, 1.5)))):
+    for name, dashes in ((study.full, (0, (5, 2))), (NONE, (0, (1, 1.5)))):
         found = study.find(name)
         if found is not None:
-            axes.axhline(found.mean, color=INK, linewidth=0.9, linestyle=dashes, label=f"{words} {found.mean:.3f}")
+            axes.axhline(found.mean, color=INK, linewidth=0.9, linestyle=dashes, label=f"{name} {found.mean:.3f}")
     axes.set(xlabel=label, ylabel=study.measure)
     if ticks:
         axes.set_xticks(*zip(*ticks, strict=True))
@@ -202,8 +202,7 @@ def _heat_maps(study: Study) -> Figure:
         for each in found:
             row, column = rows.index(int(each.x)), columns.index(each.projection)
             table[row, column], bounds = value(each)
-            clear = bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
-            text = f"{table[row, column]:+.3f}{'∗' * clear}".replace("-", "−")
+            text = f"{table[row, column]:+.3f}{'∗' * is_clear(bounds)}".replace("-", "−")
             ink = "white" if abs(table[row, column]) > 0.6 * reach else "black"
             axes.text(column, row, text, ha="center", va="center", fontsize=6, color=ink)
         across, up = np.arange(len(columns) + 1) - 0.5, np.arange(len(rows) + 1) - 0.5

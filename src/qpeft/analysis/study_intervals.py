@@ -29,6 +29,11 @@ Interval = tuple[float, float] | None
 RESAMPLES, TOGETHER = 10_000, 1_000
 
 
+def is_clear(bounds: Interval) -> bool:
+    """Return whether an interval lies on one side of 0."""
+    return bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
+
+
 def draws(per_query: Floats, by_seed: Sequence[Mapping[Hashable, float]]) -> Floats:
     """Return the measures of lines on resamples, `[lines, resamples]`; always the same for the same values.
 

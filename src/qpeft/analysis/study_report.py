@@ -11,7 +11,7 @@ from qpeft.analysis.ablation import NONE
 from qpeft.analysis.pages import render
 from qpeft.analysis.study import Finding, Study
 from qpeft.analysis.study_figures import Drawn, write_figures
-from qpeft.analysis.study_intervals import Interval
+from qpeft.analysis.study_intervals import Interval, is_clear
 from qpeft.atomic import make_folder
 from qpeft.data.files import write_text
 from qpeft.evaluation.tables import Cell, Table, interval, number
@@ -86,7 +86,7 @@ def sentences(study: Study) -> Iterator[str]:
             f"{_capital(full.name)}: {number(full.mean, 3)}; no additions: {number(none.mean, 3)}. That is "
             f"a gain of {_signed(full.gain, full.gain_interval)}, with {full.parameters:,} trained parameters."
         )
-        if not _clear(full.gain_interval):
+        if not is_clear(full.gain_interval):
             yield "That gain is within chance, so shares of it say nothing."
     yield from {
         "layers": _of_layers,
@@ -112,7 +112,7 @@ def _of_layers(study: Study) -> Iterator[str]:
     for kind, words in (("one layer alone", "One layer alone"), ("a window alone", "A window of layers alone")):
         yield from _best(study.of(kind), words)
     full = study.find(study.full)
-    if full is None or not _clear(full.gain_interval):
+    if full is None or not is_clear(full.gain_interval):
         return
     for kind, words in (("from the bottom", "lowest"), ("from the top", "highest")):
         enough = [each for each in study.of(kind) if each.drop_interval and each.drop_interval[0] <= 0]
@@ -128,7 +128,7 @@ def _of_layers(study: Study) -> Iterator[str]:
 def _of_projections(study: Study) -> Iterator[str]:
     yield from _worst(study.of("all but one projection"), "Without one projection")
     yield from _best(study.of("one projection alone"), "One projection alone")
-    alone = [each for each in study.of("one projection alone") if _clear(each.gain_interval)]
+    alone = [each for each in study.of("one projection alone") if is_clear(each.gain_interval)]
     if alone:
         dense = max(alone, key=lambda each: each.gain / each.parameters)
         yield (
@@ -183,7 +183,7 @@ def _worst(found: Sequence[Finding], words: str) -> Iterator[str]:
     if not found:
         return
     worst = max(found, key=lambda each: each.drop)
-    clear = [each for each in found if _clear(each.drop_interval) and each.drop > 0]
+    clear = [each for each in found if is_clear(each.drop_interval) and each.drop > 0]
     told = f"{worst.name}: a drop of {_signed(worst.drop, worst.drop_interval)}"
     if clear:
         count = f"{len(clear)} of {len(found)} drops are clear of chance{_named(clear)}"
@@ -196,7 +196,7 @@ def _best(found: Sequence[Finding], words: str) -> Iterator[str]:
     if not found:
         return
     best = max(found, key=lambda each: each.gain)
-    clear = [each for each in found if _clear(each.gain_interval) and each.gain > 0]
+    clear = [each for each in found if is_clear(each.gain_interval) and each.gain > 0]
     told = f"{best.name}: {_signed(best.gain, best.gain_interval)}"
     if not clear:
         yield f"{words}, none of {len(found)} gains is clear of chance; the largest is of {told}."
@@ -250,10 +250,6 @@ def adapters_table(study: Study) -> Table:
 
 def _per(each: Finding) -> float:
     return each.gain / each.parameters * _PER
-
-
-def _clear(bounds: Interval) -> bool:
-    return bounds is not None and (bounds[0] > 0 or bounds[1] < 0)
 
 
 def _signed(value: float, bounds: Interval) -> str:

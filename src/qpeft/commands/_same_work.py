@@ -1,4 +1,4 @@
-"""Whether unfinished work is the same as what is asked for now, and if not, what differs."""
+"""Whether work that was begun or finished is the same as what is asked for now, and if not, what differs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,16 @@ def as_kept(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Return facts as they come back from a JSON file."""
     kept: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return kept
+
+
+def is_finished(made: Mapping[str, Any] | None, facts: Mapping[str, Any]) -> bool:
+    """Return whether finished work is what is asked for now.
+
+    Args:
+        made: its provenance, from a JSON file, if there is any.
+        facts: what decides the result.
+    """
+    return made is not None and as_kept(facts).items() <= made.items()
 
 
 def check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from qpeft import methods
 from qpeft.commands._progress import progress_bar
+from qpeft.commands._same_work import is_finished
 from qpeft.commands._sample import sample_run
 from qpeft.commands._unfinished import Unfinished, open_as_begun
 from qpeft.data.candidates import candidates_from_run, check_run
-from qpeft.data.collection import open_collection
+from qpeft.data.collection import identity, open_collection
 from qpeft.data.records import read_json
 from qpeft.data.trec import read_run
 from qpeft.errors import InputError, OptionError, StateError
 from qpeft.model_config import ModelConfig
-from qpeft.provenance import fingerprint, input_fingerprint, provenance
+from qpeft.provenance import fingerprint, input_fingerprint, options_of, provenance
 from qpeft.types import Candidates, Qrels, Ranking, Run
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
@@ -53,7 +53,7 @@ class StudyConfig:
     measure: str = "nDCG@10"
     """What is compared."""
     resume: bool = False
-    """Continue an interrupted study."""
+    """Continue an interrupted study; do nothing if it is finished."""
 
 
 def unfinished_in(folder: Path, resume: bool) -> Unfinished:
@@ -106,13 +106,8 @@ def run_study(
     design = design_of(subjects)
     facts: dict[str, Any] = {
         "command": f"analyze {design.study}",
-        "options": {
-            name: value
-            for part in (config, model)
-            for name, value in dataclasses.asdict(part).items()
-            if name not in ("resume", "output")
-        },
-        "collection": {"name": collection.name, "split": config.split, "fingerprint": collection.fingerprint()},
+        "options": options_of(config, model),
+        "collection": identity(collection, config.split),
         "first_stage": {"tag": first.tag, "sha256": input_fingerprint(config.run)},
         "adapters": [
             {
@@ -125,6 +120,11 @@ def run_study(
         ],
         "model": describe_lm(lm, model),
     }
+    result = output / RESULT
+    made = read_json(result).get("made") if config.resume and result.is_file() else None
+    if not unfinished.settings and is_finished(made, facts):
+        print(f"{output}: finished before, with the same options, data and adapters", file=sys.stderr)
+        return
     settings = {"dtype": lm.dtype, "threads": torch.get_num_threads()}
     unfinished.open(facts, settings)
     lines = unfinished.lines

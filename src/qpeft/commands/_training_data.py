@@ -150,6 +150,7 @@ def say_counts(counts: MiningCounts) -> None:
         "queries have no negatives of their own": counts.without_negative,
         "candidates hold an answer and were not taken as negatives": counts.dropped_as_answer,
         "negatives say the same as a positive and were dropped": counts.dropped_as_positive,
+        "passages have no text and were dropped": counts.dropped_as_empty,
     }
     for what, count in notes.items():
         if count:

@@ -47,7 +47,8 @@ def tune(config: ModelConfig, rows_of: Callable[[Any], Sequence[Row]]) -> None:
                 seconds = timer.seconds(trial, ROUNDS)
                 if seconds is not None:
                     times[trial] = seconds
-            times.setdefault(best, timer.seconds(best, ROUNDS) or float("inf"))
+            if best not in times:
+                times[best] = timer.seconds(best, ROUNDS) or float("inf")
             best = min(times, key=lambda trial: times[trial])
             bar.advance()
         won, before = timer.duel(best, default)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from qpeft.commands._judgements import Labels, judgements, read_costs, read_runs
 from qpeft.commands.evaluate import DEFAULT_MEASURES
+from qpeft.data.collection import identity
 from qpeft.evaluation.measures import evaluate
 from qpeft.evaluation.significance import Test, compare, compare_all_pairs
 from qpeft.evaluation.table_formats import Format, render
@@ -84,7 +85,7 @@ def run(config: Config) -> None:
         collection.queries(config.split),
         collection.passages,
         provenance(
-            collection={"name": collection.name, "split": config.split, "fingerprint": collection.fingerprint()},
+            collection=identity(collection, config.split),
             options=dataclasses.asdict(config),
             runs={each.tag: input_fingerprint(path) for each, path in zip(runs, paths, strict=True)},
         ),

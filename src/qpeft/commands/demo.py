@@ -14,7 +14,7 @@ from qpeft.atomic import make_folder
 from qpeft.commands import interpolate, rerank, retrieve
 from qpeft.commands._judgements import judgements, read_costs, read_runs
 from qpeft.data.candidates import candidates_from_run
-from qpeft.data.collection import open_collection
+from qpeft.data.collection import identity, open_collection
 from qpeft.data.files import write_text
 from qpeft.data.trec import read_run
 from qpeft.evaluation.measures import evaluate
@@ -135,7 +135,7 @@ def _compare(name: str, paths: list[str], report: Path, *, limited: bool) -> Non
         qrels,
         collection.queries("test"),
         collection.passages,
-        provenance(collection={"name": collection.name, "split": "test", "fingerprint": collection.fingerprint()}),
+        provenance(collection=identity(collection, "test")),
         costs=read_costs(runs, paths),
         title=f"{collection.name} · test",
     )

@@ -8,6 +8,7 @@ for queries of other lengths, unless --max-passage-tokens cuts all alike. Interr
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from qpeft.commands._progress import progress_bar
 from qpeft.data.collection import open_collection
 from qpeft.errors import OptionError
 from qpeft.model_config import ModelConfig
-from qpeft.types import Passage, Query
+from qpeft.types import Query
 
 A_QUERY = Query("query", "a")
 """Nothing that is encoded depends on it."""
@@ -44,13 +45,17 @@ def run(config: Config, model: ModelConfig) -> None:
     from qpeft.loading import load_lm
     from qpeft.template import Prompt, load_template
 
+    template = load_template(config.template)
+    if not template.target:
+        raise OptionError(f"--template {config.template}: it has no target, and such rows are never split and kept")
+    if -1 < template.context.find("{hint}") < template.context.index("{passage}"):
+        raise OptionError(f"--template {config.template}: a hint before the passage leaves nothing to keep")
     lm: Any = load_lm(dataclasses.replace(model, passage_cache=0.0))
-    prompt = Prompt(
-        load_template(config.template), lm.tokenizer, lm.max_length, max_passage_tokens=config.max_passage_tokens
-    )
+    prompt = Prompt(template, lm.tokenizer, lm.max_length, max_passage_tokens=config.max_passage_tokens)
     cut = 0
     with progress_bar("index-cache", len(passages), unit="passages") as bar:
-        for some in _batches(passages.values(), AT_A_TIME):
+        left = iter(passages.values())
+        while some := list(itertools.islice(left, AT_A_TIME)):
             prompt.read_ahead(some)
             rows = [prompt.rows(A_QUERY, passage)[0] for passage in some]
             cut += sum(row.truncated for row in rows)
@@ -74,14 +79,3 @@ def _together(contexts: Iterable[tuple[int, ...]], tokens: int) -> Iterator[list
         together.append(context)
     if together:
         yield together
-
-
-def _batches(passages: Iterable[Passage], count: int) -> Iterable[list[Passage]]:
-    batch: list[Passage] = []
-    for passage in passages:
-        batch.append(passage)
-        if len(batch) == count:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

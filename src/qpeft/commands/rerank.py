@@ -23,18 +23,18 @@ from qpeft.commands._partial import Partial
 from qpeft.commands._peek import peek_method
 from qpeft.commands._progress import progress_bar
 from qpeft.commands._run_provenance import read_run_provenance
-from qpeft.commands._same_work import as_kept
+from qpeft.commands._same_work import is_finished
 from qpeft.commands._sample import sample_run
 from qpeft.commands._unfinished import open_as_begun
 from qpeft.data.candidates import candidates_from_run, check_run
-from qpeft.data.collection import open_collection
+from qpeft.data.collection import identity, open_collection
 from qpeft.data.trec import read_run, write_run
 from qpeft.errors import InputError, OptionError
 from qpeft.evaluation.cost import Cost, forget_peak_memory, peak_memory
 from qpeft.evaluation.interpolation import interpolate
 from qpeft.evaluation.tables import significant
 from qpeft.model_config import ModelConfig
-from qpeft.provenance import input_fingerprint, provenance, write_provenance
+from qpeft.provenance import input_fingerprint, options_of, provenance, write_provenance
 from qpeft.types import Ranking, Run, ScoringCounts
 
 
@@ -51,7 +51,8 @@ class Config:
     split: str = "test"
     """Whose queries."""
     method: str | None = None
-    """How passages are scored; by default as the adapter was trained, else query_likelihood. Its options are below."""
+    """How passages are scored: [methods]; by default as the adapter was trained, else query_likelihood. Its options are
+    below, those of another with --method NAME --help."""
     depth: int = 100
     """Passages per query that are reranked."""
     interpolate: float | None = None
@@ -103,17 +104,8 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     described = describe_lm(lm, model)
     facts: dict[str, Any] = {
         "command": "rerank",
-        "options": {
-            name: value
-            for part in (config, model, method)
-            for name, value in dataclasses.asdict(part).items()
-            if name not in ("resume", "output")
-        },
-        "collection": {
-            "name": collection.name,
-            "split": config.split,
-            "fingerprint": collection.fingerprint(),
-        },
+        "options": options_of(config, model, method),
+        "collection": identity(collection, config.split),
         "first_stage": {"tag": first.tag, "sha256": input_fingerprint(config.run)},
         "model": described,
     }
@@ -121,7 +113,8 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     if config.interpolate is not None and not reranker.scores_all:
         raise OptionError(f"--interpolate needs scores of all candidates; --method {name} gives some none")
     facts |= reranker.facts
-    if config.resume and not partial.settings and _finished(config.output, facts):
+    made = read_run_provenance(config.output) if config.resume and Path(config.output).is_file() else None
+    if not partial.settings and is_finished(made, facts):
         print(f"{config.output}: finished before, with the same options, data and model", file=sys.stderr)
         return
     for query_id in first:
@@ -147,13 +140,7 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     facts |= {"counts": dataclasses.asdict(counts), "cost": cost.as_dict(), "resumed_at": resumed_at}
     write_provenance(Path(config.output), provenance(**facts))
     partial.remove()
-    _say(config, counts, cost, cache_idle=getattr(lm, "store", None) is not None and not (cost.cached or cost.encoded))
-
-
-def _finished(output: str, facts: dict[str, Any]) -> bool:
-    """Return whether the output is there, and what stands beside it tells of the same work."""
-    made = read_run_provenance(output) if Path(output).is_file() else None
-    return made is not None and as_kept(facts).items() <= made.items()
+    _say(config, counts, cost, cache_idle=lm.store is not None and not (cost.cached or cost.encoded))
 
 
 def _with_rest(first: Run, rankings: list[Ranking], config: Config, tag: str) -> Run:
@@ -173,7 +160,7 @@ def _with_rest(first: Run, rankings: list[Ranking], config: Config, tag: str) ->
 def _cost(seconds: float, queries: int, pairs: int, lm: Any) -> Cost:
     import torch
 
-    store = getattr(lm, "store", None)
+    store = lm.store
     return Cost(
         seconds,
         queries,

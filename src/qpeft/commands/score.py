@@ -32,7 +32,8 @@ class Config:
     title: tuple[str, ...] = ()
     """Titles of the passages, as many as there are passages, or none."""
     method: str | None = None
-    """How passages are scored; by default as the adapter was trained, else query_likelihood. Its options are below."""
+    """How passages are scored: [methods]; by default as the adapter was trained, else query_likelihood. Its options are
+    below, those of another with --method NAME --help."""
 
 
 def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:

@@ -33,7 +33,7 @@ from qpeft.data.collection import open_collection
 from qpeft.data.records import read_json
 from qpeft.errors import InputError, OptionError, PassageCacheError, at_least, nearest
 from qpeft.model_config import ModelConfig
-from qpeft.provenance import provenance
+from qpeft.provenance import options_of, provenance
 from qpeft.template import Prompt, Template, load_template
 from qpeft.training import config as training_config
 from qpeft.training.config import TrainingConfig
@@ -59,7 +59,7 @@ class Config:
     output: str
     """The adapter folder to write."""
     adapter: str = "qpeft_a"
-    """What is trained; its own options are listed below."""
+    """What is trained: [adapters]. Its own options are below, those of another with --adapter NAME --help."""
     method: str = "query_likelihood"
     """What scores: query_likelihood, classifier (with lora) or yes_no."""
     preset: str = "stable"
@@ -119,7 +119,7 @@ def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
     method = _method(peek(arguments, "method", Config.method))
     own = (method.Trained,) if hasattr(method, "Trained") else ()
     if preset == "stable":
-        kind = TrainingConfig if method.SCORES == "log_likelihood" else training_config.ReadOut
+        kind = TrainingConfig if method.SCORES == "log_likelihood" else training_config.ReadOutTraining
         return Config, kind, ModelConfig, module.Config, *own
     if not hasattr(module, "Authors"):
         raise OptionError(f"adapter {module.__name__.rpartition('.')[2]!r} has no preset 'authors'")
@@ -285,13 +285,7 @@ def _facts(config: Config, *others: Any) -> dict[str, Any]:
     """Return what provenance says of the options, and of the files that they name."""
     return {
         "command": "train",
-        "options": {
-            name: value
-            for part in (config, *others)
-            if part is not None
-            for name, value in dataclasses.asdict(part).items()
-            if name not in ("resume", "output", "report")
-        },
+        "options": options_of(config, *others, without=("resume", "output", "report")),
         "files": fingerprints(config),
     }
 

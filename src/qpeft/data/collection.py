@@ -62,6 +62,11 @@ class Collection(Protocol):
         ...
 
 
+def identity(collection: Collection, split: str) -> dict[str, str]:
+    """Return what provenance says of a collection."""
+    return {"name": collection.name, "split": split, "fingerprint": collection.fingerprint()}
+
+
 def open_collection(name: str) -> Collection:
     """Open a BEIR folder, the embedded `mini`, or `ir_datasets:<id>`.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any
 
 from qpeft.data.files import StrPath
-from qpeft.data.records import PASSAGE_ID, PASSAGE_TEXT, QUERY_ID, Record, content_id, json_lines, write_json_lines
+from qpeft.data.records import PASSAGE_ID, PASSAGE_TEXT, QUERY_ID, Record, content_id, json_lines
 from qpeft.types import Candidates, Group, Passage, Query
 
 _LAYOUTS = {
@@ -42,17 +42,6 @@ def read_groups(path: StrPath) -> list[Group]:
             raise record.error("no positive")
         groups.append(Group(_query(record), positives, _passages(record, negative)))
     return groups
-
-
-def write_groups(groups: Iterable[Group], path: StrPath, layout: Literal["flagembedding", "tevatron"]) -> None:
-    """Write training groups, one a line.
-
-    FlagEmbedding has texts only: ids are lost, and a title is set before its text.
-
-    Raises:
-        InputError: the file cannot be made.
-    """
-    write_json_lines(map(_flagembedding if layout == "flagembedding" else _tevatron, groups), path)
 
 
 def read_requests(path: StrPath) -> Iterator[Candidates]:
@@ -105,24 +94,3 @@ def _requested(candidate: Record) -> Passage:
     child = candidate.described(candidate.get("doc"), "doc")
     text = child.text(*PASSAGE_TEXT, "segment", "body", "content", "passage")
     return Passage(candidate.id("docid", *PASSAGE_ID), text, child.text("title", default=""))
-
-
-def _flagembedding(group: Group) -> dict[str, Any]:
-    def texts(passages: tuple[Passage, ...]) -> list[str]:
-        return [f"{passage.title} {passage.text}".strip() for passage in passages]
-
-    return {"query": group.query.text, "pos": texts(group.positives), "neg": texts(group.negatives)}
-
-
-def _tevatron(group: Group) -> dict[str, Any]:
-    def objects(passages: tuple[Passage, ...]) -> list[dict[str, str]]:
-        return [{"docid": passage.id, "title": passage.title, "text": passage.text} for passage in passages]
-
-    answers = {"answers": list(group.query.answers)} if group.query.answers else {}
-    return {
-        "query_id": group.query.id,
-        "query": group.query.text,
-        **answers,
-        "positive_passages": objects(group.positives),
-        "negative_passages": objects(group.negatives),
-    }

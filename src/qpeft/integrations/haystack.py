@@ -22,8 +22,8 @@ class QpeftRanker:
     Args:
         model: a ready reranker, or the first argument of `Reranker.from_pretrained`.
         top_k: how many documents stay; None: all.
-        score_threshold: documents with a lower score are left out. Scores are log-probabilities in nats per query
-            token, so below zero.
+        score_threshold: documents with a lower score are left out. Scores of query likelihood are log-probabilities in
+            nats per query token, so below zero.
         options: the other arguments of `Reranker.from_pretrained`.
     """
 

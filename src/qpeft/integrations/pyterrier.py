@@ -20,7 +20,7 @@ class QpeftReRanker(pt.Transformer):
     """Scores each query's documents anew: `bm25 >> pt.text.get_text(dataset, "text") >> QpeftReRanker(…)`.
 
     Takes frames with `qid`, `query`, `docno`, `text` and, if there is one, `title`; other columns and the order of the
-    rows stay as they are. Batches reach across queries where the reranker was opened with `queries_per_batch`.
+    rows stay as they are. Batches reach across queries.
 
     Args:
         model: a ready reranker, or the first argument of `Reranker.from_pretrained`.

@@ -21,8 +21,9 @@ Pairs = Sequence[Sequence[str]]
 class CrossEncoder:
     """Answers `predict` and `rank` as a sentence-transformers `CrossEncoder` with one label does.
 
-    Scores are log-probabilities in nats per query token, not squeezed into [0, 1]; give `activation_fn` where they must
-    be. `batch_size` and `show_progress_bar` are accepted and not used: batches are filled by tokens (`batch_tokens`).
+    Scores are the method's own (query likelihood: nats per query token), not squeezed into [0, 1]; give `activation_fn`
+    where they must be. `batch_size` and `show_progress_bar` are accepted and not used: batches are filled by tokens
+    (`batch_tokens`).
 
     Args:
         model: a ready reranker, or the first argument of `Reranker.from_pretrained`.

@@ -46,10 +46,7 @@ class Pointwise(Reranker):
         pairs = [(item.query, passage) for item in items for passage in item.passages]
         scores = self._scores(pairs)
         for item in items:
-            scored = [(passage.id, next(scores)) for passage in item.passages]
-            ranking = Ranking.from_scores(item.query.id, floor_unreadable(item.query.id, scored))
-            if unreadable := frozenset(passage_id for passage_id, score in scored if score == -math.inf):
-                ranking = dataclasses.replace(ranking, unreadable=unreadable)
+            ranking = ranked(item.query.id, [(passage.id, next(scores)) for passage in item.passages])
             self.counts.constant_queries += ranking.constant
             yield ranking
 
@@ -58,8 +55,12 @@ class Pointwise(Reranker):
             yield from self._scorer.score(pairs[start : start + AT_ONCE])
 
 
-def floor_unreadable(query_id: str, scored: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Return (passage id, score) of one query, with one below the lowest score where a score is −∞ (`UNREADABLE`: all).
+def ranked(query_id: str, scored: Sequence[tuple[str, float]]) -> Ranking:
+    """Return the ranking of one query; what has −∞ is unreadable, with one below the lowest score (`UNREADABLE`: all).
+
+    Args:
+        query_id: the query's.
+        scored: (passage id, score) pairs.
 
     Raises:
         ScoreError: a score is NaN or +∞.
@@ -69,4 +70,6 @@ def floor_unreadable(query_id: str, scored: Sequence[tuple[str, float]]) -> list
             raise ScoreError(f"query {query_id!r}, passage {passage_id!r}: the model gave the score {score}")
     readable = [score for _, score in scored if score != -math.inf]
     floor = min(readable) - 1.0 if readable else UNREADABLE
-    return [(passage_id, floor if score == -math.inf else score) for passage_id, score in scored]
+    ranking = Ranking.from_scores(query_id, [(passage_id, max(score, floor)) for passage_id, score in scored])
+    unreadable = frozenset(passage_id for passage_id, score in scored if score == -math.inf)
+    return dataclasses.replace(ranking, unreadable=unreadable) if unreadable else ranking

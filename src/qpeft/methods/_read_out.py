@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qpeft.errors import OptionError
-from qpeft.methods._rows import Options, RowScorer, Work, rows_of
+from qpeft.methods._rows import Options, RowScorer, Work
 from qpeft.template import Prompt, Row
 from qpeft.types import Passage, Query, ScoringCounts
 
@@ -79,7 +79,14 @@ class ReadOutScorer(RowScorer):
 
     def rows(self, query: Query, passage: Passage, max_passage_tokens: int | None = None) -> list[Row]:
         """Return the rows of a pair: one, or one per window."""
-        return rows_of(self.prompt, self._config, query, passage, max_passage_tokens=max_passage_tokens)
+        config = self._config
+        return self.prompt.rows(
+            query,
+            passage,
+            windows=config.windows,
+            overlap=config.window_overlap,
+            max_passage_tokens=max_passage_tokens,
+        )
 
     def values(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> list[Tensor]:
         """Return what is read of each row, `[k]`."""
@@ -90,12 +97,11 @@ class ReadOutScorer(RowScorer):
         scores = [float(self._reading.scores(value[None].double())) for value in values]
         return work.pool(scores, self._config.window_pool)
 
-    def batch_scores(self, rows: Sequence[Row]) -> Tensor:
-        """Return the scores of rows in one forward pass, `[N]`, differentiable; for decoder-only models."""
-        return self.batch_learned(rows)[0]
-
     def batch_learned(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor | None]:
-        """Return these scores, and the log-probability `[N]` that any answer is given, if there are answers."""
+        """Return the scores of rows in one forward pass, `[N]`, differentiable; for decoder-only models.
+
+        And the log-probability `[N]` that any answer is given, if there are answers.
+        """
         lm: Any = self.lm
         adapters = None if self.adapter is None else [self.adapter] * len(rows)
         values = lm.read_batch(rows, self._reading.read_out(self.adapter), adapters)

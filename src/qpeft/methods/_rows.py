@@ -78,12 +78,11 @@ class RowScorer(abc.ABC):
         """Return the score of each pair from what the model said of its rows."""
 
     @abc.abstractmethod
-    def batch_scores(self, rows: Sequence[Row]) -> Tensor:
-        """Return the scores of rows in one forward pass, `[N]` float32, differentiable in adapter and head."""
-
     def batch_learned(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor | None]:
-        """Return these scores, and what else a loss may learn from; see `losses.sft`."""
-        return self.batch_scores(rows), None
+        """Return the scores of rows in one forward pass, `[N]` float32, differentiable in adapter and head.
+
+        And what else a loss may learn from, if there is anything; see `losses.sft`.
+        """
 
     @abc.abstractmethod
     def using(self, adapter: HintWriter | None) -> RowScorer:
@@ -148,28 +147,6 @@ def _pool(scores: list[float], how: str) -> float:
     if not all(map(math.isfinite, scores)):
         return math.nan  # no window may hide it, and −∞ means a passage of zero tokens
     return max(scores) if how == "max" else sum(scores) / len(scores)
-
-
-def rows_of(
-    prompt: Prompt,
-    config: Options,
-    query: Query,
-    passage: Passage,
-    *,
-    hint_query: Query | None = None,
-    max_passage_tokens: int | None = None,
-) -> list[Row]:
-    """Return a pair as one row, or as one row per window."""
-    if not config.windows:
-        return prompt.rows(query, passage, hint_query=hint_query, max_passage_tokens=max_passage_tokens)
-    return prompt.rows(
-        query,
-        passage,
-        window=config.windows,
-        overlap=config.window_overlap,
-        windows=True,
-        hint_query=hint_query,
-    )
 
 
 def open_prompt(

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qpeft.errors import OptionError
 from qpeft.kept_tokens import KeptTokens
 from qpeft.methods._pointwise import Pointwise
-from qpeft.methods._rows import Options, RowScorer, Work, open_prompt, rows_of, window
+from qpeft.methods._rows import Options, RowScorer, Work, open_prompt, window
 from qpeft.template import Prompt, Row
 from qpeft.types import Passage, Query, Reranker, ScoringCounts
 
@@ -114,11 +114,8 @@ class QueryLikelihood(RowScorer):
         hint_queries: Mapping[str, Query] | None = None,
         depth: int | None = None,
     ) -> None:
-        template = prompt.template
         self.counts = ScoringCounts()
-        self.facts: dict[str, Any] = {
-            "template": {"name": template.name, "version": template.version, "fingerprint": template.fingerprint}
-        }
+        self.facts: dict[str, Any] = {}
         self.adapter = adapter
         self.with_passage = bool(config.document_prior)
         self._config = config
@@ -154,10 +151,10 @@ class QueryLikelihood(RowScorer):
         """Return the log-probabilities of each row's scored tokens."""
         return self.lm.log_probs(rows, with_passage=self.with_passage, adapters=adapters, depth=self._depth)
 
-    def batch_scores(self, rows: Sequence[Row]) -> Tensor:
+    def batch_learned(self, rows: Sequence[Row]) -> tuple[Tensor, None]:
         """Return the mean log-likelihood of rows, `[N]`, differentiable in the adapter; for decoder-only models."""
         lm: Any = self.lm
-        return batch_scores(lm, rows, self.adapter)
+        return batch_scores(lm, rows, self.adapter), None
 
     def using(self, adapter: HintWriter | None) -> QueryLikelihood:
         """Return the same scorer with another adapter, or with none."""
@@ -173,9 +170,14 @@ class QueryLikelihood(RowScorer):
 
     def rows(self, query: Query, passage: Passage, max_passage_tokens: int | None = None) -> list[Row]:
         """Return the rows of a pair: one, or one per window."""
-        read = self._hint_queries.get(query.id)
-        return rows_of(
-            self.prompt, self._config, query, passage, hint_query=read, max_passage_tokens=max_passage_tokens
+        config = self._config
+        return self.prompt.rows(
+            query,
+            passage,
+            windows=config.windows,
+            overlap=config.window_overlap,
+            hint_query=self._hint_queries.get(query.id),
+            max_passage_tokens=max_passage_tokens,
         )
 
     def _row_score(self, value: RowLogProbs) -> float:

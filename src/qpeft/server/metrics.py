@@ -16,20 +16,16 @@ class Metrics:
     """Prometheus metrics of one server."""
 
     def __init__(self) -> None:
-        self._requests = Counter("qpeft_requests", "Responses", ["route", "status"], registry=None)
+        own = self._registry = CollectorRegistry()
+        self._requests = Counter("qpeft_requests", "Responses", ["route", "status"], registry=own)
         self._latency = Histogram(
-            "qpeft_request_seconds", "From request to response", ["route"], buckets=SECONDS, registry=None
+            "qpeft_request_seconds", "From request to response", ["route"], buckets=SECONDS, registry=own
         )
-        self._fill = Histogram("qpeft_batch_fill", "Pairs of a batch / pairs allowed", buckets=FILL, registry=None)
-        self._pairs = Counter("qpeft_pairs", "(query, document) pairs scored", registry=None)
-        self._tokens = Counter("qpeft_tokens", "Tokens that the model read", registry=None)
-        self._truncated = Counter("qpeft_truncated_documents", "Documents that were cut to fit", registry=None)
-        self.queued = Gauge("qpeft_queued_pairs", "Pairs that wait for the model", registry=None)
-        self._registry = CollectorRegistry()
-        for each in (
-            self._requests, self._latency, self._fill, self._pairs, self._tokens, self._truncated, self.queued
-        ):  # fmt: skip
-            self._registry.register(each)
+        self._fill = Histogram("qpeft_batch_fill", "Pairs of a batch / pairs allowed", buckets=FILL, registry=own)
+        self._pairs = Counter("qpeft_pairs", "(query, document) pairs scored", registry=own)
+        self._tokens = Counter("qpeft_tokens", "Tokens that the model read", registry=own)
+        self._truncated = Counter("qpeft_truncated_documents", "Documents that were cut to fit", registry=own)
+        self.queued = Gauge("qpeft_queued_pairs", "Pairs that wait for the model", registry=own)
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """Count a response; `route` is a pattern, not a path, so that clients cannot invent labels."""

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from qpeft.data.collection import EMBEDDED, Collection, open_collection
 from qpeft.errors import InputError, nearest
 from qpeft.retrieval.bm25 import BM25
-from qpeft.server.dialects.requests import Text
+from qpeft.server.dialects.requests import Document, Text
 from qpeft.server.refusals import Refusal
 from qpeft.server.service import Service
 from qpeft.types import Passage
@@ -42,13 +42,6 @@ OPEN = frozenset({"/", "/page/questions", "/page/candidates", *(f"/page/{name}" 
 COLLECTION = EMBEDDED[0]
 
 router = APIRouter(include_in_schema=False)
-
-
-class Document(BaseModel):
-    """A passage that stands on the page."""
-
-    title: Text = ""
-    text: Text
 
 
 class Given(BaseModel):

@@ -9,10 +9,10 @@ from typing import Any
 
 from qpeft.analysis.explain import as_record, explain
 from qpeft.errors import InputError
-from qpeft.methods._pointwise import floor_unreadable
+from qpeft.methods._pointwise import ranked
 from qpeft.server.batcher import Batcher, Scored
 from qpeft.server.models import ServedModel
-from qpeft.types import UNREADABLE, Passage, Query, Ranking
+from qpeft.types import Passage, Query
 
 MAX_EXPLAINED = 64
 """Documents of a request whose scores are explained; it occupies the model as long as no other request may."""
@@ -102,17 +102,11 @@ async def _answer(batcher: Batcher, model: ServedModel, ask: Ask, search: Search
     if not ask.may_cut and any(scored.truncated):
         raise TruncatedError(f"document {scored.truncated.index(True)} does not fit, and truncate is false")
     scores = [(str(index), score) for index, score in enumerate(scored.scores)]
-    ranking = Ranking.from_scores(search.name, floor_unreadable(search.name, scores))
-    hits = [(int(hit.passage_id), hit.score) for hit in ranking.by_position()]
-    shown = _raw(scored, hits) if ask.raw else _probabilities(model, scored, hits)
+    hits = [(int(hit.passage_id), hit.score) for hit in ranked(search.name, scores).by_position()]
+    shown = hits if ask.raw else _probabilities(model, scored, hits)
     reasons = await _reasons(batcher, model, ask, search, scored) if ask.explain else {}
     results = [Result(index, score, reasons.get(index)) for index, score in shown[: search.top_n]]
     return Answer(results, sum(scored.tokens), sum(scored.truncated))
-
-
-def _raw(scored: Scored, hits: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return (position, score); what cannot be read has the lowest that there is, whatever else was asked for."""
-    return [(index, UNREADABLE if scored.scores[index] == -math.inf else score) for index, score in hits]
 
 
 def _probabilities(model: ServedModel, scored: Scored, hits: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal, TypeVar
 
-from qpeft.context_store import ContextStore
 from qpeft.pretrained import PretrainedLM
 from qpeft.server.batcher import Batcher
 from qpeft.server.logs import log
@@ -172,5 +171,5 @@ class Service:
             raise Refusal(413, f"{sum(counts)} documents in all; at most {self.settings.max_queue_pairs} are allowed")
 
     def _cache(self) -> tuple[int, int]:
-        store: ContextStore | None = getattr(self._models and self._models.lm, "store", None)
+        store = None if self._models is None else self._models.lm.store
         return (0, 0) if store is None else (store.hits, store.misses)

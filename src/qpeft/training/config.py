@@ -82,7 +82,7 @@ def _check_trackers(names: Iterable[str]) -> None:
 
 
 @dataclass(frozen=True)
-class ReadOut(TrainingConfig):
+class ReadOutTraining(TrainingConfig):
     """Training of methods that read the last token."""
 
     loss: Loss = "softmax"

@@ -46,7 +46,7 @@ MaxTokensPerDoc = Annotated[
 ]
 Off = BeforeValidator(_unless_null(False))
 On = BeforeValidator(_unless_null(True))
-RawScores = Annotated[bool, Off, Field(description="Nats per query token instead of a score in [0, 1].")]
+RawScores = Annotated[bool, Off, Field(description="The method's own score instead of one in [0, 1].")]
 UseActivation = Annotated[bool | None, Field(description="vLLM's name for the opposite of raw_scores.")]
 Explain = Annotated[bool, Off, Field(description="Add what made the scores: log-probabilities of the query's tokens.")]
 
