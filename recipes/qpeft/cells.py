@@ -135,8 +135,7 @@ def of_authors(
         seed=seed,
         options=named(asdict(module.Authors(**options))),
         training=named(asdict(TrainingAuthors(**training)) | {"report_to": []}),
-        template=AUTHORS,
-        **more,
+        **{"template": AUTHORS, **more},
     )
 
 
@@ -145,10 +144,11 @@ AUTHORS = "qpeft_authors"
 
 
 def authors() -> Iterator[Cell]:
-    """Yield the settings of the authors' code, and the model alone with their template."""
+    """Yield the settings of the authors' code; the model alone with their template, and with it but no BOS and EOS."""
     for seed in SEEDS:
         if seed == 1:
             yield Cell("zero_shot-authors", "", "reddit-shift", template=AUTHORS)
+            yield Cell("zero_shot-authors-unscored", "", "reddit-shift", template="prompts/authors_unscored.yaml")
         for home in (*HOMES, "nq-mini"):
             for adapter, module in (("qpeft_a", qpeft_a), ("qpeft_r", qpeft_r)):
                 options, training = KEPT.get((home, adapter), ({}, {}))
@@ -158,15 +158,19 @@ def authors() -> Iterator[Cell]:
 def authors_apart() -> Iterator[Cell]:
     """Yield the settings of the authors' code with one of ours each, for six epochs: what makes the difference."""
     frozen = {"token_table": "frozen"}
-    changed: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-        "lr0.001": ({}, {}, {"learning_rate": 1e-3}),
-        "residual_zero": ({"mlp_init": "residual_zero", "attn_init": "cosine"}, {"mlp_init": "residual_zero"}, {}),
-        "frozen": (frozen, {**frozen, "similarity_table": "frozen"}, {}),
-    }
-    for name, (of_a, of_r, training) in changed.items():
+    changed: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
+        "lr0.001": ({}, {}, {"learning_rate": 1e-3}, AUTHORS),
+        "residual_zero": (
+            {"mlp_init": "residual_zero", "attn_init": "cosine"}, {"mlp_init": "residual_zero"}, {}, AUTHORS,
+        ),
+        "frozen": (frozen, {**frozen, "similarity_table": "frozen"}, {}, AUTHORS),
+        "plain": ({}, {}, {}, "plain"),
+    }  # fmt: skip
+    for name, (of_a, of_r, training, template) in changed.items():
         for adapter, module, options in (("qpeft_a", qpeft_a, of_a), ("qpeft_r", qpeft_r, of_r)):
             short = {"epochs": 6, "evaluations": 6, **training}
-            yield of_authors(f"{adapter}-authors-{name}", module, "reddit-shift", 1, options, short, test=False)
+            row, more = f"{adapter}-authors-{name}", {"template": template, "test": False}
+            yield of_authors(row, module, "reddit-shift", 1, options, short, **more)
 
 
 def lora_tuning() -> Iterator[Cell]:
