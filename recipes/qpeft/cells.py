@@ -160,11 +160,11 @@ def authors_apart() -> Iterator[Cell]:
     frozen = {"token_table": "frozen"}
     changed: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
         "lr0.001": ({}, {}, {"learning_rate": 1e-3}, AUTHORS),
+        "plain": ({}, {}, {}, "plain"),
         "residual_zero": (
             {"mlp_init": "residual_zero", "attn_init": "cosine"}, {"mlp_init": "residual_zero"}, {}, AUTHORS,
         ),
         "frozen": (frozen, {**frozen, "similarity_table": "frozen"}, {}, AUTHORS),
-        "plain": ({}, {}, {}, "plain"),
     }  # fmt: skip
     for name, (of_a, of_r, training, template) in changed.items():
         for adapter, module, options in (("qpeft_a", qpeft_a, of_a), ("qpeft_r", qpeft_r, of_r)):

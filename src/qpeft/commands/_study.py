@@ -121,7 +121,8 @@ def run_study(
         "model": describe_lm(lm, model),
     }
     result = output / RESULT
-    made = read_json(result).get("made") if config.resume and result.is_file() else None
+    before = read_json(result) if config.resume and result.is_file() else None
+    made = before.get("made") if isinstance(before, dict) else None
     if not unfinished.settings and is_finished(made, facts):
         print(f"{output}: finished before, with the same options, data and adapters", file=sys.stderr)
         return

@@ -69,7 +69,7 @@ class Config:
     def __post_init__(self) -> None:
         check_output(self.output, self.tag, read=[self.run])
         if is_stream(self.output):
-            raise OptionError(f"--output {self.output}: is a pipe, and unfinished work is kept beside a file")
+            raise OptionError(f"--output {self.output}: is a pipe or stream, and unfinished work is kept beside a file")
         if self.interpolate is not None and not 0 <= self.interpolate <= 1:
             raise OptionError(f"--interpolate is {self.interpolate}; it must be between 0 and 1")
         if self.resume and Path(self.run).exists() and not Path(self.run).is_file():
