@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from bench import DEPTHS, MINI, TEST_QUERIES, Bench, measure_on, order, per_query, write
-from cells import Cell, lora, main, shipped, transfer_homes, variants
+from cells import AUTHORS, Cell, lora, main, shipped, transfer_homes, variants
 from confirmation import ASKED_LATER
 
 from qpeft import adapters
@@ -52,8 +52,10 @@ def dev_alone(bench: Bench) -> dict[str, Any]:
     lm, measure = bench.lm(), TrainingConfig().measure
     items, qrels = bench.dev([HOME])
     first = evaluate(order(items), {item.query.id: qrels[item.query.id] for item in items}, measure)
-    alone = DevRanking(lm, bench.prompt(), items, qrels, measure)
-    found: dict[str, Any] = {"bm25": first.means[measure], "zero_shot": alone.measure(None)[measure]}
+    found: dict[str, Any] = {"bm25": first.means[measure]}
+    for told, template in (("zero_shot", "plain"), ("zero_shot-authors", AUTHORS)):
+        prompt = Prompt(load_template(template), lm.tokenizer, lm.max_length)
+        found[told] = DevRanking(lm, prompt, items, qrels, measure).measure(None)[measure]
     for name in ("qpeft_a", "qpeft_r"):
         module = adapters.load(name)
         adapter = module.build(module.Config(), lm)
