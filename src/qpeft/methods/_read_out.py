@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from qpeft.errors import OptionError
 from qpeft.methods._rows import Options, RowScorer, Work
 from qpeft.template import Prompt, Row
-from qpeft.types import Passage, Query, ScoringCounts
+from qpeft.types import ScoringCounts
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
     from torch import Tensor
@@ -76,17 +76,6 @@ class ReadOutScorer(RowScorer):
         except OptionError:
             return False
         return True
-
-    def rows(self, query: Query, passage: Passage, max_passage_tokens: int | None = None) -> list[Row]:
-        """Return the rows of a pair: one, or one per window."""
-        config = self._config
-        return self.prompt.rows(
-            query,
-            passage,
-            windows=config.windows,
-            overlap=config.window_overlap,
-            max_passage_tokens=max_passage_tokens,
-        )
 
     def values(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> list[Tensor]:
         """Return what is read of each row, `[k]`."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from qpeft.errors import OptionError, at_least
@@ -54,6 +55,9 @@ class RowScorer(abc.ABC):
     lm: PretrainedLM
     prompt: Prompt
     adapter: HintWriter | None
+    _config: Options
+    _hint_queries: Mapping[str, Query] = MappingProxyType({})
+    """What the adapter reads instead of a query, by query id (a control)."""
 
     @property
     @abc.abstractmethod
@@ -64,10 +68,6 @@ class RowScorer(abc.ABC):
     @abc.abstractmethod
     def ready(self) -> bool:
         """Whether it can score; a classifier cannot without a head."""
-
-    @abc.abstractmethod
-    def rows(self, query: Query, passage: Passage, max_passage_tokens: int | None = None) -> list[Row]:
-        """Return the rows of a pair: one, or one per window."""
 
     @abc.abstractmethod
     def values(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> list[Any]:
@@ -91,6 +91,17 @@ class RowScorer(abc.ABC):
     @abc.abstractmethod
     def probability(self, score: float) -> float:
         """Return what stands for the probability of relevance where no calibration does."""
+
+    def rows(self, query: Query, passage: Passage, max_passage_tokens: int | None = None) -> list[Row]:
+        """Return the rows of a pair: one, or one per window."""
+        return self.prompt.rows(
+            query,
+            passage,
+            windows=self._config.windows,
+            overlap=self._config.window_overlap,
+            hint_query=self._hint_queries.get(query.id),
+            max_passage_tokens=max_passage_tokens,
+        )
 
     def check(self, query: Query) -> None:
         """Raise QueryError for a query that is empty or leaves no room for a passage."""

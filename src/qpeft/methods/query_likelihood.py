@@ -25,7 +25,7 @@ from qpeft.kept_tokens import KeptTokens
 from qpeft.methods._pointwise import Pointwise
 from qpeft.methods._rows import Options, RowScorer, Work, open_prompt, window
 from qpeft.template import Prompt, Row
-from qpeft.types import Passage, Query, Reranker, ScoringCounts
+from qpeft.types import Query, Reranker, ScoringCounts
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
     from torch import Tensor
@@ -105,6 +105,8 @@ class QueryLikelihood(RowScorer):
         depth: score with the model's first so many layers only.
     """
 
+    _config: Config
+
     def __init__(
         self,
         config: Config,
@@ -167,18 +169,6 @@ class QueryLikelihood(RowScorer):
     def pool(self, work: Work, values: Sequence[RowLogProbs]) -> list[float]:
         """Return the score of each pair from what the model said of its rows."""
         return work.pool([self._row_score(value) for value in values], self._config.window_pool)
-
-    def rows(self, query: Query, passage: Passage, max_passage_tokens: int | None = None) -> list[Row]:
-        """Return the rows of a pair: one, or one per window."""
-        config = self._config
-        return self.prompt.rows(
-            query,
-            passage,
-            windows=config.windows,
-            overlap=config.window_overlap,
-            hint_query=self._hint_queries.get(query.id),
-            max_passage_tokens=max_passage_tokens,
-        )
 
     def _row_score(self, value: RowLogProbs) -> float:
         target = value.target.double()
