@@ -199,7 +199,9 @@ def _add_options(parser: Any, config: type[Any]) -> None:
         required = field.default is dataclasses.MISSING
         text = " ".join(texts.get(field.name, "").split()).replace("%", "%%")
         for registry in (adapters, methods):
-            text = text.replace(f"[{registry.__name__.rpartition('.')[2]}]", ", ".join(registry.available()))
+            place = f"[{registry.__name__.rpartition('.')[2]}]"
+            if place in text:  # what there is, is read from folders and entry points
+                text = text.replace(place, ", ".join(registry.available()))
         options: dict[str, Any] = {"help": text}
         if required:
             options["required"] = True
