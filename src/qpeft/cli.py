@@ -16,13 +16,14 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from qpeft import adapters, methods
 from qpeft.atomic import NO_ROOM
-from qpeft.commands._config_file import readable
+from qpeft.commands._arguments import given
+from qpeft.commands._config_file import file_arguments
 from qpeft.errors import OptionError, QpeftError, nearest
 
 COMMANDS = {
@@ -56,9 +57,6 @@ COMMANDS = {
 KEPT_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
 """Torch's libraries compile a kernel for every shape that they meet on a CPU, some .4 MB each, and keep 1,024 by
 default in each of two places: memory grows by hundreds of MB before it levels off. Read when torch is imported."""
-
-
-_OPTION = re.compile(r"--[\w-]+(=.*)?", re.DOTALL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,7 +116,6 @@ def read(arguments: Sequence[str]) -> tuple[ModuleType, list[Any]]:
     if name not in COMMANDS:
         verbs = [verb for verb in COMMANDS if verb.startswith(f"{name} ")]
         raise OptionError(f"{name!r} is followed by one of: {', '.join(verbs)}" if verbs else _unknown(name))
-    rest = _in_order(rest)
     module = importlib.import_module(f"qpeft.commands.{name.replace(' ', '_').replace('-', '_')}")
     configs = module.configs(rest) if hasattr(module, "configs") else _taken(module.run)
     return module, parse(name, module.__doc__ or "", configs, rest)
@@ -168,16 +165,17 @@ def parse(name: str, description: str, configs: Sequence[type[Any]], arguments: 
         known = ["config"] + [field.name for config in configs for field in dataclasses.fields(config)]
         for config in configs:
             _add_options(parser, config)
-        lists = {name for config in configs for name, hint in get_type_hints(config).items() if _is_list(hint)}
         hints = {name: hint for config in configs for name, hint in get_type_hints(config).items()}
-        values = parser.parse_args(_gathered(readable(_in_order(arguments), hints), lists))
+        values = parser.parse_args(_parsed(arguments, hints))
     filled = []
     for config in configs:
         names = [field.name for field in dataclasses.fields(config)]
         for name in names:
             if values[name] is None and not _may_be_none(hints[name]):
                 raise OptionError(f"--{name.replace('_', '-')} cannot be null")
-        filled.append(config(**{name: _tuple(values[name]) if name in lists else values[name] for name in names}))
+        filled.append(
+            config(**{name: _tuple(values[name]) if _is_list(hints[name]) else values[name] for name in names})
+        )
     return filled
 
 
@@ -231,29 +229,6 @@ class _Text:
         return "str | null"
 
 
-def _dashed(argument: str) -> str:
-    """Spell option names with dashes, whichever way they were typed; what else begins with dashes is a text."""
-    if not _OPTION.fullmatch(argument):
-        return argument
-    name, equals, value = argument.partition("=")
-    spelt = name.replace("_", "-")
-    return ("--print_config" if spelt == "--print-config" else spelt) + equals + value
-
-
-def _in_order(arguments: Sequence[str]) -> list[str]:
-    """Return arguments with dashes, and with files first: an option that is typed counts, wherever it stands."""
-    files: list[str] = []
-    rest: list[str] = []
-    remaining = list(map(_dashed, arguments))
-    while remaining:
-        argument = remaining.pop(0)
-        found = files if argument.partition("=")[0] == "--config" else rest
-        found.append(argument)
-        if argument == "--config" and remaining:
-            files.append(remaining.pop(0))
-    return files + rest
-
-
 def _may_be_none(hint: Any) -> bool:
     return type(None) in get_args(hint)
 
@@ -262,22 +237,23 @@ def _is_list(hint: Any) -> bool:
     return get_origin(hint) is tuple
 
 
-def _gathered(arguments: Sequence[str], lists: Collection[str]) -> list[str]:
-    """Return arguments in which an option that may be given several times stands once, with all its values."""
+def _parsed(arguments: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
+    """Return arguments as the parser takes them.
+
+    Files stand first, so that an option that is typed counts, wherever it stands; an option that may be given several
+    times stands once, with all its values.
+    """
+    files: list[str] = []
     rest: list[str] = []
-    found: dict[str, list[str]] = {}
-    remaining = list(arguments)
-    while remaining:
-        name, equals, value = remaining.pop(0).partition("=")
-        if name.removeprefix("--").replace("-", "_") not in lists or not _OPTION.fullmatch(name):
-            rest.append(name + equals + value)
-        elif equals:
-            found.setdefault(name, []).append(value)
-        elif remaining and not _OPTION.fullmatch(remaining[0]):
-            found.setdefault(name, []).append(remaining.pop(0))
+    lists: dict[str, list[str]] = {}
+    for option, value, typed in given(arguments):
+        if value is not None and option == "config":
+            files += file_arguments(value, hints)
+        elif value is not None and _is_list(hints.get(option.replace("-", "_"))):
+            lists.setdefault(option, []).append(value)
         else:
-            rest.append(name)  # whose value is missing, as the parser will say
-    return [*rest, *(f"{name}={json.dumps(values)}" for name, values in found.items())]
+            rest += typed
+    return [*files, *rest, *(f"--{option}={json.dumps(values)}" for option, values in lists.items())]
 
 
 def _tuple(values: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,31 +35,21 @@ def read_options(path: str) -> dict[str, Any]:
     return options or {}
 
 
-def readable(arguments: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
-    """Return arguments without files that their parser would misread: those that are empty, or set nothing but nulls.
+def file_arguments(path: str, hints: Mapping[str, Any]) -> list[str]:
+    """Return the arguments by which a parser reads a file; it would misread one that sets nothing, or only nulls.
 
     Args:
-        arguments: with `--config FILE` among them.
+        path: the file.
         hints: types of options, by their names with `_`.
 
     Raises:
         InputError: as `read_options`.
         FormatError: as `read_options`, or yes and no, which YAML takes for true and false, where they are meant.
     """
-    found: list[str] = []
-    remaining = list(arguments)
-    while remaining:
-        name, equals, path = remaining.pop(0).partition("=")
-        if name != "--config" or not (equals or remaining):
-            found.append(name + equals + path)
-            continue
-        path = path if equals else remaining.pop(0)
-        options = read_options(path)
-        for option, value in options.items():
-            if isinstance(value, bool) and {"yes", "no"} <= {*get_args(hints.get(option))}:
-                raise FormatError(path, None, f"{option}: put yes and no in quotes; YAML takes them for true and false")
-        if all(value is None for value in options.values()):
-            found += [f"--{option.replace('_', '-')}=null" for option in options]
-        else:
-            found += [name, path]
-    return found
+    options = read_options(path)
+    for option, value in options.items():
+        if isinstance(value, bool) and {"yes", "no"} <= {*get_args(hints.get(option))}:
+            raise FormatError(path, None, f"{option}: put yes and no in quotes; YAML takes them for true and false")
+    if all(value is None for value in options.values()):
+        return [f"--{option.replace('_', '-')}=null" for option in options]
+    return ["--config", path]

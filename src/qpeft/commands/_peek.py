@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from qpeft import methods
+from qpeft.commands._arguments import given
 from qpeft.commands._config_file import read_options
 from qpeft.errors import AdapterError, InputError
 
 
 def peek(arguments: Sequence[str], option: str, default: str) -> str:
     """Return an option's value before its parser exists: from the flags, else the YAML files, else the default."""
-    values = list(_flags(arguments, option))
-    for path in [] if values else _flags(arguments, "config"):
+    typed = list(given(arguments))
+    values = [each.value for each in typed if each.option == option]
+    files = [each.value for each in typed if each.option == "config" and each.value]
+    for path in [] if values else files:
         with contextlib.suppress(InputError):  # said by the parser
             options = read_options(path)
             if (name := option.replace("-", "_")) in options:
@@ -27,12 +30,3 @@ def peek_method(arguments: Sequence[str]) -> str:
     with contextlib.suppress(AdapterError):  # said when the command runs, and not in place of its --help
         return methods.chosen(asked, adapter)
     return methods.chosen(asked, None)
-
-
-def _flags(arguments: Sequence[str], option: str) -> Iterator[str]:
-    """Yield the values that an option is given; the last counts."""
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=False):
-        if argument.startswith(f"--{option}="):
-            yield argument.split("=", 1)[1]
-        elif argument == f"--{option}" and following is not None:
-            yield following
