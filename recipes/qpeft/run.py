@@ -100,27 +100,30 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def transfer(bench: Bench, names: list[str], seed: int | None) -> None:
-    """Measure finished adapters on the collections that they were not trained on."""
+def transfer(bench: Bench, seed: int | None, number: int, of: int) -> None:
+    """Measure finished adapters on the collections that they were not trained on.
+
+    Workers share the adapters, not the collections: two would write to one cell's file.
+    """
     cells = []
-    for cell in (cell for group in TRANSFERRED for cell in GROUPS[group]() if seed in (None, cell.seed)):
+    trained = {cell.name: cell for group in TRANSFERRED for cell in GROUPS[group]() if seed in (None, cell.seed)}
+    for cell in list(trained.values())[number::of]:
         if cell_file(bench, cell).exists():
             folder = bench.output / "adapters" / cell.name
             if folder.exists():
                 cells.append((cell, folder))
             else:
                 say(f"{cell.name}: no transfer is measured, its adapter is not in {folder.parent}")
-    for name in names:  # collection by collection, so that each passage is encoded once
+    for name in TEST_QUERIES:  # collection by collection, so that each passage is encoded once
         for cell, folder in cells:
             path = cell_file(bench, cell)
-            if name in json.loads(path.read_text(encoding="utf-8"))["test"]:
+            result = json.loads(path.read_text(encoding="utf-8"))
+            if name in result["test"]:
                 continue
             opened = load_adapter(folder, bench.lm())
             measured = measure_on(bench, bench.prompt(opened), name, opened.adapter, cell.shuffled)
             opened.adapter.withdraw()
-            result = json.loads(path.read_text(encoding="utf-8"))  # another worker may have added to it meanwhile
-            result["test"][name] = measured
-            write(path, result)
+            write(path, {**result, "test": {**result["test"], name: measured}})
             print(time.strftime("%H:%M:%S"), name, path.stem, flush=True)
 
 
@@ -156,7 +159,7 @@ def main() -> None:
             write(args.output / name, {**work(bench), "made": provenance()})
         return
     if args.group == "transfer":
-        transfer(bench, list(TEST_QUERIES)[number::of], args.seed)
+        transfer(bench, args.seed, number, of)
         return
     if args.group == "confirm":
         confirm(bench, number, of)
