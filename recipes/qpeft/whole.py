@@ -122,7 +122,7 @@ def confirm(bench: Bench, number: int, of: int) -> None:
     collection = bench.collection(HOME)
     fresh = bench.queries(HOME, "test", known + FRESH_QUERIES)[known:]
     plain = bench.prompt()
-    later = [cell for cell in lora() if cell.row == ASKED_LATER[0] and cell.home == HOME and cell.seed == 1]
+    later = [cell for cell in lora() if cell.row == ASKED_LATER[0] and cell.home == HOME]
     for start in range(0, FRESH_QUERIES, FRESH_CHUNK)[number::of]:
         target = bench.output / "confirm" / f"{start:04d}.json"
         found: dict[str, Any] = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}

@@ -9,6 +9,7 @@ from qpeft.analysis.explain import Explanation, PassageToken, QueryToken, explai
 from qpeft.analysis.explanation_page import explanation_page
 from qpeft.analysis.pieces import pieces, words
 from qpeft.errors import InputError, OptionError, ScoreError
+from qpeft.methods import open_scorer
 from qpeft.methods.query_likelihood import Config, build_scorer
 from qpeft.methods.query_likelihood import build as build_method
 from qpeft.template import Prompt, Template, load_template
@@ -65,7 +66,7 @@ def check_against_scoring(lm, adapter, template, found, max_passage_tokens=None)
 
 @pytest.mark.parametrize("template", ["plain", "qpeft", "upr"])
 def test_without_an_adapter_the_tokens_add_up_to_the_score(lm, template):
-    found = explain(lm, None, load_template(template), QUERY, PASSAGES)
+    found = explain(build_scorer(Config(template=template), lm), QUERY, PASSAGES)
     check_against_scoring(lm, None, template, found)
     for each, passage in zip(found, PASSAGES, strict=True):
         assert each.passage == passage
@@ -80,9 +81,9 @@ def test_without_an_adapter_the_tokens_add_up_to_the_score(lm, template):
 @pytest.mark.parametrize("name", PROMPTS)
 def test_with_an_adapter_the_tokens_add_up_to_the_score(lm, saved, name):
     folder = saved(name)
-    found = explain(lm, folder, None, QUERY, PASSAGES, attention=True)
+    found = explain(open_scorer(lm, folder), QUERY, PASSAGES, attention=True)
     check_against_scoring(lm, folder, "plain", found)
-    alone = explain(lm, None, None, QUERY, PASSAGES)
+    alone = explain(build_scorer(Config(), lm), QUERY, PASSAGES)
     for each, before in zip(found, alone, strict=True):
         assert each.score == pytest.approx(before.score, abs=1e-4)
         assert each.rank == before.rank
@@ -94,7 +95,7 @@ def test_with_an_adapter_the_tokens_add_up_to_the_score(lm, saved, name):
 def test_a_hint_may_stand_before_the_passage(lm, saved):
     for name, options in (("qpeft_r", {"template_tokens": False}), ("qpeft_a", {"template_tokens": True})):
         folder = saved(name, BEFORE, **options)
-        found = explain(lm, folder, None, QUERY, PASSAGES)
+        found = explain(open_scorer(lm, folder), QUERY, PASSAGES)
         check_against_scoring(lm, folder, None, found)
         texts = ["".join(token.text for token in each.tokens) for each in found]
         assert texts[1] == f"{'' if name == 'qpeft_r' else 'given the passage: '}The light of the sky is blue."
@@ -104,7 +105,7 @@ def test_lora_is_explained_by_its_scores(make_lm, saved):
     pytest.importorskip("peft")
     lm = make_lm("llama")
     folder = saved("lora", lm=lm)
-    found = explain(lm, folder, None, QUERY, PASSAGES)
+    found = explain(open_scorer(lm, folder), QUERY, PASSAGES)
     check_against_scoring(lm, folder, "plain", found)
     assert any(abs(token.change) > 1e-3 for each in found for token in each.query)
     assert not any(each.hint or most_read(each) for each in found)
@@ -113,8 +114,10 @@ def test_lora_is_explained_by_its_scores(make_lm, saved):
 def test_an_opened_adapter_is_as_good_as_its_folder_and_batches_do_not_matter(make_lm, saved):
     one, other = make_lm("llama"), make_lm("llama", batch_tokens=40, padding_side="right")
     folder = saved("qpeft_r", lm=one)
-    found = explain(one, folder, None, QUERY, PASSAGES)
-    for each, again in zip(found, explain(other, load_adapter(folder, other), None, QUERY, PASSAGES), strict=True):
+    found = explain(open_scorer(one, folder), QUERY, PASSAGES)
+    for each, again in zip(
+        found, explain(open_scorer(other, load_adapter(folder, other)), QUERY, PASSAGES), strict=True
+    ):
         assert again.tokens == each.tokens
         assert again.hinted_score == pytest.approx(each.hinted_score, abs=1e-4)
 
@@ -124,7 +127,7 @@ def test_chosen_tokens_are_those_of_the_hint(lm, saved, template_tokens):
     folder = saved("qpeft_r", template_tokens=template_tokens, token_filter="d", k=6)
     adapter = load_adapter(folder, lm).adapter
     prompt = Prompt(load_template("plain"), lm.tokenizer, lm.max_length, hint_length=adapter.hint_length)
-    for each in explain(lm, folder, None, QUERY, PASSAGES):
+    for each in explain(open_scorer(lm, folder), QUERY, PASSAGES):
         pairs = lm.pairs(prompt.rows(QUERY, each.passage), adapter, None)
         places = [place for place in adapter.choose(pairs)[0].tolist() if place >= 0]
         chosen = {token.chosen: place for place, token in enumerate(each.tokens) if token.chosen}
@@ -136,13 +139,13 @@ def test_chosen_tokens_are_those_of_the_hint(lm, saved, template_tokens):
         decoded = lm.tokenizer.decode(ids).replace(" ", "")
         assert "".join(token.text for token in each.tokens).replace(" ", "").strip().lower() == decoded
         assert any(token.of_template for token in each.tokens) == template_tokens
-    assert explain(lm, folder, None, QUERY, PASSAGES)[1].hint[0] in ("sky", "is", "the", "The", "blue")
+    assert explain(open_scorer(lm, folder), QUERY, PASSAGES)[1].hint[0] in ("sky", "is", "the", "The", "blue")
 
 
 @pytest.mark.parametrize("name", ["qpeft_a", "qpeft_c", "passage_prompt"])
 def test_attention_is_what_the_adapter_gave(lm, saved, name):
     folder = saved(name)
-    for each in explain(lm, folder, None, QUERY, PASSAGES, attention=True):
+    for each in explain(open_scorer(lm, folder), QUERY, PASSAGES, attention=True):
         shares = torch.tensor([token.attention for token in each.tokens])
         assert shares.sum() == pytest.approx(1, abs=1e-5)
         assert not each.hint
@@ -153,21 +156,21 @@ def test_attention_is_what_the_adapter_gave(lm, saved, name):
         full = torch.tensor(each.attention)
         assert full.shape == (len(each.query), len(each.tokens))
         assert torch.allclose(full.mean(0), shares, atol=1e-6)
-    assert explain(lm, folder, None, QUERY, PASSAGES)[0].attention is None
+    assert explain(open_scorer(lm, folder), QUERY, PASSAGES)[0].attention is None
 
 
 def test_attention_of_static_embeddings_is_that_of_the_adapter_alone(lm, saved):
     folder = saved("qpeft_a")
     adapter = load_adapter(folder, lm).adapter
     prompt = Prompt(load_template("plain"), lm.tokenizer, lm.max_length, hint_length=adapter.hint_length)
-    for each in explain(lm, folder, None, QUERY, PASSAGES, attention=True):
+    for each in explain(open_scorer(lm, folder), QUERY, PASSAGES, attention=True):
         (alone,) = adapter(lm.pairs(prompt.rows(QUERY, each.passage), adapter, None)).attention
         assert torch.allclose(torch.tensor(each.attention), alone, atol=1e-6)
 
 
 def test_a_cut_passage_is_shown_as_far_as_it_was_read(lm, saved):
     folder = saved("qpeft_r", max_passage_tokens=3)
-    found = explain(lm, folder, None, QUERY, PASSAGES)
+    found = explain(open_scorer(lm, folder), QUERY, PASSAGES)
     assert [len(each.tokens) for each in found[:3]] == [3, 3, 3]
     assert found[0].truncated
     assert "".join(token.text for token in found[0].tokens) == "Sea The sea"
@@ -178,28 +181,28 @@ def test_equal_scores_keep_the_order_given(lm):
     passages = [
         Passage(name, text) for name, text in (("0", "sea"), ("1", "sea"), ("2", "the sky is blue"), ("3", "sea"))
     ]
-    found = {each.passage.id: each.rank for each in explain(lm, None, None, QUERY, passages)}
+    found = {each.passage.id: each.rank for each in explain(build_scorer(Config(), lm), QUERY, passages)}
     assert found["0"] < found["1"] < found["3"]
     assert sorted(found.values()) == [1, 2, 3, 4]
 
 
 def test_an_encoder_decoder_is_explained_without_an_adapter(t5, tmp_path):
-    found = explain(t5, None, None, QUERY, PASSAGES)
+    found = explain(build_scorer(Config(), t5), QUERY, PASSAGES)
     scores = build_scorer(Config(), t5).score([(QUERY, passage) for passage in PASSAGES])
     assert [each.score for each in found] == pytest.approx(scores, abs=1e-4)
     with pytest.raises(OptionError, match="decoder-only"):
-        explain(t5, tmp_path, None, QUERY, PASSAGES)
+        explain(open_scorer(t5, tmp_path), QUERY, PASSAGES)
 
 
 def test_what_cannot_be_explained_is_named(lm, saved):
     with pytest.raises(OptionError, match="--template upr"):
-        explain(lm, saved("soft_prompt"), load_template("upr"), QUERY, PASSAGES)
+        explain(open_scorer(lm, saved("soft_prompt"), template="upr"), QUERY, PASSAGES)
     with pytest.raises(InputError, match="'e' has no tokens"):
-        explain(lm, None, None, QUERY, [*PASSAGES, Passage("e", " ")])
+        explain(build_scorer(Config(), lm), QUERY, [*PASSAGES, Passage("e", " ")])
     with pytest.raises(InputError, match="empty"):
-        explain(lm, None, None, Query("q", " "), PASSAGES)
+        explain(build_scorer(Config(), lm), Query("q", " "), PASSAGES)
     with pytest.raises(ScoreError, match="twice"):
-        explain(lm, None, None, QUERY, [PASSAGES[0], PASSAGES[0]])
+        explain(build_scorer(Config(), lm), QUERY, [PASSAGES[0], PASSAGES[0]])
 
 
 @pytest.mark.parametrize(
@@ -287,14 +290,14 @@ def test_the_page_says_what_the_explanations_say():
 
 
 def test_the_page_without_adapter_shows_likelihoods(lm):
-    seen = Seen(explanation_page([(QUERY.text, explain(lm, None, None, QUERY, PASSAGES))], "alone"))
+    seen = Seen(explanation_page([(QUERY.text, explain(build_scorer(Config(), lm), QUERY, PASSAGES))], "alone"))
     assert "adapter" not in seen.text
     assert "SKY" in seen.text
 
 
 @pytest.mark.parametrize("name", ["qpeft_r", "qpeft_a", "soft_prompt"])
 def test_the_page_of_real_explanations(lm, saved, name):
-    found = explain(lm, saved(name), None, QUERY, PASSAGES, attention=True)
+    found = explain(open_scorer(lm, saved(name)), QUERY, PASSAGES, attention=True)
     text = Seen(explanation_page([(QUERY.text, found)], name)).text
     assert ("what each query token reads" in text) == (name == "qpeft_a")
     assert ("word of the hint" in text) == (name == "qpeft_r")
@@ -305,9 +308,7 @@ def test_only_query_likelihood_is_explained(make_lm, tmp_path):
     lm = make_lm("llama")
     adapter = build("soft_prompt", lm)
     save_adapter(tmp_path / "a", "soft_prompt", adapter, lm, load_template("yes_no"), method="yes_no")
-    with pytest.raises(
-        OptionError, match="only query likelihood can be explained; the adapter was trained for --method yes_no"
-    ):
-        explain(lm, tmp_path / "a", None, QUERY, PASSAGES)
-    with pytest.raises(OptionError, match="--template rankllama: only query likelihood can be explained"):
-        explain(lm, None, load_template("rankllama"), QUERY, PASSAGES)
+    with pytest.raises(OptionError, match="only query likelihood can be explained, and the adapter was"):
+        explain(open_scorer(lm, tmp_path / "a"), QUERY, PASSAGES)
+    with pytest.raises(OptionError, match="--template rankllama: it has no target"):
+        explain(build_scorer(Config(template="rankllama"), lm), QUERY, PASSAGES)

@@ -183,6 +183,7 @@ def test_max_tokens_per_doc_cuts_and_says_so(client, offline):
 
 def test_explanations_are_those_of_the_command(client, lm):
     from qpeft.analysis.explain import as_record, explain
+    from qpeft.methods.query_likelihood import Config, build_scorer
     from qpeft.types import Passage, Query
 
     body = {"query": QUERY, "documents": ["the sea", "", "the sky is blue"], "explain": True}
@@ -190,7 +191,7 @@ def test_explanations_are_those_of_the_command(client, lm):
         found = {result["index"]: result for result in post(client, route, **body)["results"]}
         assert "explanation" not in found[1]
         passages = [Passage("0", "the sea"), Passage("2", "the sky is blue")]
-        for index, each in zip((0, 2), explain(lm, None, None, Query("q", QUERY), passages), strict=True):
+        for index, each in zip((0, 2), explain(build_scorer(Config(), lm), Query("q", QUERY), passages), strict=True):
             wanted = as_record(each)
             assert found[index]["explanation"]["rank"] == wanted["rank"]
             assert found[index]["explanation"].keys() == wanted.keys()

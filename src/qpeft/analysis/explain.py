@@ -12,18 +12,18 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from qpeft.adapters._base import Adapter
-from qpeft.adapters._folder import AdapterFolder, open_adapter
 from qpeft.analysis.pieces import pieces, words
 from qpeft.errors import InputError, OptionError
 from qpeft.hints import Hints, Pairs
-from qpeft.pretrained import PretrainedLM, RowLogProbs
-from qpeft.template import Prompt, Row, Template, load_template
+from qpeft.methods._rows import RowScorer
+from qpeft.methods.query_likelihood import QueryLikelihood
+from qpeft.pretrained import RowLogProbs
+from qpeft.template import Row, Template
 from qpeft.types import Passage, Query, Ranking
 
 Reasons = dict[tuple[int, ...], tuple[Tensor | None, Tensor | None]]
@@ -91,9 +91,7 @@ class Explanation:
 
 
 def explain(
-    lm: PretrainedLM,
-    adapter: AdapterFolder | str | Path | None,
-    template: Template | None,
+    scorer: RowScorer,
     query: Query,
     passages: Sequence[Passage],
     *,
@@ -105,54 +103,38 @@ def explain(
     Both scores are of the same tokens: where room is kept for a hint, the score without it is of the passage so cut.
 
     Args:
-        lm: the language model.
-        adapter: a trained adapter, as a folder or opened; without one, only likelihoods are explained.
-        template: the prompt; by default the adapter's, else plain.
+        scorer: of query likelihood, with an adapter or without.
         query: what is scored.
         passages: ranked against each other; their ids must differ.
-        max_passage_tokens: cut passages to this many tokens; by default what the adapter was trained with.
+        max_passage_tokens: a bound on these passages, beside the scorer's own.
         attention: also return the attention of each query token.
 
     Raises:
-        OptionError: an adapter for an encoder-decoder, or a template other than the one that it was trained with.
-        AdapterError: no adapter folder, or one of another model.
+        OptionError: the scorer is of another method.
         QueryError: the query is empty, or leaves no room for a passage.
         InputError: a passage has no tokens.
         ScoreError: the model gave a score that is no number, or two passages have one id.
     """
-    opened = None if adapter is None else open_adapter(adapter, lm, template)
-    if opened and opened.method != "query_likelihood":
-        raise OptionError(
-            f"only query likelihood can be explained; the adapter was trained for --method {opened.method}"
-        )
-    template = opened.template if opened else template or load_template("plain")
-    if not template.target:
-        raise OptionError(f"--template {template.name}: only query likelihood can be explained, of a template's target")
-    if opened and max_passage_tokens is None:
-        max_passage_tokens = opened.max_passage_tokens
-    prompt = Prompt(
-        template,
-        lm.tokenizer,
-        lm.max_length,
-        max_passage_tokens=max_passage_tokens,
-        hint_length=opened.adapter.hint_length if opened else None,
-        separate_target=lm.has_encoder,
-    )
-    rows = [prompt.rows(query, passage)[0] for passage in passages]
+    if not isinstance(scorer, QueryLikelihood):
+        raise OptionError("only query likelihood can be explained, and the adapter was trained for another --method")
+    lm, prompt, adapter = scorer.lm, scorer.prompt, scorer.adapter
+    assert adapter is None or isinstance(adapter, Adapter)  # whose forward pass can be listened to
+    template = prompt.template
+    rows = [prompt.rows(query, passage, max_passage_tokens=max_passage_tokens)[0] for passage in passages]
     for row, passage in zip(rows, passages, strict=True):
         if row.passage[0] == row.passage[1]:
             raise InputError(f"passage {passage.id!r} has no tokens")
     alone = lm.log_probs(rows)
     hinted: list[RowLogProbs | None] = [None] * len(rows)
     reasons: Reasons = {}
-    if opened:
-        with opened.adapter.register_forward_hook(functools.partial(_record, reasons)):
-            hinted = [*lm.log_probs(rows, adapters=opened.adapter)]
+    if adapter is not None:
+        with adapter.register_forward_hook(functools.partial(_record, reasons)):
+            hinted = [*lm.log_probs(rows, adapters=adapter)]
     ranks = _ranks(query, passages, [_score(value) for value in alone])
-    hinted_ranks = _ranks(query, passages, [_score(value) for value in hinted if value]) if opened else {}
+    hinted_ranks = _ranks(query, passages, [_score(value) for value in hinted if value]) if adapter else {}
     found = []
     for row, passage, before, after in zip(rows, passages, alone, hinted, strict=True):
-        read = _Reading(row, lm.tokenizer, template, passage, opened.adapter if opened else None, reasons)
+        read = _Reading(row, lm.tokenizer, template, passage, adapter, reasons)
         found.append(
             Explanation(
                 passage,

@@ -7,9 +7,8 @@ import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from qpeft import memory
+from qpeft import memory, methods
 from qpeft.atomic import make_folder
 from qpeft.commands import interpolate, rerank, retrieve
 from qpeft.commands._judgements import judgements, read_costs, read_runs
@@ -144,18 +143,15 @@ def _compare(name: str, paths: list[str], report: Path, *, limited: bool) -> Non
 
 def _explain(config: Config, page: Path, candidates: str) -> None:
     """Write a page that shows, for a few queries, what the hint changed in each query token."""
-    from qpeft.adapters._folder import load_adapter
     from qpeft.analysis.explain import explain
     from qpeft.analysis.explanation_page import explanation_page
     from qpeft.loading import load_lm
 
-    lm: Any = load_lm(ModelConfig())
-    adapter = load_adapter(ADAPTERS[-1], lm)
+    scorer = methods.open_scorer(load_lm(ModelConfig()), ADAPTERS[-1])
     collection = open_collection(config.collection)
     items = candidates_from_run(read_run(candidates), collection.queries("test"), collection.passages, SHOWN)
     shown = [
-        (item.query.text, explain(lm, adapter, None, item.query, item.passages))
-        for item in itertools.islice(items, EXPLAINED)
+        (item.query.text, explain(scorer, item.query, item.passages)) for item in itertools.islice(items, EXPLAINED)
     ]
     with write_text(page) as file:
         file.write(explanation_page(shown, f"What the hint of {ADAPTERS[-1]} changed"))

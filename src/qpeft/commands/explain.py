@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qpeft import methods
 from qpeft.analysis.pieces import words
 from qpeft.data.files import write_text
-from qpeft.errors import OptionError, at_least
+from qpeft.errors import OptionError
 from qpeft.evaluation.tables import number
 from qpeft.model_config import ModelConfig
 from qpeft.types import Passage, Query
@@ -59,20 +60,18 @@ def run(config: Config, model: ModelConfig) -> None:
     """Explain and print; write a page where asked to."""
     if config.title and len(config.title) != len(config.passage):
         raise OptionError(f"{len(config.passage)} passages but {len(config.title)} titles")
-    at_least(1, max_passage_tokens=config.max_passage_tokens)
     from qpeft.analysis.explain import explain
     from qpeft.loading import load_lm
-    from qpeft.template import load_template
 
-    template = load_template(config.template) if config.template else None
+    method = methods.load(methods.chosen(None, config.adapter))
+    options = method.Config(
+        template=config.template, adapter=config.adapter, max_passage_tokens=config.max_passage_tokens
+    )
     titles = config.title or ("",) * len(config.passage)
     explanations = explain(
-        load_lm(model),
-        config.adapter,
-        template,
+        method.build_scorer(options, load_lm(model)),
         Query("query", config.query),
         [Passage(str(i), text, title) for i, (title, text) in enumerate(zip(titles, config.passage, strict=True))],
-        max_passage_tokens=config.max_passage_tokens,
         attention=config.attention,
     )
     if config.json:

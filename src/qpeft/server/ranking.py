@@ -132,16 +132,6 @@ async def _reasons(
     passages = [Passage(str(index), search.documents[index].text, search.documents[index].title) for index in readable]
     if not passages:
         return {}
-    prompt = model.scorer.prompt
-    bounds = [bound for bound in (ask.max_passage_tokens, prompt.max_passage_tokens) if bound is not None]
-    found = await batcher.run(
-        lambda: explain(
-            model.scorer.lm,
-            model.adapter,
-            prompt.template,
-            Query(search.name, search.query),
-            passages,
-            max_passage_tokens=min(bounds, default=None),
-        )
-    )
+    query = Query(search.name, search.query)
+    found = await batcher.run(lambda: explain(model.scorer, query, passages, max_passage_tokens=ask.max_passage_tokens))
     return {index: as_record(each) for index, each in zip(readable, found, strict=True)}
