@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     for name, count in KEPT_KERNELS.items():
         os.environ.setdefault(name, count)
+    if not sys.stderr.isatty():  # a log is no place for the bars of those who load weights; read when they are imported
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code = _dispatch(arguments)
         print(end="", flush=True)  # while what goes wrong can still be told

@@ -390,3 +390,22 @@ def test_costs_of_runs_that_know_them(toy, toy_run, rerank_arguments, tmp_path, 
         (line,) = capsys.readouterr().err.splitlines()
         assert "ql.trec.provenance.json" in line
         assert words in line
+
+
+def test_a_log_holds_no_progress_bars(saved_model):
+    command = [
+        sys.executable,
+        "-m",
+        "qpeft",
+        "score",
+        "--model",
+        str(saved_model),
+        "--query",
+        "sky",
+        "--passage",
+        "blue",
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert "weights" not in done.stderr
+    assert json.loads(done.stdout)["rank"] == 1
