@@ -170,15 +170,21 @@ def test_an_interrupted_training_resumes_to_the_same_bytes(arguments, tmp_path, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "whole"]
 
 
-def test_a_finished_training_is_not_done_again(arguments, tmp_path, capsys):
-    output = tmp_path / "mine"
-    assert main(arguments(output)) == 0
+def test_a_finished_training_is_not_done_again(arguments, saved_model, tmp_path, capsys):
+    output, model = tmp_path / "mine", tmp_path / "model"
+    shutil.copytree(saved_model, model)
+    of_model = ("--model", str(model))
+    assert main(arguments(output, *of_model)) == 0
     before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
     capsys.readouterr()
-    assert main(arguments(output, "--resume")) == 0
+    assert main(arguments(output, *of_model, "--resume")) == 0
     assert f"{output}: is finished" in capsys.readouterr().err
-    assert main(arguments(output, "--resume", "--margin", "0.7")) == 2
+    assert main(arguments(output, *of_model, "--resume", "--margin", "0.7")) == 2
     assert "other options, data or model (--margin was 0.5 and is 0.7)" in capsys.readouterr().err
+    with (model / "config.json").open("a") as file:
+        file.write("\n")
+    assert main(arguments(output, *of_model, "--resume")) == 2
+    assert "other options, data or model (model.sha256)" in capsys.readouterr().err
     assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
 
 

@@ -49,7 +49,7 @@ if TYPE_CHECKING:  # so that options can be listed without importing torch
 
 PRESETS = ("stable", "authors")
 WHAT_DECIDES = ("options", "files", "collection", "template")
-"""What must agree for a finished adapter to be what a resumed training would make."""
+"""What must agree, beside the model's weights, for a finished adapter to be what a resumed training would make."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,11 @@ def _check_loss(training: TrainingConfig, groups: Sequence[Group], scores: Any, 
 def _check_finished(output: Path, facts: Mapping[str, Any]) -> None:
     """Say that a training is finished, or raise StateError if what stands in its place is another one's adapter."""
     made = read_json(output / "provenance.json")
-    check_same(output, *({key: part.get(key) for key in WHAT_DECIDES} for part in (made, facts)))
+    of_made, of_facts = (
+        {**{key: part.get(key) for key in WHAT_DECIDES}, "model": {"sha256": part.get("model", {}).get("sha256")}}
+        for part in (made, facts)
+    )
+    check_same(output, of_made, of_facts)
     say(f"{output}: is finished")
 
 
