@@ -1,9 +1,12 @@
 """Adapters over one base: chosen by request, loaded and dropped while it runs, and never by a path."""
 
+import asyncio
 import json
 import math
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +17,7 @@ from qpeft.server.settings import Settings
 from qpeft.template import load_template
 from qpeft.types import Passage, Query
 from tiny_adapters import build
-from tiny_server import DOCUMENTS, QUERY, Watched, ready, wait_until
+from tiny_server import DOCUMENTS, QUERY, Watched, ready, running, wait_until
 
 BODY = {"query": QUERY, "documents": DOCUMENTS, "raw_scores": True}
 NAMES = ("qpeft_a", "qpeft_r", "lora")
@@ -238,6 +241,55 @@ def test_a_fault_in_an_adapter_keeps_no_other_from_being_served(lm, folder, capl
     (failed,) = [record for record in caplog.records if getattr(record, "facts", {}).get("adapter") == "lora"]
     assert "what nobody thought of" in failed.facts["reason"]
     assert failed.exc_info
+
+
+def test_an_adapter_whose_scores_are_no_numbers_is_not_served(client, lm, folder, offline):
+    adapter = build("qpeft_a", lm, trained=True)
+    for parameter in adapter.parameters():
+        parameter.data.fill_(math.nan)
+    shutil.rmtree(folder / "qpeft_a")
+    save_adapter(folder / "qpeft_a", "qpeft_a", adapter, lm, load_template("qpeft"))
+    refused = client.post("/v1/adapters/qpeft_a")
+    assert (refused.status_code, "gave the score nan" in refused.json()["message"]) == (409, True)
+    name = "tiny-llama:qpeft_a"  # goes on as it was
+    assert_scores(client.post("/v2/rerank", json=BODY | {"model": name}), offline[name])
+
+
+def test_what_cannot_be_listed_is_said(lm, folder, caplog, monkeypatch):
+    listing = Path.iterdir
+
+    def refuse(path):
+        if path in closed:
+            raise PermissionError(13, "Permission denied")
+        return listing(path)
+
+    closed = {folder / "lora"}
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    monkeypatch.setattr(models, "open_adapter", lambda path, *others: list(path.iterdir()))
+    with caplog.at_level("WARNING"), ready(lambda: lm, Settings(port=0, adapters=str(folder))) as client:
+        closed.add(folder)
+        assert client.get("/info").json()["adapters_available"] == []
+        assert client.post("/v1/adapters/lora").status_code == 404
+    facts = [record.facts for record in caplog.records if hasattr(record, "facts")]
+    assert "Permission denied" in next(each["reason"] for each in facts if each.get("adapter") == "lora")
+    assert [each["folder"] for each in facts if "folder" in each] == [str(folder)] * 2
+
+
+def test_a_server_that_ends_while_it_opens_opens_no_adapters(lm, folder, caplog):
+    opening, going_on = threading.Event(), threading.Event()
+
+    def open_lm():
+        opening.set()
+        assert going_on.wait(20)
+        return lm
+
+    with caplog.at_level("INFO"), running(open_lm, Settings(port=0, adapters=str(folder))) as client:
+        assert opening.wait(20)
+        asyncio.run(client.app.state.service.drain())
+        going_on.set()
+        assert client.get("/ready").status_code == 503
+    assert list(client.app.state.service._models.served) == ["tiny-llama"]
+    assert "ready" not in [record.message for record in caplog.records]
 
 
 def test_links_out_of_the_folder_are_refused(client, saved, folder, tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -17,6 +18,7 @@ from qpeft.cli import main
 from tiny_server import DOCUMENTS, QUERY, wait_until
 
 BODY = {"query": QUERY, "documents": DOCUMENTS * 40}
+HEAD = b"POST /v1/rerank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 
 @contextmanager
@@ -98,12 +100,16 @@ def test_an_idle_server_ends_at_once_and_its_logs_hold_no_secret(saved_model, tm
 
 @pytest.mark.parametrize(("signals", "timeout"), [(2, "600"), (1, "0.2")])
 def test_a_second_signal_or_the_end_of_patience_ends_it_though_requests_are_open(saved_model, signals, timeout):
+    body = json.dumps({"query": QUERY, "documents": DOCUMENTS}).encode()
     with (
-        process("--model", str(saved_model), "--drain-timeout", timeout) as (started, client),
+        process("--model", str(saved_model), "--drain-timeout", timeout, "--max-wait-ms", "600000") as (
+            started,
+            client,
+        ),
         socket.create_connection((client.base_url.host, client.base_url.port)) as slow,
     ):
-        slow.sendall(b"POST /v1/rerank HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n1")
-        assert client.get("/health").status_code == 200  # by now the other is in
+        slow.sendall(HEAD % len(body) + body)
+        wait_until(lambda: "qpeft_queued_pairs 5.0" in client.get("/metrics").text)  # for company that never comes
         started.send_signal(signal.SIGTERM)
         if signals == 2:
             wait_until(lambda: client.get("/ready").status_code == 503)
@@ -114,6 +120,28 @@ def test_a_second_signal_or_the_end_of_patience_ends_it_though_requests_are_open
     assert "Traceback" not in stderr
     drained = [line["left"] for line in logged(stderr) if line["event"] == "drained"]
     assert signals == 2 or drained == [1]
+
+
+def test_a_body_that_does_not_come_does_not_hold_up_the_end(saved_model):
+    with (
+        process("--model", str(saved_model), "--drain-timeout", "600") as (started, client),
+        socket.create_connection((client.base_url.host, client.base_url.port)) as slow,
+    ):
+        slow.sendall(HEAD % 10 + b"1")
+        assert client.get("/health").status_code == 200  # by now the other is in
+        started.send_signal(signal.SIGTERM)
+        assert slow.recv(100).startswith(b"HTTP/1.1 503")
+        _, stderr = started.communicate(timeout=60)
+    assert started.returncode == 0
+    assert [line["left"] for line in logged(stderr) if line["event"] == "drained"] == [0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_as_many_connections_as_the_system_allows(saved_model):
+    with process("--model", str(saved_model)) as (started, _):
+        limits = Path(f"/proc/{started.pid}/limits").read_text()
+    soft, hard = re.search(r"^Max open files +(\S+) +(\S+)", limits, re.M).groups()
+    assert soft == hard
 
 
 def run(*arguments):
@@ -141,7 +169,7 @@ def test_a_port_in_use_ends_it_with_one_line(saved_model, capsys):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--adapters", "absent"], "--adapters absent: no such folder"),
+        (["--adapters", "absent"], "--adapters absent: No such file or directory"),
         (["--api-key-file", "absent"], "--api-key-file absent: "),
         (["--max-documents", "0"], "--max-documents is 0; it must be at least 1"),
         (["--max-document", "5"], "unknown option --max-document; did you mean 'max-documents'?"),

@@ -13,8 +13,8 @@ Prometheus. After SIGTERM, or Ctrl-C, accepted requests are answered and new one
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qpeft.errors import MissingDependencyError, OptionError
@@ -40,8 +40,11 @@ def run(config: Config, model: ModelConfig) -> None:
     from qpeft.server.logs import on_stderr
     from qpeft.server.run import serve
 
-    if config.adapters is not None and not Path(config.adapters).is_dir():
-        raise OptionError(f"--adapters {config.adapters}: no such folder")
+    if config.adapters is not None:
+        try:
+            os.listdir(config.adapters)
+        except OSError as error:
+            raise OptionError(f"--adapters {config.adapters}: {error.strerror}") from error
     keys = read_keys(config.api_key_file)
     memory.share_one_heap()
     with on_stderr():

@@ -18,6 +18,7 @@ from qpeft.errors import AdapterError, QpeftError, QueryError
 from qpeft.pretrained import PretrainedLM
 from qpeft.server import page
 from qpeft.server.batcher import OverloadedError
+from qpeft.server.dialects.requests import of_tei
 from qpeft.server.guard import DOCS_FILES, OPEN, Guard
 from qpeft.server.models import UnknownModelError
 from qpeft.server.ranking import NoReasonsError, TruncatedError
@@ -71,8 +72,7 @@ def create_app(settings: Settings, open_lm: Callable[[], PretrainedLM], keys: Se
 async def _failed(request: Request, error: Exception) -> Response:
     """Turn an error that is raised on purpose into a response in the request's dialect."""
     state = request.scope["state"]
-    body = getattr(error, "body", None)
-    if request.url.path == "/rerank" and isinstance(body, dict) and "texts" in body:
+    if request.url.path == "/rerank" and of_tei(getattr(error, "body", None)):
         state["dialect"] = "tei"
     return response(_refusal(error, state["request_id"]), state.get("dialect", "openai"), state["request_id"])
 

@@ -113,7 +113,6 @@ class Guard:
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
             await send(message)
 
-        self._service.in_flight += 1
         try:
             await self._guarded(scope, receive, sending)
         except asyncio.CancelledError:
@@ -122,7 +121,6 @@ class Guard:
             if status == GONE:  # the time for draining is over
                 await _refuse(scope, receive, sending, Refusal(503, "the server is ending"))
         finally:
-            self._service.in_flight -= 1
             seconds = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "none")
             self._service.metrics.request(route, status, seconds)
@@ -145,7 +143,11 @@ class Guard:
             return
         if body is None:
             return
-        await self._run(scope, body, receive, send)
+        self._service.in_flight += 1  # from now on: a body that does not come must not hold up the end
+        try:
+            await self._run(scope, body, receive, send)
+        finally:
+            self._service.in_flight -= 1
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
         """Run the route, but no longer than the client is there, and than a request may take."""

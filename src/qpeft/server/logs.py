@@ -36,12 +36,12 @@ def log(event: str, level: int = logging.INFO, *, exception: BaseException | Non
 
 @contextmanager
 def on_stderr() -> Iterator[None]:
-    """Send this package's logs and uvicorn's warnings to standard error within this context."""
+    """Send this package's logs, and warnings of uvicorn and asyncio, to standard error within this context."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    loggers = [logging.getLogger(name) for name in ("qpeft.server", "uvicorn")]
+    loggers = [logging.getLogger(name) for name in ("qpeft.server", "uvicorn", "asyncio")]
     before = [(each.handlers, each.propagate, each.level) for each in loggers]
-    for each, level in zip(loggers, (logging.INFO, logging.WARNING), strict=True):
+    for each, level in zip(loggers, (logging.INFO, logging.WARNING, logging.WARNING), strict=True):
         each.handlers, each.propagate = [handler], False
         each.setLevel(level)
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from typing import Any
 from qpeft import methods
 from qpeft.adapters._folder import AdapterFolder, adapter_path, embedded_adapters, open_adapter
 from qpeft.encoding import ContextEncoder
-from qpeft.errors import AdapterError, InputError, OptionError, QpeftError, nearest
+from qpeft.errors import AdapterError, InputError, OptionError, QpeftError, ScoreError, nearest
 from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, read_calibration
 from qpeft.kept_tokens import KeptTokens
 from qpeft.methods._rows import RowScorer
@@ -115,8 +116,8 @@ class Models:
         found = {}
         if self.lm.name == EMBEDDED:
             found = {name: adapter_path(name) for name in embedded_adapters()}
-        if self._folder is not None and self._folder.is_dir():
-            found |= {path.name: path for path in sorted(self._folder.iterdir()) if _usable(path, self._folder)}
+        if self._folder is not None:
+            found |= {path.name: path for path in _listed(self._folder) if _usable(path, self._folder)}
         return found
 
     def open(self, name: str) -> ServedModel:
@@ -143,7 +144,7 @@ class Models:
             warm_up(made)
         except BaseException as error:
             opened.adapter.withdraw()
-            if isinstance(error, OptionError):
+            if isinstance(error, OptionError | ScoreError):
                 raise AdapterError(f"adapter {name!r}: {error}") from error
             raise
         return made
@@ -170,12 +171,15 @@ class Models:
             raise UnknownModelError(f"adapter {name!r} is not served{nearest(name, adapters)}")
         return self._served.pop(adapters[name])
 
-    def open_all(self) -> None:
-        """Serve every adapter that fits the base; one that does not is logged."""
+    def open_all(self) -> Iterator[None]:
+        """Serve every adapter that fits the base, one at a step; one that does not is logged.
+
+        Raises:
+            ScoreError: the base gives no number for a score.
+        """
         warm_up(self._served[self.base])
-        if self.lm.has_encoder:
-            return
-        for name in self.available():
+        for name in () if self.lm.has_encoder else self.available():
+            yield
             try:
                 self.serve(self.open(name))
             except QpeftError as error:
@@ -195,16 +199,33 @@ def _check(name: str, calibration: Calibration, origin: ScoreOrigin) -> None:
         raise AdapterError(str(error)) from error
 
 
+def _listed(folder: Path) -> list[Path]:
+    """Return what a folder holds; nothing, and a warning, if it cannot be read by now."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        log("adapters not listed", logging.WARNING, folder=str(folder), reason=str(error))
+        return []
+
+
 def _usable(path: Path, root: Path) -> bool:
     """Return whether this is a folder whose files all lie within `root`, whatever the links, and has a plain name."""
+    if path.name.startswith(".") or not path.name.isprintable():
+        return False
     try:
-        real = [each.resolve(strict=True) for each in (path, *path.iterdir())]
+        return all(each.resolve(strict=True).is_relative_to(root.resolve()) for each in (path, *path.iterdir()))
+    except PermissionError:
+        return path.resolve().is_relative_to(root.resolve())  # opening it will say why it cannot be read
     except (OSError, RuntimeError):
         return False
-    inside = all(each.is_relative_to(root.resolve()) for each in real)
-    return inside and path.name.isprintable() and not path.name.startswith(".")
 
 
 def warm_up(model: ServedModel) -> None:
-    """Score something once, so that the first request does not pay for what is set up on first use."""
-    model.scorer.score([(Query("query", "what is this"), Passage("passage", "this is a passage"))])
+    """Score something once, so that the first request does not pay for what is set up on first use.
+
+    Raises:
+        ScoreError: the score is no number.
+    """
+    (score,) = model.scorer.score([(Query("query", "what is this"), Passage("passage", "this is a passage"))])
+    if not math.isfinite(score):
+        raise ScoreError(f"{model.name} gave the score {score}")

@@ -17,6 +17,7 @@ REFUSED: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "No JSON"},
     401: {"model": Problem, "description": "No key, or not one of the keys"},
     404: {"model": Problem, "description": "No such model"},
+    408: {"model": Problem, "description": "The body did not come in time"},
     413: {"model": Problem, "description": "Too many documents, or too large a body"},
     422: {"model": Problem, "description": "A field is missing or wrong; `error.param` names it"},
     429: {"model": Problem, "description": "The queue is full; `Retry-After` says when to try again"},
@@ -118,12 +119,14 @@ async def drop_adapter(request: Request, name: str) -> dict[str, Any]:
 
 
 @router.get("/health", tags=["server"])
+@router.head("/health", include_in_schema=False)
 async def health() -> dict[str, str]:
     """Say that the server is alive, whatever the model does."""
     return {"status": "ok"}
 
 
 @router.get("/ready", tags=["server"], responses={503: REFUSED[503]})
+@router.head("/ready", include_in_schema=False)
 async def ready(request: Request) -> dict[str, str]:
     """Say whether requests are taken: 503 until the model is open and warm, and while draining."""
     service_of(request).models  # noqa: B018 — raises

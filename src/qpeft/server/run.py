@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
 
@@ -11,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from qpeft.errors import OptionError
+from qpeft.server.connection import Connection
 from qpeft.server.service import Service
 from qpeft.server.settings import Settings
 
@@ -68,6 +71,16 @@ def url_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def _allow_connections() -> None:
+    """Let as many connections be open as the system allows: by default it is often 1,024, files included."""
+    if sys.platform != "win32":
+        import resource
+
+        with contextlib.suppress(OSError, ValueError):
+            allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, allowed))
+
+
 def serve(app: FastAPI, settings: Settings, announce: Callable[[str, Sequence[str]], None]) -> None:
     """Serve until a signal comes.
 
@@ -81,9 +94,11 @@ def serve(app: FastAPI, settings: Settings, announce: Callable[[str, Sequence[st
         QpeftError: the model cannot be opened.
     """
     service: Service = app.state.service
+    _allow_connections()
     listening = listen(settings)
     config = uvicorn.Config(
         app,
+        http=Connection,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -30,7 +30,7 @@ class Service:
 
     Attributes:
         state: requests are taken while it is `ready`.
-        in_flight: requests that are being answered.
+        in_flight: requests that came whole and are being answered.
         failure: why the model could not be opened.
     """
 
@@ -147,7 +147,9 @@ class Service:
 
         def load() -> Models:
             models = Models(self._open_lm(), self.settings)
-            models.open_all()
+            for _ in models.open_all():
+                if self.state != "loading":  # the server is ending
+                    break
             return models
 
         try:
@@ -158,7 +160,7 @@ class Service:
         else:
             if self.state == "loading":
                 self.state = "ready"
-            log("ready", models=list(self._models.served), seconds=round(time.monotonic() - started, 3))
+                log("ready", models=list(self._models.served), seconds=round(time.monotonic() - started, 3))
         self.settled.set()
 
     def _check(self, ask: Ask) -> None:

@@ -169,9 +169,11 @@ class RerankTei(BaseModel):
     raw_scores: RawScores = False
     return_text: Annotated[bool, Off] = False
     truncate: Annotated[bool | None, Field(description="false: a text that does not fit is an error.")] = None
-    truncation_direction: Annotated[Literal["right", "Right"], Field(description="Texts are cut at their end.")] = (
-        "right"
-    )
+    truncation_direction: Annotated[
+        Literal["right", "Right"],
+        BeforeValidator(_unless_null("right")),
+        Field(description="Texts are cut at their end."),
+    ] = "right"
 
     def ask(self) -> Ask:
         """Return what is asked for."""
@@ -210,9 +212,14 @@ class RerankDocuments(BaseModel):
         )
 
 
+def of_tei(body: Any) -> bool:
+    """Return whether a body is TEI's: it has `texts`."""
+    return isinstance(body, dict) and body.get("texts") is not None
+
+
 AnyRerank = Annotated[
     Annotated[RerankTei, Tag("(tei)")] | Annotated[RerankDocuments, Tag("(documents)")],
-    Discriminator(lambda body: "(tei)" if isinstance(body, dict) and "texts" in body else "(documents)"),
+    Discriminator(lambda body: "(tei)" if of_tei(body) else "(documents)"),
 ]
 
 
