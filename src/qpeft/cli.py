@@ -263,6 +263,13 @@ def _tuple(values: Any) -> Any:
     return (values,) if isinstance(values, str) else tuple(values)
 
 
+_NOT = {
+    "<class 'int'>": "is no whole number",
+    "<class 'float'>": "is no number",
+    "<class 'bool'>": "is neither true nor false",
+}
+
+
 def _one_line(message: str, known: Sequence[str]) -> str:
     """Fold the parser's message into one line, and offer the nearest option for an unknown one."""
     text = " ".join(message.split())
@@ -274,4 +281,12 @@ def _one_line(message: str, known: Sequence[str]) -> str:
         word = unknown.group(1).replace("-", "_")
         offer = nearest(word, known) if "did you mean" in nearest(word, known) else ""
         return f"unknown option --{unknown.group(1).replace('_', '-')}{offer.replace('_', '-')}"
+    if missing := re.match(r"argument (--[\w-]+).*: expected one argument", text):
+        return f"{missing[1]} has no value; one that begins with dashes is written behind it with ="
+    if wrong := re.match(r'Parser key "(\w+)": Expected an? (.+?)\. Got value: (.*)', text):
+        option, kind, value = wrong.groups()
+        choices = re.findall(r"'([^']*)'", kind) if "Literal" in kind else []
+        why = f"is none of {', '.join(choices)}" if choices else _NOT.get(kind)
+        if why is not None:
+            return f"--{option.replace('_', '-')}: {value!r} {why}"
     return text

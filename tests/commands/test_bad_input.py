@@ -69,6 +69,20 @@ def test_missing_option_and_unknown_commands(capsys, tmp_path):
     fails(["data"], capsys, tmp_path, "data info, data convert")
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--depth", "many"], "--depth: 'many' is no whole number"),
+        (["--document-prior", "much"], "--document-prior: 'much' is no number"),
+        (["--resume", "perhaps"], "--resume: 'perhaps' is neither true nor false"),
+        (["--normalize", "max"], "--normalize: 'max' is none of mean, sum"),
+        (["--tag", "--depth"], "--tag has no value; one that begins with dashes is written behind it with ="),
+    ],
+)
+def test_values_that_no_option_takes(rerank_arguments, tmp_path, capsys, given, says):
+    fails(rerank_arguments(tmp_path / "out.trec") + given, capsys, tmp_path, says)
+
+
 def test_unknown_key_in_a_config_file(rerank_arguments, tmp_path, capsys):
     (tmp_path / "options.yaml").write_text("dpeth: 3\n")
     arguments = [*rerank_arguments(tmp_path / "out.trec"), "--config", str(tmp_path / "options.yaml")]
@@ -148,7 +162,7 @@ def test_ids_that_no_run_can_hold_show_before_the_search_ends(tmp_path, capsys):
     (folder / "queries.jsonl").write_text('{"_id": "q1", "text": "sky"}\n{"_id": "q2", "text": "blue"}\n')
     assert main(["retrieve", "--collection", str(folder), "--output", str(tmp_path / "r.trec")]) == 2
     error = capsys.readouterr().err
-    assert "the id 'doc 1' cannot stand in a run: it is empty or holds white space" in error
+    assert "the id 'doc 1' cannot stand in a run or in qrels: it is empty or holds white space" in error
     assert "r.trec" not in error
 
 

@@ -57,6 +57,7 @@ def calibratable(toy, toy_run, saved_model, adapter, tmp_path_factory):
     rerank("summed", "--normalize", "sum", "--template", "upr")
     rerank("mixed", "--interpolate", "0.5")
     rerank("adapted", "--adapter", str(adapter))
+    rerank("cascade", "--method", "cascade", "--cascade", "6:2", "--cheap", "first_stage")
     return folder
 
 
@@ -178,6 +179,19 @@ def test_a_mixed_run_can_be_calibrated_but_belongs_to_no_model(calibrate, own, t
     assert read_calibration(tmp_path / "c.json").origin is None
     code, _, err = calibrate("mixed", "--adapter", own)
     assert (code, "was made with no adapter alone" in err) == (2, True)
+
+
+def test_what_a_cascade_did_not_score_is_neither_calibrated_nor_mixed(
+    calibrate, calibratable, toy_run, tmp_path, capsys
+):
+    code, _, error = calibrate("cascade", "--output", tmp_path / "c.json")
+    assert (code, "cascade.trec was made with --method cascade, which scores" in error) == (2, True)
+    run, output = calibratable / "cascade.trec", tmp_path / "mixed.trec"
+    mixing = ["interpolate", "--first", str(toy_run), "--run", str(run), "--output", str(output)]
+    for more in (["--weight", "0.5"], ["--weight", "0.5", "--depth", "6"]):
+        assert main([*mixing, *more]) == 2
+        assert "which scores the best candidates only" in capsys.readouterr().err
+    assert not output.exists()
 
 
 def test_the_wrong_adapter(calibrate, own, tmp_path):

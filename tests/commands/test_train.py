@@ -188,6 +188,16 @@ def test_a_finished_training_is_not_done_again(arguments, saved_model, tmp_path,
     assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
 
 
+def test_dev_is_ranked_as_often_as_asked_for_and_the_end_is_too(arguments, tmp_path, capsys):
+    output = tmp_path / "mine"
+    assert main(arguments(output, "--evaluations", "4", "--learning-rate", "1e-12")) == 0
+    made = json.loads((output / "provenance.json").read_text())
+    measured = [entry["step"] for entry in made["history"] if "eval_RR@10" in entry]
+    assert made["training"]["steps"] == 6
+    assert measured == [2, 4, 6]  # at most four times, and after a whole number of steps
+    assert "note: on dev, training made it no better than it was" in capsys.readouterr().err
+
+
 def test_what_is_no_part_of_an_adapter_is_not_deleted(arguments, tmp_path, capsys):
     output = tmp_path / "mine"
     assert main(arguments(output)) == 0

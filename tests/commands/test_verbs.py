@@ -168,6 +168,7 @@ def test_titles_are_scored_wherever_they_come_from(saved_model, capsys, monkeypa
         assert scores == pytest.approx(expected, abs=1e-5)
     for line, words in (
         (b'{"query": "why", "passages": ["the sky"], "title": "Old kings"}', "'title' is for one 'passage'"),
+        (b'{"query": "why", "passages": ["the sky"], "passage": "the sea"}', "has 'passage' and 'passages'"),
         (b'{"query": "why", "passages": ["the sky", {"title": "Old kings"}]}', "passages[1]: no 'text'"),
         (b'{"query": "why", "passage": "the sky", "title": ["Old kings"]}', "'title' is ['Old kings'], not a string"),
     ):

@@ -142,7 +142,7 @@ def test_an_existing_folder_is_not_overwritten(beir, tmp_path):
 
 
 def test_no_half_written_folder(tmp_path):
-    with pytest.raises(FormatError):
+    with pytest.raises(InputError, match="'a space' cannot stand in"):
         write_beir(tmp_path / "new" / "a", PASSAGES, QUERIES, {"test": {"a space": {"p1": 1}}})
     with pytest.raises(ZeroDivisionError):
         write_beir(tmp_path / "new" / "a", (PASSAGES[1 // i] for i in (1, 0)), QUERIES, {})

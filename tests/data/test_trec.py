@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qpeft.data.trec import read_qrels, read_run, write_qrels, write_run
-from qpeft.errors import FormatError
+from qpeft.errors import FormatError, InputError
 from qpeft.types import Hit, Ranking, Run
 
 ids = st.text(st.characters(exclude_categories=("Cs",), exclude_characters=" \t\r\n\v\f\ufeff"), min_size=1, max_size=8)
@@ -100,7 +100,7 @@ def test_malformed_run(tmp_path, line, message, pack):
 def test_ids_that_no_column_holds_are_not_written(tmp_path, bad, where):
     parts = {"query": "q", "passage": "p", "tag": "t"} | {where: bad}
     run = Run([Ranking("fine", (Hit("p", 1.0),)), Ranking(parts["query"], (Hit(parts["passage"], 1.0),))], parts["tag"])
-    with pytest.raises(FormatError, match="cannot stand in a column"):
+    with pytest.raises(InputError, match="cannot stand in a run or in qrels"):
         write_run(run, tmp_path / "r")
     assert os.listdir(tmp_path) == []
 
@@ -119,13 +119,19 @@ def test_qrels_formats(tmp_path):
         assert read_qrels(tmp_path / f"{name}.gz") == expected
 
 
+def test_between_tabs_ids_may_hold_blanks(tmp_path):
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq 1\tdoc one\t1\nq2\td \t 0\n")
+    assert read_qrels(tmp_path / "qrels.tsv") == {"q 1": {"doc one": 1}, "q2": {"d": 0}}
+
+
 @pytest.mark.parametrize(
     ("content", "line", "message"),
     [
         ("q d\n", 1, "2 columns"),
         ("q 0 d 1 x\n", 1, "5 columns"),
         ("q 0 d 1\nq d 1\n", 2, "3 columns, but 4"),
-        ("query-id\tcorpus-id\tscore\nq 0 d 1\n", 2, "4 columns, but 3"),
+        ("query-id\tcorpus-id\tscore\nq 0 d 1\n", 2, "1 columns, but 3"),
+        ("query-id corpus-id score\nq 0 d 1\n", 2, "4 columns, but 3"),
         ("q 0 d 1\nq 0 e yes\n", 2, "'yes' is not an integer"),
         ("q 0 d 1.0\n", 1, "not an integer"),
         ("a\tb\tc\na\tb\tc\n", 2, "not an integer"),
@@ -145,6 +151,6 @@ def test_malformed_qrels(tmp_path, content, line, message):
 
 
 def test_bad_qrels_are_not_half_written(tmp_path):
-    with pytest.raises(FormatError):
+    with pytest.raises(InputError, match="'b c' cannot stand in"):
         write_qrels({"q": {"a": 1, "b c": 1}}, tmp_path / "qrels")
     assert os.listdir(tmp_path) == []

@@ -141,14 +141,23 @@ def test_costs_stand_in_a_table_of_their_own(evaluations):
 
 def test_programs_read_costs_too(evaluations):
     costs = {"worse": Cost(2.0, 4, 100, 9000, flops=8 * 10**14)}
-    means = [each.means["nDCG@10"] for each in evaluations]
+    quality = 5 * evaluations[2].mean_of_ranked("nDCG@10")
     runs = json.loads(render(evaluations, format="json", costs=costs))["runs"]
     assert [run["cost"] is None for run in runs] == [True, True, False]
-    assert runs[2]["cost"]["quality_per_petaflop"] == 5 * means[2]
+    assert runs[2]["cost"]["quality_per_petaflop"] == quality
     rows = list(csv.DictReader(io.StringIO(render(evaluations, format="csv", costs=costs))))
     assert [row["cost_queries_per_petaflop"] for row in rows] == ["", "", "5.0"]
-    assert float(rows[2]["cost_quality_per_petaflop"]) == 5 * means[2]
+    assert float(rows[2]["cost_quality_per_petaflop"]) == quality
     assert "cost" not in json.loads(render(evaluations, format="json"))["runs"][0]
+
+
+def test_quality_and_work_are_of_the_same_queries():
+    per_query = {"RR@10": {"a": 1.0, "b": 0.5, "c": 0.0, "d": 0.0}}
+    evaluation = Evaluation("part", ("RR@10",), ("a", "b", "c", "d"), unranked=2, per_query=per_query)
+    costs = {"part": Cost(1.0, 2, 20, 900, flops=4 * 10**14)}  # of the two that are ranked
+    (run,) = json.loads(render([evaluation], format="json", costs=costs))["runs"]
+    assert run["cost"]["quality_per_petaflop"] == 0.75 * 5
+    assert evaluation.means["RR@10"] == 0.375
 
 
 def test_a_csv_of_comparisons_does_not_lose_costs_silently(evaluations, comparisons):

@@ -276,6 +276,13 @@ def test_flagembedding(tmp_path):
     assert counts == MiningCounts(queries=2, without_negative=1, dropped_as_positive=2, dropped_as_empty=2)
 
 
+def test_a_positive_of_another_line_of_the_query_is_no_negative(tmp_path):
+    lines = [{"query": "a?", "pos": ["x"], "neg": ["y", "z"]}, {"query": "a?", "pos": ["y"], "neg": ["x", "w"]}]
+    groups, counts = groups_from_jsonl(write(tmp_path, *lines, {"query": "b?", "pos": ["z"], "neg": ["x"]}))
+    assert texts(groups) == [("a?", ["x"], ["z"]), ("a?", ["y"], ["w"]), ("b?", ["z"], ["x"])]
+    assert counts.dropped_as_positive == 2
+
+
 def test_tevatron(tmp_path):
     groups, counts = groups_from_jsonl(write(tmp_path, TEVATRON))
     assert groups == [Group(Query("7", "a?"), (Passage("1", "a", "T"),), (Passage("3", "c"),))]

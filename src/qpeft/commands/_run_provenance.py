@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qpeft.data.records import read_json
-from qpeft.errors import FormatError
+from qpeft.errors import FormatError, OptionError
 from qpeft.provenance import provenance_path
 
 
@@ -23,3 +24,9 @@ def read_run_provenance(run: str) -> dict[str, Any] | None:
     if not isinstance(facts, dict) or not isinstance(facts.get("options"), dict):
         raise FormatError(beside, None, "not provenance of a run")
     return facts
+
+
+def check_scores(run: str, facts: Mapping[str, Any] | None) -> None:
+    """Raise OptionError if a run's provenance says that some of its scores are none."""
+    if facts is not None and facts["options"].get("method") == "cascade":
+        raise OptionError(f"{run} was made with --method cascade, which scores the best candidates only")

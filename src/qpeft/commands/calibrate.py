@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qpeft import methods
-from qpeft.commands._run_provenance import read_run_provenance
+from qpeft.commands._run_provenance import check_scores, read_run_provenance
 from qpeft.data.collection import open_collection
 from qpeft.data.trec import read_run
 from qpeft.errors import AdapterError, InputError, OptionError, ScoreError
@@ -117,6 +117,7 @@ def _provenance(run: str) -> dict[str, Any]:
     if facts is None and Path(run).exists():
         beside = provenance_path(Path(run))
         raise InputError(f"{beside} is missing: without it, nobody knows what the scores of {run} are of")
+    check_scores(run, facts)
     return facts or {"options": {}}
 
 

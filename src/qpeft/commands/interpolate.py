@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qpeft.commands._output import check_output
-from qpeft.commands._run_provenance import read_run_provenance
+from qpeft.commands._run_provenance import check_scores, read_run_provenance
 from qpeft.data.collection import open_collection
 from qpeft.data.trec import read_run, write_run
 from qpeft.errors import OptionError
@@ -75,8 +75,9 @@ def run(config: Config) -> None:
 
 def _depth(config: Config, run: str) -> int | None:
     """Return how many passages of a query have real scores, as asked for, or as a file beside the run says."""
+    made = read_run_provenance(run)
+    check_scores(run, made)
     if config.depth is not None:
         return config.depth
-    made = read_run_provenance(run)
     depth = made["options"].get("depth") if made and made.get("command") == "rerank" else None
     return depth if isinstance(depth, int) else None

@@ -87,6 +87,8 @@ def _from_input() -> Iterator[tuple[Query, list[tuple[str, str]]]]:
 def _passages(record: Record) -> list[Record]:
     if not record.has("passages"):
         return [record.child({"text": record.text("passage"), "title": record.fields.get("title")}, "passage")]
+    if record.has("passage"):
+        raise record.error("has 'passage' and 'passages'; give one of the two")
     if record.has("title"):
         raise record.error("'title' is for one 'passage'; 'passages' are objects with 'text' and 'title'")
     return [record.described(each, f"passages[{i}]") for i, each in enumerate(record.items("passages"))]

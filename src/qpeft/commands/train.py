@@ -235,7 +235,7 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
         _draw(fitted, ranking.name if ranking else "", output)
     say(f"{output}: trained on {len(groups):,} queries in {fitted.seconds:,.0f} s, {fitted.steps:,} steps")
     if ranking:
-        say(f"  dev {ranking.name}, {len(dev)} queries × {config.dev_depth}: {_values(fitted.dev)}")
+        _say_dev(f"dev {ranking.name}, {len(dev)} queries × {config.dev_depth}", fitted.dev)
 
 
 def _check_loss(training: TrainingConfig, groups: Sequence[Group], scores: Any, teacher: bool) -> None:
@@ -321,9 +321,11 @@ def _draw(fitted: Any, measure: str, output: Path) -> None:
         say(f"  note: {error}")
 
 
-def _values(measured: Mapping[str, float | None]) -> str:
-    named = ((name.replace("_", "-"), value) for name, value in measured.items() if value is not None)
-    return "  ".join(f"{name} {value:.4f}" for name, value in named)
+def _say_dev(where: str, measured: Mapping[str, float | None]) -> None:
+    found = {name.replace("_", "-"): value for name, value in measured.items() if value is not None}
+    say(f"  {where}: {'  '.join(f'{name} {value:.4f}' for name, value in found.items())}")
+    if found.get("trained", 1) <= max(found.get("zero-shot", 0), found.get("untrained", 0)):
+        say("  note: on dev, training made it no better than it was, or than the model alone")
 
 
 def _open_lm(config: Config, model: ModelConfig, begun: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

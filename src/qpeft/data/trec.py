@@ -53,14 +53,12 @@ def write_run(run: Run, path: StrPath) -> None:
 
     Raises:
         InputError: the file cannot be made.
-        FormatError: an id or the tag is empty or holds white space, so that the line could not be read back.
+        InputError: an id or the tag is empty or holds white space, so that the line could not be read back.
     """
     with write_text(path) as file:
-        line = 0
         for query_id, ranking in run.items():
             for rank, hit in enumerate(ranking.hits, start=1):
-                line += 1
-                _check_words(path, line, query_id, hit.passage_id, run.tag)
+                _check_words(query_id, hit.passage_id, run.tag)
                 file.write(f"{query_id} Q0 {hit.passage_id} {rank} {np.float32(hit.score)!s} {run.tag}\n")
 
 
@@ -70,9 +68,7 @@ def check_ids(ranking: Ranking) -> None:
     Raises:
         InputError: an id is empty or holds white space.
     """
-    for word in (ranking.query_id, *(hit.passage_id for hit in ranking.hits)):
-        if not fits_column(word):
-            raise InputError(f"the id {word!r} cannot stand in a run: it is empty or holds white space")
+    _check_words(ranking.query_id, *(hit.passage_id for hit in ranking.hits))
 
 
 class Judgement(NamedTuple):
@@ -105,10 +101,11 @@ def read_qrels(path: StrPath) -> dict[str, dict[str, int]]:
 
 def iter_qrels(path: StrPath) -> Iterator[Judgement]:
     """Yield the judgements of a file with their lines; for formats and errors see `read_qrels`."""
-    width = 0
+    width, tabs = 0, False
     for number, line in numbered_lines(path):
-        columns = _columns(line)
+        columns = [column.strip(" ") for column in line.split("\t")] if tabs else _columns(line)
         if not width:
+            tabs = len(columns) == 3 and line.count("\t") == 2  # BEIR's, where an id may hold blanks
             if len(columns) not in (3, 4):
                 raise FormatError(
                     path, number, f"{len(columns)} columns, but qrels have 4 (query 0 passage grade) or 3 (BEIR)"
@@ -128,17 +125,14 @@ def write_qrels(qrels: Qrels, path: StrPath, layout: Literal["trec", "beir"] = "
 
     Raises:
         InputError: the file cannot be made.
-        FormatError: an id is empty or holds white space, so that the line could not be read back.
+        InputError: an id is empty or holds white space, so that the line could not be read back.
     """
     with write_text(path) as file:
-        line = 0
         if layout == "beir":
             file.write("query-id\tcorpus-id\tscore\n")
-            line = 1
         for query_id, grades in qrels.items():
             for passage_id, grade in grades.items():
-                line += 1
-                _check_words(path, line, query_id, passage_id)
+                _check_words(query_id, passage_id)
                 between = "\t" if layout == "beir" else " 0 "
                 after = "\t" if layout == "beir" else " "
                 file.write(f"{query_id}{between}{passage_id}{after}{grade}\n")
@@ -164,7 +158,7 @@ def _score(text: str, path: StrPath, number: int) -> float:
     return score
 
 
-def _check_words(path: StrPath, line: int, *words: str) -> None:
+def _check_words(*words: str) -> None:
     for word in words:
         if not fits_column(word):
-            raise FormatError(path, line, f"{word!r} cannot stand in a column: it is empty or holds white space")
+            raise InputError(f"the id {word!r} cannot stand in a run or in qrels: it is empty or holds white space")

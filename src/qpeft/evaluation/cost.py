@@ -3,7 +3,7 @@
 With C the FLOPs of a query (`qpeft.flops`), averaged over the queries ranked, in PetaFLOP:
 
     QPP = 1 / C             queries per PetaFLOP
-    RPP = measure / C       ranking quality per PetaFLOP; the measure is averaged over its queries
+    RPP = measure / C       ranking quality per PetaFLOP; the measure is averaged over the same queries
 
 After E2R-FLOPs (Peng et al. 2025, arXiv 2507.06223), which defines RPP for one query. Ours is the ratio of two means,
 not the mean of ratios, in which the queries that cost least would count most. What the first stage costs is not in C.

@@ -52,6 +52,12 @@ class Evaluation:
             for measure, values in self.per_query.items()
         }
 
+    def mean_of_ranked(self, measure: str) -> float | None:
+        """Arithmetic mean of a measure over the queries that the run ranks; None if there is none."""
+        values = self.per_query.get(measure, {})
+        count = min(len(values), len(self.queries) - self.unranked)  # a clean measure has none for the others
+        return math.fsum(values.values()) / count if count else None
+
 
 def parse_measures(notation: str | Sequence[str]) -> tuple[Measure, ...]:
     """Read measures in ir_measures' notation, separated by spaces or commas, and drop repetitions.

@@ -136,7 +136,7 @@ def _costs(evaluation: Evaluation, costs: Mapping[str, Cost]) -> dict[str, Any]:
     cost = costs.get(evaluation.run)
     if cost is None:
         return {}
-    mean = evaluation.means[evaluation.measures[0]]
+    mean = evaluation.mean_of_ranked(evaluation.measures[0])
     return {**cost.as_dict(), "quality_per_petaflop": cost.quality_per_petaflop(mean)}
 
 

@@ -107,7 +107,7 @@ def cost_table(evaluations: Sequence[Evaluation], costs: Mapping[str, Cost]) -> 
     rows = []
     for each in evaluations:
         cost = costs.get(each.run)
-        values = [None] * 9 if cost is None else _cost_values(cost, each.means.get(measure))
+        values = [None] * 9 if cost is None else _cost_values(cost, each.mean_of_ranked(measure))
         rows.append((Cell(each.run), *(Cell(significant(value)) for value in values)))
     header = (
         "run", "passages/s", "tokens/s", "padding %", "cached %", "TFLOP/query", "QPP", f"RPP {measure}",

@@ -58,7 +58,7 @@ def trainer_arguments(
     """
     batches = math.ceil(math.ceil(rows / config.batch_queries) / processes().count)
     steps = math.ceil(batches / config.gradient_accumulation)
-    every = max(1, steps // max(1, config.evaluations))
+    every = max(1, math.ceil(steps / config.evaluations))
     return OneDevice(
         where=str(device),
         output_dir=str(checkpoints),

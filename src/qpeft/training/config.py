@@ -46,7 +46,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     """Compute layers again in the backward pass instead of keeping what they computed: less memory (lora)."""
     evaluations: int = 4
-    """How often the dev ranking is measured."""
+    """How often the dev ranking is measured at most, the last time at the end."""
     patience: int = 0
     """Stop after so many evaluations without a better one; 0: never."""
     measure: str = "RR@10"

@@ -7,6 +7,7 @@ not depend on which other queries are trained on.
 from __future__ import annotations
 
 import codecs
+import collections
 import itertools
 import random
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -105,7 +106,8 @@ def groups_from_collection(
 def groups_from_jsonl(path: StrPath) -> tuple[list[Group], MiningCounts]:
     """Read groups from a file: JSON Lines as of FlagEmbedding or Tevatron (`read_groups`), or DPR's JSON list.
 
-    Negatives are those of the file, whole and in its order, without those that are or say the same as a positive.
+    Negatives are those of the file, whole and in its order, without those that are or say the same as a positive of
+    the query, on whichever line.
     Whether they hold an answer is not looked at. Questions of a DPR file without `positive_ctxs` are left out by its
     reader and not counted.
 
@@ -116,13 +118,16 @@ def groups_from_jsonl(path: StrPath) -> tuple[list[Group], MiningCounts]:
     """
     groups = read_dpr_training(path) if _is_list(path) else read_groups(path)
     tally = _Tally()
+    relevant: dict[str, tuple[Passage, ...]] = collections.defaultdict(tuple)
+    for group in groups:
+        relevant[group.query.text] += group.positives
     for i, group in enumerate(groups):
         if not group.query.text.strip():
             raise _malformed(path, i, group, "the query is empty")
         positives = tally.with_text(group.positives)
         if not positives:
             raise _malformed(path, i, group, "no positive has a text")
-        groups[i] = Group(group.query, positives, tally.usable(group.negatives, positives, (), None))
+        groups[i] = Group(group.query, positives, tally.usable(group.negatives, relevant[group.query.text], (), None))
     if not groups:
         raise FormatError(path, None, "no group with a positive")
     return groups, tally.counts(groups)
