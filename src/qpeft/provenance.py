@@ -58,7 +58,7 @@ def provenance_path(output: Path) -> Path:
 
 
 def write_provenance(output: Path, facts: Mapping[str, Any]) -> None:
-    """Write the provenance of `output` beside it; a pipe or device has no such place.
+    """Write the provenance of `output` beside it, with its hash; a pipe or device has no such place.
 
     Raises:
         InputError: it cannot be written.
@@ -66,7 +66,7 @@ def write_provenance(output: Path, facts: Mapping[str, Any]) -> None:
     if output.is_file() and not is_stream(output):
         path = provenance_path(output)
         try:
-            write_json(path, facts)
+            write_json(path, {**facts, "output": {"sha256": file_fingerprint(output)}})
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror}") from error
 

@@ -11,12 +11,14 @@ import pytest
 from qpeft.adapters import soft_prompt
 from qpeft.adapters._folder import load_adapter, save_adapter
 from qpeft.cli import main
+from qpeft.data.records import read_json
 from qpeft.data.trec import read_run
 from qpeft.errors import AdapterError
 from qpeft.evaluation.calibration import fit, judged_pairs
 from qpeft.evaluation.calibration_file import read_calibration
 from qpeft.loading import load_lm
 from qpeft.model_config import ModelConfig
+from qpeft.provenance import write_provenance
 from qpeft.template import load_template
 
 
@@ -194,6 +196,18 @@ def test_what_a_cascade_did_not_score_is_neither_calibrated_nor_mixed(
     assert not output.exists()
 
 
+def test_provenance_of_another_file_is_not_believed(calibrate, calibratable, toy, tmp_path, capsys):
+    run = shutil.copy(calibratable / "shallow.trec", tmp_path / "run.trec")
+    beside = shutil.copy(calibratable / "alone.trec.provenance.json", tmp_path / "run.trec.provenance.json")
+    says = f"{beside} is not of {run} as it is now"
+    code, _, error = calibrate(tmp_path / "run", "--output", tmp_path / "c.json")
+    assert (code, says in error) == (2, True)
+    judge = ["evaluate", "--collection", str(toy), "--split", "dev", "--run", str(run)]
+    assert main([*judge, "--cost"]) == 2
+    assert says in capsys.readouterr().err
+    assert main(judge) == 0
+
+
 def test_the_wrong_adapter(calibrate, own, tmp_path):
     code, _, err = calibrate("alone", "--adapter", own)
     assert (code, "alone.trec was made with no adapter alone" in err) == (2, True)
@@ -250,7 +264,7 @@ def test_scores_that_say_nothing(calibrate, calibratable, tmp_path):
     rows = (calibratable / "toy" / "qrels" / "dev.tsv").read_text().splitlines()
     relevant = {tuple(row.split("\t")[:2]) for row in rows}
     turned.write_text("".join(f"{q} Q0 {p} 1 {-int((q, p) in relevant)} t\n" for q, _, p, *_ in lines))
-    shutil.copy(calibratable / "alone.trec.provenance.json", calibratable / "turned.trec.provenance.json")
+    write_provenance(turned, read_json(calibratable / "alone.trec.provenance.json"))
     for method in ("platt", "isotonic"):
         code, _, err = calibrate("turned", "--centre", "--method", method, "--output", tmp_path / "c.json")
         assert (code, "turned.trec: relevant passages score no higher than others" in err) == (2, True), method
@@ -263,7 +277,7 @@ def test_a_warning_where_it_is_worth_nothing(calibrate, calibratable, toy, tmp_p
     rng = np.random.default_rng(0)
     lines = [line.split() for line in (calibratable / "alone.trec").read_text().splitlines()]
     noisy.write_text("".join(f"{q} Q0 {p} {rank} {rng.normal():.4f} t\n" for q, _, p, rank, _, _ in lines))
-    shutil.copy(calibratable / "alone.trec.provenance.json", calibratable / "noisy.trec.provenance.json")
+    write_provenance(noisy, read_json(calibratable / "alone.trec.provenance.json"))
     code, out, err = calibrate("noisy", "--method", "isotonic", "--output", tmp_path / "c.json")
     assert code == 0, err
     assert "warning: isotonic is no better than the base rate on queries that it was not fitted on" in out

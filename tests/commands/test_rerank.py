@@ -159,6 +159,10 @@ def test_what_is_finished_is_not_done_again(rerank_arguments, tmp_path, capsys):
         assert main(rerank_arguments(output, *changed)) == 0
         assert output.stat().st_mtime_ns > made
         made = output.stat().st_mtime_ns
+    with output.open("a") as file:
+        file.write("# mine\n")
+    assert main(rerank_arguments(output, "--resume")) == 2
+    assert "is not of" in capsys.readouterr().err
     output.unlink()  # what stands beside it does not stand for it
     assert main(rerank_arguments(output, "--resume")) == 0
     assert read_run(output)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qpeft.data.records import read_json
-from qpeft.errors import FormatError, OptionError
-from qpeft.provenance import provenance_path
+from qpeft.errors import FormatError, InputError, OptionError
+from qpeft.provenance import file_fingerprint, provenance_path
 
 
 def read_run_provenance(run: str) -> dict[str, Any] | None:
@@ -16,6 +16,7 @@ def read_run_provenance(run: str) -> dict[str, Any] | None:
 
     Raises:
         FormatError: the file is no provenance.
+        InputError: it is that of another run, or of this one as it was before.
     """
     beside = provenance_path(Path(run))
     if not beside.is_file():
@@ -23,6 +24,9 @@ def read_run_provenance(run: str) -> dict[str, Any] | None:
     facts = read_json(beside)
     if not isinstance(facts, dict) or not isinstance(facts.get("options"), dict):
         raise FormatError(beside, None, "not provenance of a run")
+    described = facts.get("output") or {}
+    if described.get("sha256") not in (None, file_fingerprint(Path(run))):
+        raise InputError(f"{beside} is not of {run} as it is now; delete it if the run was changed on purpose")
     return facts
 
 
