@@ -206,6 +206,9 @@ def test_provenance_of_another_file_is_not_believed(calibrate, calibratable, toy
     assert main([*judge, "--cost"]) == 2
     assert says in capsys.readouterr().err
     assert main(judge) == 0
+    os.unlink(run)
+    code, _, error = calibrate(tmp_path / "run", "--output", tmp_path / "c.json")
+    assert (code, "run.trec" in error, "Traceback" in error) == (2, True, False)
 
 
 def test_the_wrong_adapter(calibrate, own, tmp_path):

@@ -22,7 +22,7 @@ class Given(NamedTuple):
 
 
 def given(arguments: Sequence[str]) -> Iterator[Given]:
-    """Yield the options in order, each with what follows it, even those whose value turns out to be none."""
+    """Yield the options in order, each with what follows it, unless that is an option too."""
     remaining = list(reversed(arguments))
     while remaining:
         argument = remaining.pop()

@@ -8,7 +8,7 @@ from typing import Any
 
 from qpeft.data.records import read_json
 from qpeft.errors import FormatError, InputError, OptionError
-from qpeft.provenance import file_fingerprint, provenance_path
+from qpeft.provenance import input_fingerprint, provenance_path
 
 
 def read_run_provenance(run: str) -> dict[str, Any] | None:
@@ -24,8 +24,8 @@ def read_run_provenance(run: str) -> dict[str, Any] | None:
     facts = read_json(beside)
     if not isinstance(facts, dict) or not isinstance(facts.get("options"), dict):
         raise FormatError(beside, None, "not provenance of a run")
-    described = facts.get("output") or {}
-    if described.get("sha256") not in (None, file_fingerprint(Path(run))):
+    then, now = (facts.get("output") or {}).get("sha256"), input_fingerprint(run)
+    if then is not None and now is not None and then != now:
         raise InputError(f"{beside} is not of {run} as it is now; delete it if the run was changed on purpose")
     return facts
 

@@ -52,8 +52,8 @@ def write_run(run: Run, path: StrPath) -> None:
     Scores are written with as many digits as it takes to read the same float32 back, and no more.
 
     Raises:
-        InputError: the file cannot be made.
-        InputError: an id or the tag is empty or holds white space, so that the line could not be read back.
+        InputError: the file cannot be made, or an id or the tag is empty or holds white space, so that the line could
+            not be read back.
     """
     with write_text(path) as file:
         for query_id, ranking in run.items():
@@ -124,8 +124,8 @@ def write_qrels(qrels: Qrels, path: StrPath, layout: Literal["trec", "beir"] = "
     """Write relevance judgements with TREC's four columns, or BEIR's three under a header.
 
     Raises:
-        InputError: the file cannot be made.
-        InputError: an id is empty or holds white space, so that the line could not be read back.
+        InputError: the file cannot be made, or an id is empty or holds white space, so that the line could not be read
+            back.
     """
     with write_text(path) as file:
         if layout == "beir":
