@@ -68,7 +68,7 @@ def test_options_that_may_be_given_several_times(text, arguments, expected, tmp_
 
 
 def test_a_missing_value_of_such_an_option():
-    with pytest.raises(OptionError, match=r"--run.*expected"):
+    with pytest.raises(OptionError, match="--run has no value"):
         parse("evaluate", "", [evaluate.Config], ["--run", "--collection", "mini"])
 
 
