@@ -78,3 +78,12 @@ def test_bad_input_is_one_line(options, tmp_path, capsys, more, message):
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qpeft: error")]
     assert message in line
     assert not page.exists()
+
+
+def test_an_adapter_of_another_method_is_refused_before_the_model_is_opened(saved_model, tmp_path, capsys):
+    lm = load_lm(ModelConfig(str(saved_model), dtype="float32"))
+    folder = tmp_path / "a"
+    save_adapter(folder, "soft_prompt", build("soft_prompt", lm), lm, load_template("yes_no"), method="yes_no")
+    assert main(["explain", "--model", "nowhere", *TEXTS, "--adapter", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert "only query likelihood can be explained; the adapter was trained for --method yes_no" in error

@@ -126,12 +126,13 @@ def explain(
             raise InputError(f"passage {passage.id!r} has no tokens")
     alone = lm.log_probs(rows)
     hinted: list[RowLogProbs | None] = [None] * len(rows)
+    hinted_ranks: dict[str, int] = {}
     reasons: Reasons = {}
     if adapter is not None:
         with adapter.register_forward_hook(functools.partial(_record, reasons)):
             hinted = [*lm.log_probs(rows, adapters=adapter)]
-    ranks = _ranks(query, passages, [_score(value) for value in alone])
-    hinted_ranks = _ranks(query, passages, [_score(value) for value in hinted if value]) if adapter else {}
+        hinted_ranks = _ranks(query, passages, list(map(_score, hinted)))
+    ranks = _ranks(query, passages, list(map(_score, alone)))
     found = []
     for row, passage, before, after in zip(rows, passages, alone, hinted, strict=True):
         read = _Reading(row, lm.tokenizer, template, passage, adapter, reasons)

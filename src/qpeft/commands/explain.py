@@ -23,6 +23,7 @@ from qpeft.analysis.pieces import words
 from qpeft.data.files import write_text
 from qpeft.errors import OptionError
 from qpeft.evaluation.tables import number
+from qpeft.methods import query_likelihood
 from qpeft.model_config import ModelConfig
 from qpeft.types import Passage, Query
 
@@ -63,13 +64,15 @@ def run(config: Config, model: ModelConfig) -> None:
     from qpeft.analysis.explain import explain
     from qpeft.loading import load_lm
 
-    method = methods.load(methods.chosen(None, config.adapter))
-    options = method.Config(
+    method = methods.chosen(None, config.adapter)
+    if method != "query_likelihood":
+        raise OptionError(f"only query likelihood can be explained; the adapter was trained for --method {method}")
+    options = query_likelihood.Config(
         template=config.template, adapter=config.adapter, max_passage_tokens=config.max_passage_tokens
     )
     titles = config.title or ("",) * len(config.passage)
     explanations = explain(
-        method.build_scorer(options, load_lm(model)),
+        query_likelihood.build_scorer(options, load_lm(model)),
         Query("query", config.query),
         [Passage(str(i), text, title) for i, (title, text) in enumerate(zip(titles, config.passage, strict=True))],
         attention=config.attention,

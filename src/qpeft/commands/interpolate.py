@@ -74,7 +74,11 @@ def run(config: Config) -> None:
 
 
 def _depth(config: Config, run: str) -> int | None:
-    """Return how many passages of a query have real scores, as asked for, or as a file beside the run says."""
+    """Return how many passages of a query have real scores, as asked for, or as a file beside the run says.
+
+    Raises:
+        OptionError: the file says that some candidates have none.
+    """
     made = read_run_provenance(run)
     check_scores(run, made)
     if config.depth is not None:

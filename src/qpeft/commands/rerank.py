@@ -113,8 +113,8 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     if config.interpolate is not None and not reranker.scores_all:
         raise OptionError(f"--interpolate needs scores of all candidates; --method {name} gives some none")
     facts |= reranker.facts
-    finished = config.resume and not partial.settings and Path(config.output).is_file()
-    if finished and is_finished(read_run_provenance(config.output), facts):
+    may_be_finished = config.resume and not partial.settings and Path(config.output).is_file()
+    if may_be_finished and is_finished(read_run_provenance(config.output), facts):
         print(f"{config.output}: finished before, with the same options, data and model", file=sys.stderr)
         return
     for query_id in first:

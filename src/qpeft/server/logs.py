@@ -39,9 +39,10 @@ def on_stderr() -> Iterator[None]:
     """Send this package's logs, and warnings of uvicorn and asyncio, to standard error within this context."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    loggers = [logging.getLogger(name) for name in ("qpeft.server", "uvicorn", "asyncio")]
+    levels = {"qpeft.server": logging.INFO, "uvicorn": logging.WARNING, "asyncio": logging.WARNING}
+    loggers = [logging.getLogger(name) for name in levels]
     before = [(each.handlers, each.propagate, each.level) for each in loggers]
-    for each, level in zip(loggers, (logging.INFO, logging.WARNING, logging.WARNING), strict=True):
+    for each, level in zip(loggers, levels.values(), strict=True):
         each.handlers, each.propagate = [handler], False
         each.setLevel(level)
     try:
