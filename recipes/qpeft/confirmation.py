@@ -17,16 +17,39 @@ import numpy as np
 
 from qpeft.evaluation.significance import bootstrap_interval, holm, paired_t
 
+HOME = "reddit-shift"
 MEASURES = ("nDCG@10", "RR@10", "R@10", "CandR@10", "CandR_clean@10", "CandHit@10", "CandHit_clean@10")
 BASELINES = ("zero_shot", "soft_prompt")
 TESTED = ("qpeft_a", "qpeft_r")
-ASKED_LATER = ("lora_r4", ("zero_shot", "qpeft_a"))
-"""A row, asked when its gain beside BM25 had been seen on other queries, and what it is compared with."""
+LORA = "lora_r4"
+MORE = 1280
+"""Training queries."""
 KINDS = {"per_query": "", "mixed": ", both half BM25"}
 
 
+def of_more(row: str) -> str:
+    """Return the name here of a row that was trained on more queries."""
+    return f"{row}, {MORE:,} queries"
+
+
+ROWS = {
+    **{row: f"{HOME}-320-{row}-seed" for row in ("soft_prompt", "qpeft_r", "qpeft_a", LORA)},
+    **{of_more(row): f"{HOME}-{MORE}-{row}-seed" for row in TESTED},
+}
+"""What is trained: row → how the names of its cells begin."""
+FAMILIES = (
+    *([(row, baseline, kind) for row in TESTED for baseline in BASELINES] for kind in KINDS),
+    [(LORA, baseline, kind) for baseline in ("zero_shot", "qpeft_a") for kind in KINDS],
+    [(of_more(row), baseline, "mixed") for row in TESTED for baseline in ("zero_shot", row)],
+)
+"""Comparisons, each family Holm-corrected by itself and fixed before its rows ranked these queries.
+
+The last two were asked when a gain beside BM25 had been seen on other queries: of LoRA, and of more training queries.
+"""
+
+
 class Confirmation:
-    """Q-PEFT-A and -R, mean of three seeds, against both baselines: fixed before the queries were read.
+    """Rows, mean of their seeds, against what they are compared with.
 
     Args:
         folder: the JSON files that `run.py DATA confirm` wrote.
@@ -36,12 +59,11 @@ class Confirmation:
     def __init__(self, folder: Path, ranked_before: Collection[str]) -> None:
         self._before = ranked_before
         self._chunks = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+        finished = [name for name in self._chunks[0] if all(name in chunk for chunk in self._chunks)]
         self.rows = {"bm25": ["bm25"], "zero_shot": ["zero_shot"]}
-        for row in ("soft_prompt", "qpeft_r", "qpeft_a", ASKED_LATER[0]):
-            named = [name for name in self._chunks[0] if f"-{row}-" in name]
-            self.rows[row] = [name for name in named if all(name in chunk for chunk in self._chunks)]
-        if not self.rows[ASKED_LATER[0]]:
-            del self.rows[ASKED_LATER[0]]
+        for row, begin in ROWS.items():
+            if names := [name for name in finished if name.startswith(begin)]:
+                self.rows[row] = names
 
     def values(self, row: str, kind: str, measure: str) -> dict[str, float]:
         """Return query id → the measure's mean over seeds."""
@@ -53,15 +75,11 @@ class Confirmation:
         return {query: statistics.fmean(found) for query, found in each.items()}
 
     def tests(self) -> list[dict[str, Any]]:
-        """Return all comparisons in RR@10, Holm-corrected over four.
-
-        The four of systems alone, the four of mixed ones, and the four of the row that was asked later.
-        """
+        """Return all comparisons in RR@10, of each family that is finished."""
         found = []
-        families = [[(row, baseline, kind) for row in TESTED for baseline in BASELINES] for kind in KINDS]
-        if ASKED_LATER[0] in self.rows:
-            families.append([(ASKED_LATER[0], baseline, kind) for baseline in ASKED_LATER[1] for kind in KINDS])
-        for family in families:
+        for family in FAMILIES:
+            if any(row not in self.rows for row, *_ in family):
+                continue
             some = [self._test(*each) for each in family]
             corrected = (holm([test[name] for test in some]) for name in ("p", "p_without"))
             for test, p, without in zip(some, *corrected, strict=True):
@@ -83,7 +101,7 @@ class Confirmation:
     def markdown(self, tests: list[dict[str, Any]]) -> str:
         """Return means and comparisons as Markdown tables."""
         count = len(self.values("bm25", "per_query", "RR@10"))
-        lines = [f"### Confirmation: trained on reddit-shift, 320 queries; {count:,} further test queries", ""]
+        lines = [f"### Confirmation: trained on {HOME}, 320 queries unless said; {count:,} further test queries", ""]
         lines += [_line(["row (seeds)", *MEASURES, "RR@10, half BM25"]), _line(["---"] * (len(MEASURES) + 2))]
         for row, names in self.rows.items():
             means = [f"{statistics.fmean(self.values(row, 'per_query', m).values()):.3f}" for m in MEASURES]

@@ -10,8 +10,8 @@ from statistics import fmean
 from typing import Any
 
 from bench import DEPTHS, MINI, TEST_QUERIES, Bench, measure_on, order, per_query, write
-from cells import AUTHORS, Cell, lora, main, shipped, transfer_homes, variants
-from confirmation import ASKED_LATER
+from cells import AUTHORS, Cell, lora, main, shipped, sizes, transfer_homes, variants
+from confirmation import HOME, LORA, MORE, TESTED
 
 from qpeft import adapters
 from qpeft.adapters._folder import load_adapter
@@ -25,7 +25,6 @@ from qpeft.training.config import TrainingConfig
 from qpeft.training.dev import DevRanking
 from qpeft.types import Run
 
-HOME = "reddit-shift"
 FRESH_QUERIES, FRESH_CHUNK = 1500, 100
 SHIPPED = ("qpeft_a", "qpeft_r")
 STAGE_QUERIES = {"reddit-shift": 300, "squad": 300, "wiki-shift": 200, MINI: 76}
@@ -90,7 +89,7 @@ def choice(bench: Bench) -> dict[str, Any]:
 
 def trained_at_home() -> list[Cell]:
     """Return the cells of the rows that the claim is about."""
-    return [cell for cell in main() if cell.home == HOME and cell.row in ("qpeft_a", "qpeft_r", "soft_prompt")]
+    return [cell for cell in main() if cell.home == HOME and cell.row in (*TESTED, "soft_prompt")]
 
 
 def first_trial(bench: Bench) -> dict[str, Any]:
@@ -122,7 +121,8 @@ def confirm(bench: Bench, number: int, of: int) -> None:
     collection = bench.collection(HOME)
     fresh = bench.queries(HOME, "test", known + FRESH_QUERIES)[known:]
     plain = bench.prompt()
-    later = [cell for cell in lora() if cell.row == ASKED_LATER[0] and cell.home == HOME]
+    later = [cell for cell in lora() if cell.row == LORA and cell.home == HOME]
+    later += [cell for cell in sizes() if cell.row in TESTED and cell.home == HOME and cell.queries == MORE]
     for start in range(0, FRESH_QUERIES, FRESH_CHUNK)[number::of]:
         target = bench.output / "confirm" / f"{start:04d}.json"
         found: dict[str, Any] = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
