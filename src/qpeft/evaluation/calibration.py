@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qpeft.errors import OptionError, ScoreError, UnknownIdError, at_least, nearest
-from qpeft.types import Qrels, Run
+from qpeft.types import UNREADABLE, Qrels, Run
 
 Method = Literal["platt", "isotonic"]
 Values = npt.NDArray[np.float64]
@@ -126,7 +126,7 @@ class JudgedPairs:
 
 
 def judged_pairs(run: Run, qrels: Qrels, depth: int | None = None) -> JudgedPairs:
-    """Return the candidates of a run with their judgements; what is not judged is not relevant.
+    """Return the candidates of a run that the model could read, with their judgements; unjudged ones are not relevant.
 
     Args:
         run: rankings of judged queries.
@@ -142,9 +142,10 @@ def judged_pairs(run: Run, qrels: Qrels, depth: int | None = None) -> JudgedPair
         if query_id not in qrels:
             raise UnknownIdError(f"run {run.tag!r}: query {query_id!r} has no judgements in this split")
         for hit in ranking.hits[:depth]:
-            scores.append(hit.score)
-            relevant.append(qrels[query_id].get(hit.passage_id, 0) >= 1)
-            query.append(number)
+            if hit.score != UNREADABLE:  # which no model said, and which is far from all that one does
+                scores.append(hit.score)
+                relevant.append(qrels[query_id].get(hit.passage_id, 0) >= 1)
+                query.append(number)
     if not any(relevant) or all(relevant):
         which = "no candidate is" if not any(relevant) else "all candidates are"
         raise ScoreError(f"run {run.tag!r}: {which} relevant; a calibration is fitted on both kinds")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from qpeft.errors import OptionError, at_least
 from qpeft.kept_tokens import KeptTokens
@@ -22,7 +21,6 @@ if TYPE_CHECKING:  # so that options can be listed without importing torch
     from qpeft.hints import HintWriter
     from qpeft.pretrained import PretrainedLM
 
-C = TypeVar("C", bound="Options")
 ON_GPU = 2_048
 """Pairs that are scored together on a GPU: some tens of its batches."""
 
@@ -45,6 +43,16 @@ class Options:
     """How the scores of a passage's windows become one."""
     queries_per_batch: int | None = None
     """Queries whose candidates are batched together; by default as many as fill batches of like length."""
+
+    def __post_init__(self) -> None:
+        if self.windows and self.max_passage_tokens is not None:
+            raise OptionError("--max-passage-tokens cuts passages, and --windows reads them whole: give one of the two")
+        if self.windows and self.window_overlap >= self.windows:
+            raise OptionError(f"--window-overlap {self.window_overlap} must be below --windows {self.windows}")
+        at_least(1, max_passage_tokens=self.max_passage_tokens, queries_per_batch=self.queries_per_batch)
+        at_least(0, windows=self.windows, window_overlap=self.window_overlap)
+        if self.template is not None:
+            load_template(self.template)  # a wrong name shows before a model is opened
 
 
 class RowScorer(abc.ABC):
@@ -162,13 +170,13 @@ def _pool(scores: list[float], how: str) -> float:
 
 def open_prompt(
     method: str,
-    config: C,
+    config: Options,
     lm: PretrainedLM,
     opened: AdapterFolder | None,
     kept: KeptTokens | None,
     *,
     template: str,
-) -> tuple[C, Prompt, AdapterFolder | None, dict[str, Any]]:
+) -> tuple[Prompt, AdapterFolder | None, dict[str, Any]]:
     """Open what a method's options name.
 
     Args:
@@ -180,31 +188,30 @@ def open_prompt(
         template: the one that is taken without an adapter and without an option.
 
     Returns:
-        The options with what the adapter was trained with, the prompt, the adapter, and what provenance says of them.
+        The prompt, the adapter, and what provenance says of them.
 
     Raises:
-        OptionError: options out of range or that contradict each other.
+        OptionError: wider windows than the adapter's passages.
         AdapterError: the adapter cannot be used with the model.
     """
-    _check(config)
     wanted = None if config.template is None else load_template(config.template)
     adapter: AdapterFolder | str | None = opened or config.adapter
+    bound = config.max_passage_tokens
     if adapter is not None:
         from qpeft.adapters._folder import open_adapter
 
         opened = open_adapter(adapter, lm, wanted, config.template, method=method)
         wanted = opened.template
-        bound = opened.max_passage_tokens
-        if bound is not None and config.windows > bound:
-            raise OptionError(f"--windows is {config.windows}; the adapter knows passages of at most {bound} tokens")
-        if config.max_passage_tokens is None:
-            config = dataclasses.replace(config, max_passage_tokens=bound)
+        known = opened.max_passage_tokens
+        if known is not None and config.windows > known:
+            raise OptionError(f"--windows is {config.windows}; the adapter knows passages of at most {known} tokens")
+        bound = known if bound is None else bound
     chosen = wanted or load_template(template)
     prompt = Prompt(
         chosen,
         lm.tokenizer,
         lm.max_length,
-        max_passage_tokens=config.max_passage_tokens,
+        max_passage_tokens=bound,
         hint_length=None if opened is None else opened.adapter.hint_length,
         separate_target=lm.has_encoder,
         kept=kept,
@@ -214,19 +221,10 @@ def open_prompt(
     }
     if opened is not None:
         facts["adapter"] = {"name": opened.name, "sha256": opened.sha256}
-    return config, prompt, opened, facts
+    return prompt, opened, facts
 
 
 def window(config: Options, lm: PretrainedLM) -> Window:
     """Return which queries are worked on together: on a GPU many, so that large batches need little padding."""
     queries = config.queries_per_batch
     return Window(queries) if lm.device.type == "cpu" else Window(queries, ON_GPU)
-
-
-def _check(config: Options) -> None:
-    if config.windows and config.max_passage_tokens is not None:
-        raise OptionError("--max-passage-tokens cuts passages, and --windows reads them whole: give one of the two")
-    if config.windows and config.window_overlap >= config.windows:
-        raise OptionError(f"--window-overlap {config.window_overlap} must be below --windows {config.windows}")
-    at_least(1, max_passage_tokens=config.max_passage_tokens, queries_per_batch=config.queries_per_batch)
-    at_least(0, windows=config.windows, window_overlap=config.window_overlap)

@@ -58,7 +58,7 @@ def build_scorer(
     Raises:
         OptionError: options that contradict each other.
     """
-    config, prompt, opened, facts = open_prompt("classifier", config, lm, opened, kept, template=TEMPLATE)
+    prompt, opened, facts = open_prompt("classifier", config, lm, opened, kept, template=TEMPLATE)
     _read_out.check_template(prompt)
     scorer = ReadOutScorer(config, lm, prompt, HeadReading(lm), None if opened is None else opened.adapter)
     scorer.facts |= facts

@@ -75,7 +75,7 @@ def build_scorer(
     """
     if config.document_prior and lm.has_encoder:
         raise OptionError("--document-prior needs a decoder-only model")
-    config, prompt, opened, facts = open_prompt("query_likelihood", config, lm, opened, kept, template=TEMPLATE)
+    prompt, opened, facts = open_prompt("query_likelihood", config, lm, opened, kept, template=TEMPLATE)
     if not prompt.template.target:
         raise OptionError(f"--template {prompt.template.name}: it has no target, whose likelihood could be the score")
     scorer = QueryLikelihood(config, lm, prompt, None if opened is None else opened.adapter)

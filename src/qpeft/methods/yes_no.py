@@ -69,7 +69,7 @@ def build_scorer(
     Raises:
         OptionError: options that contradict each other, or an answer that is not one token.
     """
-    config, prompt, opened, facts = open_prompt("yes_no", config, lm, opened, kept, template=TEMPLATE)
+    prompt, opened, facts = open_prompt("yes_no", config, lm, opened, kept, template=TEMPLATE)
     _read_out.check_template(prompt)
     trained = {} if opened is None else opened.method_options
     answers = {}
