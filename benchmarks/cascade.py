@@ -30,7 +30,7 @@ from qpeft.evaluation.cost import Cost
 from qpeft.evaluation.measures import evaluate
 from qpeft.evaluation.significance import bootstrap_interval, per_query_differences
 from qpeft.flops import decoder_flops
-from qpeft.loading import describe_lm, load_lm
+from qpeft.loading import load_lm
 from qpeft.methods import cascade
 from qpeft.methods._pointwise import Pointwise
 from qpeft.methods.query_likelihood import Config, QueryLikelihood, build_scorer
@@ -119,7 +119,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "settings": {"queries": args.queries, "depth": args.depth, "split": "dev", "first stage": "BM25", "seed": 0},
         "collections": {name: measure(lm, name, args) for name in COLLECTIONS},
-        "made": provenance(model=describe_lm(lm, model), threads=torch.get_num_threads()),
+        "made": provenance(model=lm.describe(), threads=torch.get_num_threads()),
     }
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw(result["collections"], args.picture)

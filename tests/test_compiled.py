@@ -11,7 +11,7 @@ import torch
 
 from qpeft.compiled import Compiled
 from qpeft.errors import OptionError
-from qpeft.loading import describe_lm, load_lm
+from qpeft.loading import load_lm
 from qpeft.model_config import ModelConfig
 from reference import naive_log_probs
 from test_lm import assert_close, rows_for
@@ -110,7 +110,7 @@ def test_gradients_and_layers_that_lora_changes_are_computed_as_without(make_lm)
 def test_the_option_compiles_what_is_opened(saved_model):
     opened = {choice: load_lm(ModelConfig(str(saved_model), compile=choice)) for choice in ("auto", "yes")}
     assert [lm.compiled is not None for lm in opened.values()] == [False, True]
-    assert describe_lm(opened["yes"], ModelConfig(str(saved_model)))["compiled"]
+    assert opened["yes"].describe()["compiled"]
 
 
 def test_a_missing_compiler_is_an_error_of_the_command(tmp_path, saved_model):

@@ -17,7 +17,7 @@ from qpeft import Reranker
 from qpeft.cli import main
 from qpeft.encoder_decoder import EncoderDecoderLM
 from qpeft.errors import MissingDependencyError, ModelError, OptionError, QueryError
-from qpeft.loading import choose_dtype, describe_lm, load_lm
+from qpeft.loading import choose_dtype, load_lm
 from qpeft.methods import query_likelihood
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import weights_fingerprint
@@ -88,7 +88,7 @@ def test_what_is_no_text_is_named(saved_model, call, words):
 def test_options_reach_model_and_method(saved_model):
     lm = load_lm(ModelConfig(str(saved_model), dtype="bfloat16", max_length=32))
     assert (lm.dtype, lm.max_length) == ("bfloat16", 32)
-    facts = describe_lm(lm, ModelConfig(str(saved_model)))
+    facts = lm.describe()
     assert facts["sha256"] == weights_fingerprint(saved_model)
     assert facts["device"] in ("cpu", "cuda:0", "mps:0")
     cut = Reranker.from_pretrained(str(saved_model), max_length=25, template="qpeft")

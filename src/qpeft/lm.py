@@ -67,13 +67,15 @@ class CausalLM(ContextEncoder):
         max_length: int,
         batch_tokens: int,
         folder: Path | None = None,
+        quantization: str = "none",
         padding_side: PaddingSide = "right",
         store: ContextStore | None = None,
         head: Head | None = None,
         has_words: bool = True,
         compiled: Compiled | None = None,
     ) -> None:
-        super().__init__(model, tokenizer, name=name, max_length=max_length, batch_tokens=batch_tokens, folder=folder)
+        common: dict[str, Any] = {"name": name, "folder": folder, "quantization": quantization}
+        super().__init__(model, tokenizer, max_length=max_length, batch_tokens=batch_tokens, **common)
         self.head, self.has_words, self.compiled = head, has_words, compiled
         self.padding_side = padding_side
         self.store = store

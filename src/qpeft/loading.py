@@ -64,6 +64,7 @@ def load_lm(config: ModelConfig) -> PretrainedLM:
         "folder": Path(path) if Path(path).is_dir() else None,
         "max_length": _context_length(settings, config.max_length),
         "batch_tokens": config.batch_tokens or _batch_tokens(device, config),
+        "quantization": config.quantization,
     }
     if settings.is_encoder_decoder:
         return EncoderDecoderLM(model, tokenizer, **facts)
@@ -115,10 +116,9 @@ def _check_encoder_decoder(config: ModelConfig) -> None:
 
 def _name_of_contexts(lm: CausalLM, config: ModelConfig) -> str:
     """Return a name that is the same for contexts with the same numbers alone."""
-    own = {**base_identity(lm), "dtype": lm.dtype, "storage": config.passage_cache_storage}
-    if config.quantization != "none":
-        own["quantization"] = config.quantization
-    return fingerprint(own)[:16]
+    held = {"dtype": lm.dtype, "quantization": lm.quantization, "storage": config.passage_cache_storage}
+    computed = {"attention_kernel": lm.attention_kernel, "device": lm.device.type}
+    return fingerprint({**base_identity(lm), **held, **computed})[:16]
 
 
 def _tokenizer(path: str, options: dict[str, Any]) -> Any:
@@ -201,22 +201,6 @@ def tuning_key_of(config: ModelConfig, device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     model = f"{config.model}@{config.revision}, quantization {config.quantization}"
     return tuning_key(model, name, torch.__version__, bool(config.passage_cache or config.passage_cache_folder))
-
-
-def describe_lm(lm: PretrainedLM, config: ModelConfig) -> dict[str, Any]:
-    """Return what provenance says of an opened model."""
-    return {
-        "name": lm.name,
-        "revision": lm.revision,
-        "sha256": lm.sha256,
-        "dtype": lm.dtype,
-        "device": str(lm.device),
-        "attention_kernel": lm.attention_kernel,
-        "compiled": lm.compiled is not None,
-        "batch_tokens": lm.batch_tokens,
-        "quantization": config.quantization,
-        "max_length": lm.max_length,
-    }
 
 
 def load_reranker(model: str = EMBEDDED, *, method: str | None = None, **options: Any) -> Reranker:

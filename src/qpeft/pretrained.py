@@ -57,6 +57,7 @@ class PretrainedLM:
         head: a head on the last token that came with the model, if one did.
         has_words: whether the model predicts tokens; one that was saved as a classifier does not.
         compiled: the parts of its layers that were compiled, if any were.
+        quantization: of its weights, as the option `--quantization` spells it.
         store: what keeps encoded contexts, if anything does.
     """
 
@@ -75,8 +76,10 @@ class PretrainedLM:
         max_length: int,
         batch_tokens: int,
         folder: Path | None = None,
+        quantization: str = "none",
     ) -> None:
         self.name = name
+        self.quantization = quantization
         self._folder = folder
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -123,6 +126,21 @@ class PretrainedLM:
     def sha256(self) -> str | None:
         """Hash of the weight files and the configuration; None for a model that came from the hub or from memory."""
         return None if self._folder is None else weights_fingerprint(self._folder)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what provenance says of the model."""
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "sha256": self.sha256,
+            "dtype": self.dtype,
+            "device": str(self.device),
+            "attention_kernel": self.attention_kernel,
+            "compiled": self.compiled is not None,
+            "batch_tokens": self.batch_tokens,
+            "quantization": self.quantization,
+            "max_length": self.max_length,
+        }
 
     @torch.no_grad()
     def log_probs(

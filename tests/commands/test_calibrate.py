@@ -193,7 +193,44 @@ def test_what_a_cascade_did_not_score_is_neither_calibrated_nor_mixed(
     for more in (["--weight", "0.5"], ["--weight", "0.5", "--depth", "6"]):
         assert main([*mixing, *more]) == 2
         assert "which scores the best candidates only" in capsys.readouterr().err
+    mixing = ["interpolate", "--first", str(run), "--run", str(toy_run), "--output", str(output)]
+    assert main([*mixing, "--weight", "0.5"]) == 2
+    assert "which scores the best candidates only" in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_what_either_run_did_not_score_is_not_mixed(calibratable, tmp_path):
+    output = tmp_path / "mixed.trec"
+    alone, shallow = (str(calibratable / f"{name}.trec") for name in ("alone", "shallow"))
+    mixing = ["interpolate", "--weight", "0.5", "--output", str(output)]
+    for first, run in ((alone, shallow), (shallow, alone)):
+        assert main([*mixing, "--first", first, "--run", run]) == 0
+        assert read_json(f"{output}.provenance.json")["options"]["depth"] == 4
+        below = read_run(first)
+        for query, ranking in read_run(output).items():
+            assert [hit.passage_id for hit in ranking.hits[4:]] == [hit.passage_id for hit in below[query].hits[4:]]
+
+
+def test_a_first_stage_that_scored_less_is_not_mixed_in(calibratable, saved_model, tmp_path, capsys):
+    output = tmp_path / "mixed.trec"
+    reranking = ["rerank", "--collection", str(calibratable / "toy"), "--split", "dev", "--model", str(saved_model)]
+    reranking += ["--dtype", "float32", "--interpolate", "0.5", "--output", str(output)]
+    assert main([*reranking, "--run", str(calibratable / "shallow.trec")]) == 2
+    assert "shallow.trec scores its first 4 only; take --depth 4" in capsys.readouterr().err
+    assert main([*reranking, "--run", str(calibratable / "cascade.trec"), "--depth", "2"]) == 2
+    assert "which scores the best candidates only" in capsys.readouterr().err
+    assert not output.exists()
+    assert main([*reranking, "--run", str(calibratable / "shallow.trec"), "--depth", "4"]) == 0
+
+
+def test_no_run_is_overwritten(calibrate, calibratable, tmp_path, capsys):
+    run = shutil.copy(calibratable / "alone.trec", tmp_path / "dev.trec")
+    before = run.read_bytes()
+    assert calibrate("alone", "--run", run, "--output", run)[0] == 2
+    mixing = ["interpolate", "--first", "a", "--run", "b", "--dev-first", "c", "--dev-run", str(run)]
+    assert main([*mixing, "--output", str(run)]) == 2
+    assert "is what is read, and would be lost" in capsys.readouterr().err
+    assert run.read_bytes() == before
 
 
 def test_provenance_of_another_file_is_not_believed(calibrate, calibratable, toy, tmp_path, capsys):

@@ -22,6 +22,7 @@ from qpeft.data.trec import read_run, write_run
 from qpeft.errors import StateError
 from qpeft.loading import load_lm, tuning_key_of
 from qpeft.model_config import ModelConfig
+from qpeft.provenance import provenance, write_provenance
 from qpeft.template import Prompt, load_template
 from qpeft.training import trainer
 from qpeft.training.trainer import Learner
@@ -355,6 +356,22 @@ def test_pairs_without_a_teachers_score(arguments, collection, toy_run, tmp_path
     none = write(tmp_path / "none.trec", lambda query_id, hit: query_id != "q4" or hit.passage_id not in qrels["q4"])
     words = ["none.trec: no score for positives of 1 of 6 queries, first query 'q4', passage 'sea-0'"]
     fails(arguments(tmp_path / "other", *none, adapter="soft_prompt"), capsys, tmp_path, *words)
+
+
+def test_what_a_teacher_only_carries_along_is_no_score(arguments, toy_run, tmp_path, capsys):
+    teacher = shutil.copy(toy_run, tmp_path / "teacher.trec")
+
+    def made_with(**options):
+        write_provenance(Path(teacher), provenance(command="rerank", options=options))
+        return ["--teacher", str(teacher), "--loss", "margin_mse", "--epochs", "1", "--run", str(toy_run)]
+
+    cascade = made_with(method="cascade", depth=100)
+    fails(arguments(tmp_path / "mine", *cascade, adapter="soft_prompt"), capsys, tmp_path, "scores the best candidates")
+    unscored = "negatives have no score of --teacher, and get its lowest"
+    for name, depth in ("whole", 100), ("shallow", 1):  # each query's positive comes first
+        shallow = made_with(method="query_likelihood", depth=depth)
+        assert main(arguments(tmp_path / name, *shallow, adapter="soft_prompt")) == 0
+        assert (unscored in capsys.readouterr().err) == (depth == 1)
 
 
 def test_dev_queries_without_a_relevant_candidate(arguments, tmp_path, capsys):

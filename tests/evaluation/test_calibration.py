@@ -25,7 +25,7 @@ from qpeft.evaluation.calibration import (
     separation,
 )
 from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, read_calibration, write_calibration
-from qpeft.types import UNREADABLE, Ranking, Run
+from qpeft.types import Passage, Ranking, Run
 
 SCORES = st.lists(st.tuples(st.floats(-1e6, 1e6, width=32), st.booleans()), min_size=2, max_size=40).filter(
     lambda pairs: len({relevant for _, relevant in pairs}) == 2
@@ -194,12 +194,20 @@ def test_pairs_of_a_run():
 
 
 def test_what_no_model_could_read_takes_no_part():
-    read = {"q2": {"c": -5.0, "d": -6.0}, "q3": {"f": -7.0}}
-    qrels = {"q1": {"a": 1}, "q2": {"c": 1}, "q3": {}}
-    pairs, others = judged_pairs(run(q1={"a": UNREADABLE}, **read), qrels), judged_pairs(run(**read), qrels)
-    assert pairs.scores.tolist() == [-5.0, -6.0, -7.0]
-    assert (pairs.queries, pairs.answerable) == (2, 1)
-    assert pairs.centred().scores.tolist() == others.centred().scores.tolist() == [0.5, -0.5, 0.0]
+    read = {"c": -5.0, "d": -6.0}
+    made = run(q1={"a": -1e6}, q2=read | {"b": -7.0})
+    texts = {
+        "a": Passage("a", " \n"),
+        "b": Passage("b", "", " "),
+        "c": Passage("c", "text"),
+        "d": Passage("d", "", "title"),
+    }
+    qrels = {"q1": {"a": 1}, "q2": {"c": 1}}
+    marked = Run([dataclasses.replace(each, unreadable=frozenset("ab")) for each in made.values()], "ql")
+    for pairs in judged_pairs(made, qrels, passages=texts), judged_pairs(marked, qrels):
+        assert pairs.scores.tolist() == [-5.0, -6.0]
+        assert (pairs.queries, pairs.answerable) == (1, 1)
+        assert pairs.centred().scores.tolist() == [0.5, -0.5]
 
 
 def test_runs_that_cannot_be_calibrated():

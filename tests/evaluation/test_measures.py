@@ -71,12 +71,21 @@ def test_all_judged_queries_count_and_no_others():
     run = Run([ranked("q1", ["a", "b"]), ranked("unjudged", ["a"])], "run")
     found = evaluate(run, {"q1": {"b": 1}, "missing": {"a": 1}, "nothing judged": {}}, "RR@10 AP CandR@1 CandR_clean@1")
     assert found.queries == ("q1", "missing", "nothing judged")
-    assert found.unranked == 2
+    assert found.unranked == {"missing", "nothing judged"}
     assert found.per_query["RR@10"] == {"q1": 0.5, "missing": 0.0, "nothing judged": 0.0}
     assert found.per_query["AP"] == {"q1": 0.5, "missing": 0.0, "nothing judged": 0.0}
     assert found.per_query["CandR@1"] == {"q1": 0.0, "missing": 0.0, "nothing judged": 0.0}
     assert found.per_query["CandR_clean@1"] == {"q1": 0.0, "missing": 0.0}, "to skip a query must not pay"
     assert found.means["RR@10"] == pytest.approx(0.5 / 3)
+
+
+def test_means_of_what_a_run_ranks():
+    relevant = {query: {"a": 1} for query in ("found", "also", "lost", "skipped", "skipped too")}
+    run = Run([ranked("found", ["a"]), ranked("also", ["a"]), ranked("lost", ["b"])], "sample")
+    evaluation = evaluate(run, relevant, "RR@10 CandR_clean@10")
+    assert evaluation.mean_of_ranked("RR@10") == pytest.approx(2 / 3)
+    assert evaluation.mean_of_ranked("CandR_clean@10") == 1.0
+    assert evaluate(Run([], "none"), relevant, "RR@10").mean_of_ranked("RR@10") is None
 
 
 def test_no_judged_query_is_an_error():

@@ -25,7 +25,7 @@ def evaluation(tag, **measures):
         measure: {q: v for q, v in zip(queries, values, strict=False) if v is not None}
         for measure, values in measures.items()
     }
-    return Evaluation(tag, tuple(measures), queries, 0, per_query)
+    return Evaluation(tag, tuple(measures), queries, frozenset(), per_query)
 
 
 def scores(seed, queries=80, gain=0.0):

@@ -16,16 +16,20 @@ from qpeft.evaluation.tables import measure_table, significant
 MEASURES = ("nDCG@10", "RR@10")
 
 
-def evaluation(tag, gain, seed, unranked=0):
+def evaluation(tag, gain, seed, unranked=""):
     rng = np.random.default_rng(seed)
     queries = tuple(f"q{number}" for number in range(60))
     per_query = {m: {q: float(np.clip(rng.normal(0.5 + gain, 0.15), 0, 1)) for q in queries} for m in MEASURES}
-    return Evaluation(tag, MEASURES, queries, unranked, per_query)
+    return Evaluation(tag, MEASURES, queries, frozenset(unranked), per_query)
 
 
 @pytest.fixture(scope="module")
 def evaluations():
-    return [evaluation("base", 0, 1), evaluation("a|b_50%", 0.2, 2), evaluation("worse", -0.2, 3, unranked=2)]
+    return [
+        evaluation("base", 0, 1),
+        evaluation("a|b_50%", 0.2, 2),
+        evaluation("worse", -0.2, 3, unranked="ab"),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +121,7 @@ def test_marks_are_about_the_first_baseline_and_need_significance(evaluations):
 
 
 def test_missing_values_are_dashes_not_zeros():
-    empty = Evaluation("run", ("CandR_clean@5",), ("q1",), 0, {"CandR_clean@5": {}})
+    empty = Evaluation("run", ("CandR_clean@5",), ("q1",), frozenset(), {"CandR_clean@5": {}})
     assert "–" in render([empty])
     assert "over the 0 queries with a relevant candidate" in render([empty])
     assert json.loads(render([empty], format="json"))["runs"][0]["means"] == {"CandR_clean@5": None}
@@ -153,7 +157,7 @@ def test_programs_read_costs_too(evaluations):
 
 def test_quality_and_work_are_of_the_same_queries():
     per_query = {"RR@10": {"a": 1.0, "b": 0.5, "c": 0.0, "d": 0.0}}
-    evaluation = Evaluation("part", ("RR@10",), ("a", "b", "c", "d"), unranked=2, per_query=per_query)
+    evaluation = Evaluation("part", ("RR@10",), ("a", "b", "c", "d"), frozenset("cd"), per_query)
     costs = {"part": Cost(1.0, 2, 20, 900, flops=4 * 10**14)}  # of the two that are ranked
     (run,) = json.loads(render([evaluation], format="json", costs=costs))["runs"]
     assert run["cost"]["quality_per_petaflop"] == 0.75 * 5

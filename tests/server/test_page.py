@@ -9,7 +9,7 @@ import pytest
 
 from qpeft.evaluation.calibration import Platt
 from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, write_calibration
-from qpeft.loading import describe_lm, load_lm
+from qpeft.loading import load_lm
 from qpeft.model_config import ModelConfig
 from qpeft.server.ranking import MAX_EXPLAINED
 from qpeft.server.settings import Settings
@@ -82,9 +82,7 @@ def server(tmp_path_factory):
     """Serve tiny-lm, calibrated, with its embedded adapters."""
     lm = tiny_lm()
     template = load_template("plain")
-    origin = ScoreOrigin.of(
-        describe_lm(lm, ModelConfig()), {"template": {"name": "plain", "fingerprint": template.fingerprint}}
-    )
+    origin = ScoreOrigin.of(lm.describe(), {"template": {"name": "plain", "fingerprint": template.fingerprint}})
     path = tmp_path_factory.mktemp("calibration") / "calibration.json"
     write_calibration(Calibration(Platt(1.5, 0.0), origin, centred=True), path)
     with ready(tiny_lm, Settings(port=0, max_wait_ms=0, calibration=str(path))) as client:

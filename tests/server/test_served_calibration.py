@@ -10,8 +10,6 @@ from qpeft.adapters._folder import load_adapter, save_adapter
 from qpeft.errors import AdapterError, InputError
 from qpeft.evaluation.calibration import Platt
 from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, write_calibration
-from qpeft.loading import describe_lm
-from qpeft.model_config import ModelConfig
 from qpeft.server.models import Models
 from qpeft.server.settings import Settings
 from qpeft.template import load_template
@@ -27,7 +25,7 @@ def sigmoid(x):
 def origin(lm, adapter=None, template="plain", **options):
     template = load_template(template)
     facts = {"template": {"name": template.name, "fingerprint": template.fingerprint}, "adapter": adapter}
-    return ScoreOrigin.of(describe_lm(lm, ModelConfig()), facts, "query_likelihood", {"normalize": "mean"} | options)
+    return ScoreOrigin.of(lm.describe(), facts, "query_likelihood", {"normalize": "mean"} | options)
 
 
 @pytest.fixture

@@ -30,7 +30,21 @@ def read_run_provenance(run: str) -> dict[str, Any] | None:
     return facts
 
 
-def check_scores(run: str, facts: Mapping[str, Any] | None) -> None:
-    """Raise OptionError if a run's provenance says that some of its scores are none."""
-    if facts is not None and facts["options"].get("method") == "cascade":
+def scored_depth(run: str, facts: Mapping[str, Any] | None) -> int | None:
+    """Return how many of each query's first passages have scores of their own; None: all, as far as is known.
+
+    What stands below them in a run carries the first stage's order on, with scores that only keep it.
+
+    Args:
+        run: its name, for the message.
+        facts: its provenance, if there is one.
+
+    Raises:
+        OptionError: even some of the first ones have none.
+    """
+    if facts is None or facts.get("command") not in ("rerank", "interpolate"):
+        return None
+    if facts["options"].get("method") == "cascade":
         raise OptionError(f"{run} was made with --method cascade, which scores the best candidates only")
+    depth = facts["options"].get("depth")
+    return depth if isinstance(depth, int) else None

@@ -99,7 +99,6 @@ def run_study(
 
     from qpeft.analysis.study import Study, findings
     from qpeft.analysis.study_report import write_study
-    from qpeft.loading import describe_lm
 
     lm = open_as_begun(model, unfinished.settings)
     subjects = [_subject(folder, lm) for folder in folders]
@@ -118,7 +117,7 @@ def run_study(
             }
             for i, each in enumerate(subjects)
         ],
-        "model": describe_lm(lm, model),
+        "model": lm.describe(),
     }
     result = output / RESULT
     before = read_json(result) if config.resume and result.is_file() else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qpeft.atomic import is_stream
+from qpeft.commands._run_provenance import read_run_provenance, scored_depth
 from qpeft.data.candidates import candidates_from_run
 from qpeft.data.collection import Collection
 from qpeft.data.splits import unknown_split
@@ -122,13 +123,15 @@ def read_teacher(config: Config, groups: Sequence[Group]) -> Mapping[tuple[str, 
     Raises:
         InputError: a positive has none; the lowest score, which stands for those that are missing, would teach that
             it is the worst passage.
+        OptionError: it is a run whose candidates do not all have scores.
     """
     if config.teacher is None:
         return None
+    depth = scored_depth(config.teacher, read_run_provenance(config.teacher))
     teacher = {
         (ranking.query_id, hit.passage_id): hit.score
         for ranking in read_run(config.teacher).values()
-        for hit in ranking.hits
+        for hit in ranking.hits[:depth]
     }
     positives, negatives = unscored(groups, teacher)
     if positives:

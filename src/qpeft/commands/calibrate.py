@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qpeft import methods
-from qpeft.commands._run_provenance import check_scores, read_run_provenance
+from qpeft.commands._output import check_output
+from qpeft.commands._run_provenance import read_run_provenance, scored_depth
 from qpeft.data.collection import open_collection
 from qpeft.data.trec import read_run
 from qpeft.errors import AdapterError, InputError, OptionError, ScoreError
@@ -76,9 +77,12 @@ def run(config: Config) -> None:
     """Fit, validate, write, and print what it is worth."""
     if (config.adapter is None) == (config.output is None):
         raise OptionError("give either --adapter or --output")
+    if config.output is not None:
+        check_output(config.output, read=[config.run])
     if config.plot is not None and Path(config.plot).is_dir():
         raise OptionError(f"--plot {config.plot}: is a folder")
     facts = _provenance(config.run)
+    depth = scored_depth(config.run, facts)
     collection = open_collection(config.collection)
     made_of, fingerprint = facts.get("collection") or {}, collection.fingerprint()
     if made_of.get("fingerprint", fingerprint) != fingerprint:
@@ -87,7 +91,7 @@ def run(config: Config) -> None:
         )
     origin = _origin(facts)
     output = Path(config.output) if config.output is not None else _in_adapter(config, origin)
-    pairs = judged_pairs(read_run(config.run), collection.qrels(config.split), facts["options"].get("depth"))
+    pairs = judged_pairs(read_run(config.run), collection.qrels(config.split), depth, collection.passages)
     used = pairs.centred() if config.centre else pairs
     fitted = fit(config.method, used.scores, used.relevant)
     if fitted.constant:
@@ -117,7 +121,6 @@ def _provenance(run: str) -> dict[str, Any]:
     if facts is None and Path(run).exists():
         beside = provenance_path(Path(run))
         raise InputError(f"{beside} is missing: without it, nobody knows what the scores of {run} are of")
-    check_scores(run, facts)
     return facts or {"options": {}}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qpeft.commands._output import check_output
-from qpeft.commands._run_provenance import check_scores, read_run_provenance
+from qpeft.commands._run_provenance import read_run_provenance, scored_depth
 from qpeft.data.collection import open_collection
 from qpeft.data.trec import read_run, write_run
 from qpeft.errors import OptionError
@@ -40,16 +40,16 @@ class Config:
     measure: str = "RR@10"
     """What the weight is chosen by."""
     depth: int | None = None
-    """The reranking depth, where the reranked run carries the passages below it along; by default as its provenance
-    says."""
+    """Mix this many passages of each query; by default, and at most, what the runs' provenance says was scored."""
     tag: str | None = None
     """Name of the system in the run file."""
 
 
 def run(config: Config) -> None:
     """Choose the weight if none is given, mix, and write the run with its provenance."""
-    check_output(config.output, config.tag, read=[config.first, config.run])
-    depth = _depth(config, config.run)
+    runs = (config.first, config.run, config.dev_first, config.dev_run)
+    check_output(config.output, config.tag, read=filter(None, runs))
+    depth = _depth(config, config.first, config.run)
     facts: dict[str, Any] = {"command": "interpolate", "options": {**dataclasses.asdict(config), "depth": depth}}
     weight = config.weight
     if weight is None:
@@ -60,7 +60,7 @@ def run(config: Config) -> None:
             read_run(config.dev_run),
             open_collection(config.collection).qrels(config.dev_split),
             config.measure,
-            depth=_depth(config, config.dev_run),
+            depth=_depth(config, config.dev_first, config.dev_run),
         )
         weight = choice.weight
         facts["choice"] = dataclasses.asdict(choice)
@@ -73,15 +73,11 @@ def run(config: Config) -> None:
     write_provenance(output, provenance(**facts, weight=weight))
 
 
-def _depth(config: Config, run: str) -> int | None:
-    """Return how many passages of a query have real scores, as asked for, or as a file beside the run says.
+def _depth(config: Config, *runs: str) -> int | None:
+    """Return how many passages of a query are mixed: as asked for, and no more than have scores in all the runs.
 
     Raises:
-        OptionError: the file says that some candidates have none.
+        OptionError: see `scored_depth`.
     """
-    made = read_run_provenance(run)
-    check_scores(run, made)
-    if config.depth is not None:
-        return config.depth
-    depth = made["options"].get("depth") if made and made.get("command") == "rerank" else None
-    return depth if isinstance(depth, int) else None
+    scored = [scored_depth(run, read_run_provenance(run)) for run in runs]
+    return min((depth for depth in (config.depth, *scored) if depth is not None), default=None)

@@ -22,7 +22,7 @@ from qpeft.commands._output import check_output
 from qpeft.commands._partial import Partial
 from qpeft.commands._peek import peek_method
 from qpeft.commands._progress import progress_bar
-from qpeft.commands._run_provenance import read_run_provenance
+from qpeft.commands._run_provenance import read_run_provenance, scored_depth
 from qpeft.commands._same_work import is_finished
 from qpeft.commands._sample import sample_run
 from qpeft.commands._unfinished import open_as_begun
@@ -91,17 +91,19 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     if not first:
         raise InputError(f"{config.run} ranks no query")
     check_run(first, queries, collection.passages, config.depth)
+    if config.interpolate is not None:
+        scored = scored_depth(config.run, read_run_provenance(config.run))
+        if scored is not None and any(len(ranking.hits[: config.depth]) > scored for ranking in first.values()):
+            raise OptionError(f"--interpolate: {config.run} scores its first {scored} only; take --depth {scored}")
 
     import torch
-
-    from qpeft.loading import describe_lm
 
     forget_peak_memory()  # what was done before in this process is not of this run
     partial = Partial(Path(config.output), config.resume)
     lm = open_as_begun(model, partial.settings)
     if lm.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(lm.device)
-    described = describe_lm(lm, model)
+    described = lm.describe()
     facts: dict[str, Any] = {
         "command": "rerank",
         "options": options_of(config, model, method),

@@ -330,7 +330,7 @@ def _say_dev(where: str, measured: Mapping[str, float | None]) -> None:
 
 def _open_lm(config: Config, model: ModelConfig, begun: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Open the model with the number type and threads that the training began with; return what describes it too."""
-    from qpeft.loading import describe_lm, load_lm
+    from qpeft.loading import load_lm
 
     def load(model: ModelConfig) -> Any:
         if model.passage_cache is None and not getattr(adapters.load(config.adapter), "CHANGES_LM", False):
@@ -344,7 +344,7 @@ def _open_lm(config: Config, model: ModelConfig, begun: Mapping[str, Any]) -> tu
     lm = open_as_begun(model, begun, load)
     if lm.has_encoder:
         raise OptionError("training needs a decoder-only model")
-    return lm, describe_lm(lm, model)
+    return lm, lm.describe()
 
 
 def _keep_all_or_none(lm: Any, adapter: HintWriter, needed: Callable[[], int]) -> None:

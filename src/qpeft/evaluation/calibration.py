@@ -20,15 +20,16 @@ Shapes: `N` pairs of a query and a candidate.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from qpeft.errors import OptionError, ScoreError, UnknownIdError, at_least, nearest
-from qpeft.types import UNREADABLE, Qrels, Run
+from qpeft.types import Passage, Qrels, Run
 
 Method = Literal["platt", "isotonic"]
 Values = npt.NDArray[np.float64]
@@ -125,13 +126,16 @@ class JudgedPairs:
         return len(np.unique(self.query[self.relevant]))
 
 
-def judged_pairs(run: Run, qrels: Qrels, depth: int | None = None) -> JudgedPairs:
+def judged_pairs(
+    run: Run, qrels: Qrels, depth: int | None = None, passages: Mapping[str, Passage] = MappingProxyType({})
+) -> JudgedPairs:
     """Return the candidates of a run that the model could read, with their judgements; unjudged ones are not relevant.
 
     Args:
         run: rankings of judged queries.
         qrels: a grade of 1 or more is relevant.
         depth: the reranking depth, where the run carries the passages below it along with made-up scores.
+        passages: by id; those without text were read by no model, and a run's file does not say so.
 
     Raises:
         UnknownIdError: a query that is not judged.
@@ -142,10 +146,13 @@ def judged_pairs(run: Run, qrels: Qrels, depth: int | None = None) -> JudgedPair
         if query_id not in qrels:
             raise UnknownIdError(f"run {run.tag!r}: query {query_id!r} has no judgements in this split")
         for hit in ranking.hits[:depth]:
-            if hit.score != UNREADABLE:  # which no model said, and which is far from all that one does
-                scores.append(hit.score)
-                relevant.append(qrels[query_id].get(hit.passage_id, 0) >= 1)
-                query.append(number)
+            passage = passages.get(hit.passage_id)
+            blank = passage is not None and not f"{passage.title}{passage.text}".strip()
+            if blank or hit.passage_id in ranking.unreadable:
+                continue
+            scores.append(hit.score)
+            relevant.append(qrels[query_id].get(hit.passage_id, 0) >= 1)
+            query.append(number)
     if not any(relevant) or all(relevant):
         which = "no candidate is" if not any(relevant) else "all candidates are"
         raise ScoreError(f"run {run.tag!r}: {which} relevant; a calibration is fitted on both kinds")

@@ -24,6 +24,8 @@ MAPS: dict[str, type[Platt] | type[Isotonic]] = {"platt": Platt, "isotonic": Iso
 _FORMAT = 1
 _UNRELATED = ("template", "adapter", "queries_per_batch")
 """Options that stand in `ScoreOrigin` themselves, or change no score."""
+_HELD = ("max_length", "quantization")
+"""What is said of a model that stands among the options."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class ScoreOrigin:
     """What scores are scores of, in the words of provenance.
 
     `model` has name, revision and sha256; `template` name and fingerprint; `adapter`, if there is one, name and sha256;
-    `options` the method's name and those of its options that change a score.
+    `options` the method's name, those of its options that change a score, and how the model is held.
     """
 
     model: Mapping[str, Any]
@@ -50,13 +52,14 @@ class ScoreOrigin:
         """Return the origin of a reranker's scores.
 
         Args:
-            model: from `loading.describe_lm`.
+            model: from `PretrainedLM.describe`, or as much of it as is compared.
             facts: `Reranker.facts`, or a provenance.
             method: its name.
             options: the fields of its `Config`.
         """
         adapter = facts.get("adapter")
-        kept = {name: value for name, value in (options or {}).items() if name not in _UNRELATED}
+        kept = {name: model[name] for name in _HELD if name in model}
+        kept |= {name: value for name, value in (options or {}).items() if name not in _UNRELATED}
         return cls(
             {name: model.get(name) for name in ("name", "revision", "sha256")},
             {name: facts.get("template", {}).get(name) for name in ("name", "fingerprint")},

@@ -34,14 +34,14 @@ class Evaluation:
         run: tag of the run.
         measures: canonical notation of the measures, in the order asked for.
         queries: ids of all judged queries, in the order of the qrels.
-        unranked: how many of them the run does not rank; they score 0.
+        unranked: those of them that the run does not rank; they score 0.
         per_query: measure → query id → value. A clean candidate measure has no value for some queries.
     """
 
     run: str
     measures: tuple[str, ...]
     queries: tuple[str, ...]
-    unranked: int
+    unranked: frozenset[str]
     per_query: Mapping[str, Mapping[str, float]]
 
     @property
@@ -54,9 +54,9 @@ class Evaluation:
 
     def mean_of_ranked(self, measure: str) -> float | None:
         """Arithmetic mean of a measure over the queries that the run ranks; None if there is none."""
-        values = self.per_query.get(measure, {})
-        count = min(len(values), len(self.queries) - self.unranked)  # a clean measure has none for the others
-        return math.fsum(values.values()) / count if count else None
+        found = self.per_query.get(measure, {})
+        values = [value for query_id, value in found.items() if query_id not in self.unranked]
+        return math.fsum(values) / len(values) if values else None
 
 
 def parse_measures(notation: str | Sequence[str]) -> tuple[Measure, ...]:
@@ -113,7 +113,7 @@ def evaluate(run: Run, qrels: Qrels, measures: str | Sequence[str]) -> Evaluatio
         run=run.tag,
         measures=tuple(values),
         queries=tuple(qrels),
-        unranked=sum(query_id not in run for query_id in qrels),
+        unranked=frozenset(query_id for query_id in qrels if query_id not in run),
         per_query=values,
     )
 

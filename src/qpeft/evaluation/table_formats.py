@@ -146,7 +146,7 @@ def _evaluations_csv(evaluations: Sequence[Evaluation], costs: Mapping[str, Cost
     known = tuple(dict.fromkeys(name for cost in found for name in cost))
     return _csv(
         [
-            {"run": each.run, "queries": len(each.queries), "unranked": each.unranked}
+            {"run": each.run, "queries": len(each.queries), "unranked": len(each.unranked)}
             | {measure: each.means.get(measure) for measure in measures}
             | {f"cost_{name}": cost.get(name) for name in known}
             for each, cost in zip(evaluations, found, strict=True)
@@ -182,7 +182,7 @@ def _json(
 ) -> str:
     content: dict[str, Any] = {
         "runs": [
-            {"run": each.run, "queries": len(each.queries), "unranked": each.unranked, "means": each.means}
+            {"run": each.run, "queries": len(each.queries), "unranked": len(each.unranked), "means": each.means}
             | ({} if costs is None else {"cost": _costs(each, costs) or None})
             for each in evaluations
         ]

@@ -140,7 +140,7 @@ def measure_notes(
     """Return the legend of a table of measures: number of queries, what the marks mean, queries not ranked."""
     counts = sorted({len(each.queries) for each in evaluations})
     notes = [f"{' or '.join(map(str, counts))} queries; a query that a run does not rank scores 0"]
-    notes += [f"{each.run} does not rank {each.unranked} of them" for each in evaluations if each.unranked]
+    notes += [f"{each.run} does not rank {len(each.unranked)} of them" for each in evaluations if each.unranked]
     for measure in dict.fromkeys(measure for each in evaluations for measure in each.measures):
         counts = sorted({len(each.per_query[measure]) for each in evaluations if measure in each.per_query})
         if "_clean" in measure:

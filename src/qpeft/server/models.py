@@ -81,7 +81,7 @@ class Models:
 
     def __init__(self, lm: PretrainedLM, settings: Settings) -> None:
         self.lm = lm
-        if isinstance(lm, ContextEncoder):
+        if isinstance(lm, ContextEncoder) and (lm.store is None or lm.store.folder is None):
             lm.repeatable = False  # nobody resumes a request, and many have few passages
         self.base = Path(lm.name).name if Path(lm.name).is_dir() else lm.name
         self._settings = settings
@@ -151,8 +151,7 @@ class Models:
 
     def _origin(self, scorer: RowScorer, method: Any, config: Any) -> ScoreOrigin:
         """Return what a scorer's scores are scores of."""
-        model = {"name": self.lm.name, "revision": self.lm.revision, "sha256": self.lm.sha256}
-        return ScoreOrigin.of(model, scorer.facts, _name(method), dataclasses.asdict(config))
+        return ScoreOrigin.of(self.lm.describe(), scorer.facts, _name(method), dataclasses.asdict(config))
 
     def serve(self, model: ServedModel) -> ServedModel | None:
         """Let a model be asked for, from now on; return what had its name before."""
