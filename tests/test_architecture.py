@@ -13,7 +13,7 @@ import qpeft
 ROOT = Path(qpeft.__file__).parent
 LAYERS = [
     {"errors"},
-    {"types", "registry", "agreement", "atomic"},
+    {"types", "registry", "agreement", "atomic", "options"},
     {"provenance", "model_config", "kept_tokens", "plain_text"},
     {"cpu_attention", "memory"},
     {"template", "hints", "context_store", "depth", "losses", "read_out", "side_by_side"},

@@ -71,13 +71,13 @@ def test_what_cannot_be_read_is_below_everything_whatever_stands_beside_it(saved
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda it: it.rank("why", [math.nan, "x"]), "passage 0 is nan"),
-        (lambda it: it.rank(None, ["x"]), "the query is None"),
-        (lambda it: it.rank("why", ["x", b"x"]), "passage 1 is b'x'"),
-        (lambda it: it.rank("why", [{"text": "x"}]), "passage 0 is {'text': 'x'}"),
+        (lambda it: it.rank("why", [math.nan, "x"]), "passage '0': its text is nan, not a text"),
+        (lambda it: it.rank(None, ["x"]), "query 'query': its text is None, not a text"),
+        (lambda it: it.rank("why", ["x", b"x"]), "passage '1': its text is b'x'"),
+        (lambda it: it.rank("why", [{"text": "x"}]), "passage '0': its text is {'text': 'x'}"),
         (lambda it: it.rank("why", ["x"], top_k=1.5), "top_k is 1.5"),
         (lambda it: it.predict([("a", "b"), 3]), "pair 1 is 3"),
-        (lambda it: it.predict([("a", 3)]), "passage 0 is 3"),
+        (lambda it: it.predict([("a", 3)]), "passage '0': its text is 3"),
     ],
 )
 def test_what_is_no_text_is_named(saved_model, call, words):

@@ -115,6 +115,29 @@ def test_candidates_need_all_scores_or_none():
         Candidates(Query("q", "?"), passages, (1.0,))
 
 
+def test_candidates_of_any_iterable():
+    made = Candidates(Query("q", "?"), (Passage(name, "x") for name in "ab"), np.array([2.0, 1.0]))
+    assert [passage.id for passage in made.passages] == ["a", "b"]
+    assert made.scores == (2.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Passage(7, "x"), "passage 7: its id is no text, but int"),
+        (lambda: Passage("a", "x", None), "passage 'a': its title is None, not a text"),
+        (lambda: Query("q", 1.5), "query 'q': its text is 1.5, not a text"),
+        (lambda: Query("q", "?", "answer"), "query 'q': answers are one text, 'answer', not several"),
+        (lambda: Candidates(Query("q", "?"), ["x"]), "query 'q': a candidate is 'x', not a Passage"),
+        (lambda: Candidates(Query("q", "?"), [Passage("a", "x")] * 2), "query 'q': passage 'a' occurs twice"),
+    ],
+)
+def test_what_cannot_be_ranked_is_named_before_it_is(make, words):
+    with pytest.raises((OptionError, ScoreError)) as error:
+        make()
+    assert str(error.value) == words
+
+
 @given(
     st.lists(st.integers(0, 9), max_size=12),
     st.builds(Window, st.none() | st.integers(1, 4), st.integers(1, 20)),

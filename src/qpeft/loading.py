@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import os
 import time
-import typing
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -213,8 +212,6 @@ def load_reranker(model: str = EMBEDDED, *, method: str | None = None, **options
             raise OptionError(f"unknown option {name!r}{nearest(name, of_model | of_method)}")
     model_config = ModelConfig(model, **{k: v for k, v in options.items() if k in of_model})
     method_config = module.Config(**{k: v for k, v in options.items() if k in of_method})
-    _check_choices(model_config)
-    _check_choices(method_config)
     reranker: Reranker = module.build(method_config, load_lm(model_config))
     return reranker
 
@@ -297,14 +294,6 @@ def _context_store(config: ModelConfig) -> ContextStore | None:
     if not size and config.passage_cache_folder is None:
         return None
     return ContextStore(int(size * 2**30), storage=config.passage_cache_storage)
-
-
-def _check_choices(config: Any) -> None:
-    for name, kind in typing.get_type_hints(type(config)).items():
-        choices = typing.get_args(kind)
-        if typing.get_origin(kind) is typing.Literal and getattr(config, name) not in choices:
-            value = getattr(config, name)
-            raise OptionError(f"{name} is {value!r}{nearest(str(value), choices)}")
 
 
 def _context_length(settings: Any, asked: int | None) -> int:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qpeft.errors import at_least
+from qpeft.options import Checked
 
 EMBEDDED = "tiny-lm"
 """The language model that ships with qpeft."""
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """Which language model, and how it is held."""
 
     model: str = EMBEDDED
@@ -45,5 +46,6 @@ class ModelConfig:
     """Tokens that template, passage and query may have together; default: what the model was made for."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, batch_tokens=self.batch_tokens, max_length=self.max_length)
         at_least(0, passage_cache=self.passage_cache)

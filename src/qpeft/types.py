@@ -30,6 +30,14 @@ def whole(text: str) -> str:
     return text
 
 
+def _check_texts(what: str, name: Any, **texts: Any) -> None:
+    if not isinstance(name, str):
+        raise OptionError(f"{what} {name!r}: its id is no text, but {type(name).__name__}")
+    for part, text in texts.items():
+        if not isinstance(text, str):
+            raise OptionError(f"{what} {name!r}: its {part} is {text!r:.60}, not a text")
+
+
 @dataclass(frozen=True, slots=True)
 class Query:
     """A question or keyword query; `answers` are the accepted answer strings, where a collection has them."""
@@ -39,6 +47,9 @@ class Query:
     answers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_texts("query", self.id, text=self.text)
+        if isinstance(self.answers, str):
+            raise OptionError(f"query {self.id!r}: answers are one text, {self.answers!r:.60}, not several")
         object.__setattr__(self, "text", whole(self.text))
         object.__setattr__(self, "answers", tuple(map(whole, self.answers)))
 
@@ -52,6 +63,7 @@ class Passage:
     title: str = ""
 
     def __post_init__(self) -> None:
+        _check_texts("passage", self.id, text=self.text, title=self.title)
         object.__setattr__(self, "text", whole(self.text))
         object.__setattr__(self, "title", whole(self.title))
 
@@ -65,6 +77,15 @@ class Candidates:
     scores: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "passages", tuple(self.passages))
+        object.__setattr__(self, "scores", tuple(self.scores))
+        ids = set()
+        for passage in self.passages:
+            if not isinstance(passage, Passage):
+                raise OptionError(f"query {self.query.id!r}: a candidate is {passage!r:.60}, not a Passage")
+            if passage.id in ids:
+                raise ScoreError(f"query {self.query.id!r}: passage {passage.id!r} occurs twice")
+            ids.add(passage.id)
         if self.scores and len(self.scores) != len(self.passages):
             raise ScoreError(
                 f"query {self.query.id!r}: {len(self.passages)} passages but {len(self.scores)} first-stage scores"
@@ -369,14 +390,8 @@ def _pair(pair: Any, place: int) -> tuple[str, str | Passage]:
 
 
 def _candidates(query: str, passages: Sequence[str | Passage]) -> Candidates:
-    if not isinstance(query, str):
-        raise OptionError(f"the query is {query!r:.60}, not a text")
     return Candidates(Query("query", query), tuple(_passage(str(i), each) for i, each in enumerate(passages)))
 
 
 def _passage(passage_id: str, given: str | Passage) -> Passage:
-    if isinstance(given, Passage):
-        return replace(given, id=passage_id)
-    if not isinstance(given, str):
-        raise OptionError(f"passage {passage_id} is {given!r:.60}, neither a text nor a Passage")
-    return Passage(passage_id, given)
+    return replace(given, id=passage_id) if isinstance(given, Passage) else Passage(passage_id, given)

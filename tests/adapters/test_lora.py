@@ -179,6 +179,9 @@ def test_what_is_withdrawn_leaves_the_model_and_its_other_adapters_as_they_were(
     assert distance(targets(lm.log_probs(rows, adapters=third)), expected) > 1e-3
     second.withdraw()
     third.withdraw()
+    third.withdraw()
+    with pytest.raises(AdapterError, match="was taken out of the model"):
+        lm.log_probs(rows, adapters=third)
     assert sum(parameter.numel() for parameter in lm.model.parameters()) == size
     assert_same(targets(lm.log_probs(rows)), alone)
 

@@ -308,7 +308,7 @@ def test_only_query_likelihood_is_explained(make_lm, tmp_path):
     lm = make_lm("llama")
     adapter = build("soft_prompt", lm)
     save_adapter(tmp_path / "a", "soft_prompt", adapter, lm, load_template("yes_no"), method="yes_no")
-    with pytest.raises(OptionError, match="only query likelihood can be explained, and the adapter was"):
+    with pytest.raises(OptionError, match="only a scorer of query likelihood can be explained"):
         explain(open_scorer(lm, tmp_path / "a"), QUERY, PASSAGES)
     with pytest.raises(OptionError, match="--template rankllama: it has no target"):
         explain(build_scorer(Config(template="rankllama"), lm), QUERY, PASSAGES)

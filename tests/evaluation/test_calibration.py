@@ -25,7 +25,7 @@ from qpeft.evaluation.calibration import (
     separation,
 )
 from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, read_calibration, write_calibration
-from qpeft.types import Passage, Ranking, Run
+from qpeft.types import UNREADABLE, Passage, Ranking, Run
 
 SCORES = st.lists(st.tuples(st.floats(-1e6, 1e6, width=32), st.booleans()), min_size=2, max_size=40).filter(
     lambda pairs: len({relevant for _, relevant in pairs}) == 2
@@ -208,6 +208,16 @@ def test_what_no_model_could_read_takes_no_part():
         assert pairs.scores.tolist() == [-5.0, -6.0]
         assert (pairs.queries, pairs.answerable) == (1, 1)
         assert pairs.centred().scores.tolist() == [0.5, -0.5]
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_what_no_model_could_read_is_not_relevant_and_changes_no_other(centred):
+    made = Calibration(Platt(1.0, 0.0), None, centred)
+    alone = made([-1.0, -2.0])
+    assert made([-1.0, UNREADABLE, -2.0]) == [alone[0], 0.0, alone[1]]
+    assert made([UNREADABLE]) == [0.0]
+    with pytest.raises(ScoreError, match="are a list"):
+        made([[-1.0, -2.0], [-3.0, -4.0]])
 
 
 def test_runs_that_cannot_be_calibrated():

@@ -1,5 +1,6 @@
 import shutil
 
+import ir_measures
 import numpy as np
 import pytest
 import pytrec_eval
@@ -86,6 +87,18 @@ def test_means_of_what_a_run_ranks():
     assert evaluation.mean_of_ranked("RR@10") == pytest.approx(2 / 3)
     assert evaluation.mean_of_ranked("CandR_clean@10") == 1.0
     assert evaluate(Run([], "none"), relevant, "RR@10").mean_of_ranked("RR@10") is None
+
+
+def test_ids_that_never_meet_are_an_error():
+    run = Run([ranked("1", ["a"])], "run")
+    with pytest.raises(InputError, match="run 'run' ranks '1' and others, but no judged query, such as 1"):
+        evaluate(run, {1: {"a": 1}}, "RR@10")
+
+
+def test_grades_of_numpy_and_measures_of_ir_measures():
+    run = Run([ranked("q", ["a", "b"])], "run")
+    wanted = evaluate(run, {"q": {"b": 2}}, "nDCG@10 RR@10").means
+    assert evaluate(run, {"q": {"b": np.int64(2)}}, [ir_measures.nDCG @ 10, ir_measures.RR @ 10]).means == wanted
 
 
 def test_no_judged_query_is_an_error():

@@ -123,6 +123,10 @@ def test_bad_frames(tiny, frame):
     holed.loc[2, "text"] = None
     with pytest.raises(InputError, match=f"document '{frame.docno[2]}': it has no text"):
         QpeftReRanker(tiny)(holed)
+    twice = frame.copy()
+    twice.loc[1, "query"] = "another"
+    with pytest.raises(InputError, match=f"query '{frame.qid[1]}' has several texts: "):
+        QpeftReRanker(tiny)(twice)
 
 
 def test_java_was_not_started():

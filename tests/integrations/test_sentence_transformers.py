@@ -12,6 +12,7 @@ from sentence_transformers.cross_encoder.evaluation import (
 from mini_candidates import mini_qrels
 from qpeft.errors import OptionError
 from qpeft.integrations.sentence_transformers import CrossEncoder
+from qpeft.types import Passage
 
 PAIRS = [
     ("why is the sky blue", "Bread rises because of yeast."),
@@ -146,3 +147,12 @@ def test_a_text_in_the_place_of_several_is_refused(encoder):
         encoder.rank("sky", "abc")
     with pytest.raises(OptionError, match="pairs is one text, 'ab'"):
         encoder.predict("ab")
+
+
+def test_what_is_no_text_is_not_read_as_one(encoder, tiny):
+    with pytest.raises(OptionError, match="its text is None, not a text"):
+        encoder.predict([("sky", None)])
+    with pytest.raises(OptionError, match="its text is None, not a text"):
+        encoder.predict([(None, "sky")])
+    passage = Passage("a", "The sky is blue.", "Sky")
+    assert encoder.predict([("sky", passage)]).tolist() == pytest.approx(tiny.predict([("sky", passage)]), abs=1e-6)

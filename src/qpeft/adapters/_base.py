@@ -58,7 +58,7 @@ class Adapter(nn.Module, abc.ABC):
         return nullcontext()
 
     def withdraw(self) -> None:
-        """Take back what was put into the model; the adapter cannot be used afterwards."""
+        """Take back what was put into the model, once; an adapter that changes it cannot be used afterwards."""
 
     def peft_facts(self) -> dict[str, Any]:
         """Return PEFT's configuration of what changes the model; there is none where nothing does."""

@@ -214,7 +214,7 @@ def open_adapter(
         AdapterError: as `load_adapter`.
     """
     if not isinstance(lm, CausalLM):
-        raise OptionError("--adapter needs a decoder-only model")
+        raise OptionError(f"--adapter needs a decoder-only model, not {type(lm).__name__}")
     if isinstance(adapter, AdapterFolder):
         return _agreeing(adapter, "the adapter", template, option, method)
     opened = load_adapter(adapter, lm)

@@ -20,7 +20,7 @@ from qpeft.adapters import lora
 from qpeft.adapters._base import Adapter
 from qpeft.adapters._lora_targets import Place, Targets, component_table, resolve
 from qpeft.adapters.lora import CHANGES_LM, Config
-from qpeft.errors import MissingDependencyError, OptionError, at_least
+from qpeft.errors import AdapterError, MissingDependencyError, OptionError, at_least
 from qpeft.hints import Hints, Pairs
 from qpeft.lm import CausalLM
 from qpeft.read_out import WEIGHT, Head
@@ -97,7 +97,13 @@ class LoraAdapter(Adapter):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Change the model within this context; one adapter at a time, and not from two threads at once."""
+        """Change the model within this context; one adapter at a time, and not from two threads at once.
+
+        Raises:
+            AdapterError: it was withdrawn.
+        """
+        if self.label not in self._peft_configs:
+            raise AdapterError("this LoRA adapter was taken out of the model (withdraw): open it again")
         self._switch([self.label])
         try:
             yield
@@ -147,9 +153,9 @@ class LoraAdapter(Adapter):
 
     def withdraw(self) -> None:
         """Take the additions out of the model."""
-        for layer in self._layers.values():
-            layer.delete_adapter(self.label)
-        del self._peft_configs[self.label]
+        if self._peft_configs.pop(self.label, None) is not None:
+            for layer in self._layers.values():
+                layer.delete_adapter(self.label)
 
     def merge(self, lm: CausalLM) -> None:
         """Add the matrices to the model's weights for good; neither this adapter nor any other is there afterwards."""

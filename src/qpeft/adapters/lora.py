@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qpeft.options import Checked
+
 if TYPE_CHECKING:
     from qpeft.adapters._base import Adapter
     from qpeft.lm import CausalLM
@@ -23,7 +25,7 @@ CHANGES_LM = True
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Options of LoRA."""
 
     r: int = 8

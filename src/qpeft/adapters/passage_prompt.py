@@ -11,13 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from qpeft.options import Checked
+
 if TYPE_CHECKING:
     from qpeft.adapters._base import Adapter
     from qpeft.lm import CausalLM
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Options of the passage prompt."""
 
     form: Literal["attend", "all"] = "attend"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qpeft.adapters._choices import AttentionInit, Init, Table
+from qpeft.options import Checked
 
 if TYPE_CHECKING:
     from qpeft.adapters._base import Adapter
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Options of Q-PEFT-A."""
 
     num_heads: int = 2

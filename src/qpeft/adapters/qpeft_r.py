@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from qpeft.adapters._choices import Init, Table
+from qpeft.options import Checked
 
 if TYPE_CHECKING:
     from qpeft.adapters._base import Adapter
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Options of Q-PEFT-R."""
 
     k: int = 10

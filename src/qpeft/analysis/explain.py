@@ -116,7 +116,7 @@ def explain(
         ScoreError: the model gave a score that is no number, or two passages have one id.
     """
     if not isinstance(scorer, QueryLikelihood):
-        raise OptionError("only query likelihood can be explained, and the adapter was trained for another --method")
+        raise OptionError(f"only a scorer of query likelihood can be explained, not {type(scorer).__name__}")
     lm, prompt, adapter = scorer.lm, scorer.prompt, scorer.adapter
     assert adapter is None or isinstance(adapter, Adapter)  # whose forward pass can be listened to
     template = prompt.template

@@ -181,7 +181,7 @@ def _say(config: Config, counts: ScoringCounts, cost: Cost, *, cache_idle: bool)
     print(f"{config.output}: {counts.pairs:,} pairs, {cost.passages_per_second:,.0f} passages/s", file=sys.stderr)
     print(f"  cost: {', '.join(_cost_parts(cost))}", file=sys.stderr)
     notes = {
-        "passages were cut to fit the model's context": counts.truncated_passages,
+        "passages were cut to fit": counts.truncated_passages,
         "passages have no tokens and were ranked last": counts.empty_passages,
         "queries got one score for all their passages": counts.constant_queries,
     }

@@ -33,6 +33,7 @@ from qpeft.data.collection import open_collection
 from qpeft.data.records import read_json
 from qpeft.errors import InputError, OptionError, PassageCacheError, at_least, nearest
 from qpeft.model_config import ModelConfig
+from qpeft.options import Checked
 from qpeft.provenance import options_of, provenance
 from qpeft.template import Prompt, Template, load_template
 from qpeft.training import config as training_config
@@ -53,7 +54,7 @@ WHAT_DECIDES = ("options", "files", "collection", "template")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Data and output."""
 
     output: str
@@ -102,6 +103,7 @@ class Config:
     """Write curves of loss and dev measure as a picture."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not Path(self.output).name:
             raise OptionError(f"--output {self.output}: it must name a folder to make")
         counts = ("train_queries", "dev_queries", "dev_depth", "negative_depth", "max_passage_tokens", "keep_every")

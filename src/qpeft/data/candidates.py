@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from qpeft.errors import OptionError, UnknownIdError, nearest
+from qpeft.errors import UnknownIdError, at_least, nearest
 from qpeft.types import Candidates, Passage, Query, Ranking, Run
 
 _SMALL = 50  # from this many ids on, listing them in a message helps nobody
@@ -27,8 +27,7 @@ def candidates_from_run(
         OptionError: the depth is less than 1.
         UnknownIdError: a query or passage of the run is unknown.
     """
-    if depth is not None and depth < 1:
-        raise OptionError(f"depth is {depth}; it must be at least 1")
+    at_least(1, depth=depth)
     return (_candidates(run.tag, ranking, queries, passages, depth) for ranking in run.values())
 
 

@@ -17,6 +17,7 @@ from qpeft.data.files import StrPath, write_text
 from qpeft.data.records import read_json
 from qpeft.errors import FormatError, InputError, ScoreError
 from qpeft.evaluation.calibration import Isotonic, Platt
+from qpeft.types import UNREADABLE
 
 FILE = "calibration.json"
 """Its name in an adapter folder."""
@@ -107,15 +108,18 @@ class Calibration:
         """Return the probability that each passage is relevant; equal ones may belong to different scores.
 
         Args:
-            scores: of all candidates of one query.
+            scores: of all candidates of one query, `[N]`; what no model could read (`UNREADABLE`) has probability 0.
 
         Raises:
-            ScoreError: a score is NaN or infinite.
+            ScoreError: a score is NaN or infinite, or there are several lists of them.
         """
         values = np.asarray(scores, dtype=np.float64)
-        if self.centred and len(values):
-            values = values - values.mean()
-        found: list[float] = self.map(values).tolist()
+        if values.ndim != 1:
+            raise ScoreError(f"scores of one query are a list, not of shape {values.shape}")
+        read = values != UNREADABLE
+        if self.centred and read.any():
+            values = values - values[read].mean()
+        found: list[float] = np.where(read, self.map(values), 0.0).tolist()
         return found
 
     def check(self, origin: ScoreOrigin, name: StrPath = "the calibration") -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qpeft.errors import OptionError, ScoreError
+from qpeft.errors import OptionError, ScoreError, at_least
 from qpeft.evaluation.measures import evaluate
 from qpeft.types import Qrels, Ranking, Run
 
@@ -50,8 +50,7 @@ def interpolate(first: Run, reranked: Run, weight: float, *, depth: int | None =
     """
     if not 0 <= weight <= 1:
         raise OptionError(f"weight is {weight}; it must be between 0 and 1")
-    if depth is not None and depth < 1:
-        raise OptionError(f"depth is {depth}; it must be at least 1")
+    at_least(1, depth=depth)
     unknown = next((query_id for query_id in reranked if query_id not in first), None)
     if unknown is not None:
         raise ScoreError(f"query {unknown!r} of run {reranked.tag!r} is not in the first-stage run {first.tag!r}")
@@ -81,10 +80,10 @@ def choose_weight(
         OptionError: no weight, not exactly one measure, or a measure that has no value on these queries.
         ScoreError: see `interpolate`.
     """
-    if not weights:
+    if not len(weights):
         raise OptionError("no weight is given to choose from")
     curve: list[tuple[float, float]] = []
-    for weight in sorted(weights):
+    for weight in sorted(map(float, weights)):
         means = evaluate(interpolate(first, reranked, weight, depth=depth), qrels, measure).means
         if len(means) != 1:
             raise OptionError(f"the weight is chosen by one measure, not by {len(means)}: {measure}")

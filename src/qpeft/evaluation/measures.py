@@ -60,7 +60,7 @@ class Evaluation:
 
 
 def parse_measures(notation: str | Sequence[str]) -> tuple[Measure, ...]:
-    """Read measures in ir_measures' notation, separated by spaces or commas, and drop repetitions.
+    """Read measures in ir_measures' notation, separated by spaces or commas, or its own, and drop repetitions.
 
     Besides ir_measures' own, `CandR@k`, `CandHit@k`, `CandR_clean@k` and `CandHit_clean@k` are known
     (`qpeft.evaluation.candidate_measures`).
@@ -69,7 +69,7 @@ def parse_measures(notation: str | Sequence[str]) -> tuple[Measure, ...]:
         OptionError: a name, parameter or value that is not known, a missing cutoff, or a measure that no installed
             package computes.
     """
-    text = notation if isinstance(notation, str) else " ".join(notation)
+    text = notation if isinstance(notation, str) else " ".join(map(str, notation))
     measures = {str(measure): measure for measure in map(_parse, _SEPARATED.findall(text))}
     if not measures:
         raise OptionError("no measure is given; write them as in 'nDCG@10 RR@10 R@100'")
@@ -90,11 +90,14 @@ def evaluate(run: Run, qrels: Qrels, measures: str | Sequence[str]) -> Evaluatio
         measures: see `parse_measures`.
 
     Raises:
-        InputError: `qrels` judges no query.
+        InputError: `qrels` judges no query, or none that the run ranks; an empty run scores 0.
         OptionError: see `parse_measures`; or the program behind a measure failed.
     """
     if not qrels:
         raise InputError("there are no judged queries to evaluate on")
+    if len(run) and not any(query_id in run for query_id in qrels):
+        first, judged = next(iter(run)), next(iter(qrels))
+        raise InputError(f"run {run.tag!r} ranks {first!r} and others, but no judged query, such as {judged!r}")
     parsed = parse_measures(measures)
     values: dict[str, dict[str, float]] = {str(measure): {} for measure in parsed}
     candidate_based = [measure for measure in parsed if isinstance(measure, CandidateMeasure)]
@@ -181,7 +184,10 @@ def _ir_measures_values(run: Run, qrels: Qrels, measures: Sequence[Measure]) -> 
     whatever it does about ties; and numbers as query ids, because gdeval refuses others.
     """
     numbers = {query_id: str(number) for number, query_id in enumerate(qrels, start=1)}
-    judged = {numbers[query_id]: dict(grades) for query_id, grades in qrels.items()}
+    judged = {
+        numbers[query_id]: {passage_id: int(grade) for passage_id, grade in grades.items()}
+        for query_id, grades in qrels.items()
+    }
     ranked = {
         numbers[query_id]: {hit.passage_id: float(-rank) for rank, hit in enumerate(run[query_id].hits)}
         for query_id in qrels

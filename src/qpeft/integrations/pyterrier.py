@@ -52,8 +52,11 @@ def _candidates(frame: pd.DataFrame) -> Iterator[Candidates]:
     numbered = frame.assign(row=range(len(frame)), title=frame.get("title", ""))
     for qid, rows in numbered.groupby("qid", sort=False):
         passages = []
+        asked = rows["query"].unique()
+        if len(asked) > 1:
+            raise InputError(f"query {str(qid)!r} has several texts: {asked[0]!r}, {asked[1]!r}")
         for docno, row, text, title in rows[["docno", "row", "text", "title"]].itertuples(index=False):
             if not isinstance(text, str):
                 raise InputError(f"query {str(qid)!r}, document {str(docno)!r}: it has no text")
             passages.append(Passage(str(row), text, title if isinstance(title, str) else ""))
-        yield Candidates(Query(str(qid), rows["query"].iloc[0]), tuple(passages))
+        yield Candidates(Query(str(qid), asked[0]), tuple(passages))

@@ -73,7 +73,7 @@ class CrossEncoder:
             raise OptionError("predict needs pairs of query and passage")
         pairs = as_list(pairs, "pairs")
         single = len(pairs) > 0 and isinstance(pairs[0], str)
-        asked = [(str(query), str(passage)) for query, passage in ([pairs] if single else pairs)]
+        asked: Any = [pairs] if single else pairs
         scores = torch.tensor(self.reranker.predict(asked), dtype=torch.float32)
         if activation_fn is not None:
             scores = activation_fn(scores)

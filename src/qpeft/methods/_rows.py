@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qpeft.errors import OptionError, at_least
 from qpeft.kept_tokens import KeptTokens
+from qpeft.options import Checked
 from qpeft.template import Prompt, Row, load_template
 from qpeft.types import Passage, Query, ScoringCounts, Window
 
@@ -26,7 +27,7 @@ ON_GPU = 2_048
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """Options that all methods with rows have."""
 
     template: str | None = None
@@ -45,6 +46,7 @@ class Options:
     """Queries whose candidates are batched together; by default as many as fill batches of like length."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.windows and self.max_passage_tokens is not None:
             raise OptionError("--max-passage-tokens cuts passages, and --windows reads them whole: give one of the two")
         if self.windows and self.window_overlap >= self.windows:

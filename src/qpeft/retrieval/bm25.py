@@ -11,7 +11,7 @@ from typing import Any
 import bm25s
 import Stemmer
 
-from qpeft.errors import InputError, OptionError, nearest
+from qpeft.errors import InputError, OptionError, at_least, nearest
 from qpeft.retrieval._index_folder import new_index_folder, read_index_folder
 from qpeft.types import Passage, Query, Ranking
 
@@ -84,8 +84,7 @@ class BM25:
 
     def retrieve(self, queries: Sequence[Query], depth: int) -> Iterator[Ranking]:
         """Yield the best `depth` passages of each query; passages that share no term with it are left out."""
-        if depth < 1:
-            raise OptionError(f"depth is {depth}; it must be at least 1")
+        at_least(1, depth=depth)
         depth = min(depth, len(self.passage_ids))
         for query in queries:
             tokens = self._tokenize([query.text], ids=False)

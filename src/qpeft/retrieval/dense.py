@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qpeft.errors import InputError, MissingDependencyError, ModelError, OptionError, at_least
+from qpeft.errors import InputError, MissingDependencyError, ModelError, at_least
 from qpeft.provenance import file_fingerprint, fingerprint
 from qpeft.retrieval._index_folder import new_index_folder, read_index_folder
 from qpeft.types import Passage, Query, Ranking
@@ -73,8 +73,7 @@ class Dense:
 
     def retrieve(self, queries: Sequence[Query], depth: int) -> Iterator[Ranking]:
         """Yield the `depth` passages nearest to each query by cosine."""
-        if depth < 1:
-            raise OptionError(f"depth is {depth}; it must be at least 1")
+        at_least(1, depth=depth)
         depth = min(depth, len(self.passage_ids))
         for start in range(0, len(queries), 256):
             chunk = queries[start : start + 256]

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qpeft.errors import OptionError, at_least, nearest
+from qpeft.options import Checked
 
 Loss = Literal["both", "point", "pair", "softmax", "cross_entropy", "sft", "ranknet", "plackett_luce", "margin_mse"]
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Checked):
     """Training."""
 
     loss: Loss = "both"
@@ -55,6 +56,7 @@ class TrainingConfig:
     """tensorboard, wandb, mlflow: where transformers sends its logs; TensorBoard's stand in OUTPUT.checkpoints/runs."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for least, names in (
             (1, ("batch_queries", "gradient_accumulation", "evaluations")),
             (0, ("epochs", "negatives", "patience", "anchor", "weight_decay", "max_grad_norm", "warmup")),
