@@ -110,9 +110,9 @@ def save_adapter(
     }
     try:
         with replacing_folder(folder) as temporary:
-            _write_json(temporary / (FACTS if adapter.changes_lm else CONFIG), described)
+            write_json(temporary / (FACTS if adapter.changes_lm else CONFIG), described)
             if adapter.changes_lm:
-                _write_json(temporary / CONFIG, adapter.peft_facts())
+                write_json(temporary / CONFIG, adapter.peft_facts())
             prefix = _prefix(adapter)
             tensors = {prefix + key: value.detach().cpu().contiguous() for key, value in adapter.state_dict().items()}
             save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -335,10 +335,6 @@ def _read_json(path: Path) -> Any:
         raise AdapterError(f"no adapter in {str(path.parent)!r}: {path.name} is missing") from error
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: not readable as JSON ({error})") from error
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _check_base(folder: Path, base: Mapping[str, Any], lm: CausalLM) -> None:

@@ -6,7 +6,6 @@ one training, and averaged.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from qpeft.commands._study import StudyConfig, run_study
@@ -14,12 +13,7 @@ from qpeft.errors import InputError
 from qpeft.model_config import ModelConfig
 
 
-@dataclass(frozen=True)
-class Config(StudyConfig):
-    """Study of steps."""
-
-
-def run(config: Config, model: ModelConfig) -> None:
+def run(config: StudyConfig, model: ModelConfig) -> None:
     """Measure and write the folder."""
     from qpeft.analysis.study_designs import checkpoints
 

@@ -6,18 +6,11 @@ what they have, grouped by rank, and averaged over seeds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from qpeft.commands._study import StudyConfig, run_study
 from qpeft.model_config import ModelConfig
 
 
-@dataclass(frozen=True)
-class Config(StudyConfig):
-    """Study of components."""
-
-
-def run(config: Config, model: ModelConfig) -> None:
+def run(config: StudyConfig, model: ModelConfig) -> None:
     """Measure and write the folder."""
     from qpeft.analysis.study_designs import components
 

@@ -5,18 +5,11 @@ They are compared with the loss of the adapter that is given first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from qpeft.commands._study import StudyConfig, run_study
 from qpeft.model_config import ModelConfig
 
 
-@dataclass(frozen=True)
-class Config(StudyConfig):
-    """Study of losses."""
-
-
-def run(config: Config, model: ModelConfig) -> None:
+def run(config: StudyConfig, model: ModelConfig) -> None:
     """Measure and write the folder."""
     from qpeft.analysis.study_designs import losses
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qpeft import methods
+from qpeft.adapters._base import withdrawn_on_failure
 from qpeft.adapters._folder import AdapterFolder, adapter_path, embedded_adapters, open_adapter
 from qpeft.encoding import ContextEncoder
 from qpeft.errors import AdapterError, InputError, OptionError, QpeftError, ScoreError, nearest
@@ -132,21 +133,16 @@ class Models:
             raise UnknownModelError(f"no adapter {name!r}{nearest(name, available)}")
         try:
             opened = open_adapter(available[name], self.lm, None)
-        except OptionError as error:
-            raise AdapterError(str(error)) from error
-        try:
-            method = methods.load(opened.method)
-            config = method.Config(max_passage_tokens=self._settings.max_passage_tokens)
-            scorer = method.build_scorer(config, self.lm, opened, kept=self._kept)
-            if opened.calibration is not None:
-                _check(name, opened.calibration, self._origin(scorer, method, config))
-            made = ServedModel(f"{self.base}:{name}", scorer, opened, opened.calibration, opened.method)
-            warm_up(made)
-        except BaseException as error:
-            opened.adapter.withdraw()
-            if isinstance(error, OptionError | ScoreError):
-                raise AdapterError(f"adapter {name!r}: {error}") from error
-            raise
+            with withdrawn_on_failure(opened.adapter):
+                method = methods.load(opened.method)
+                config = method.Config(max_passage_tokens=self._settings.max_passage_tokens)
+                scorer = method.build_scorer(config, self.lm, opened, kept=self._kept)
+                if opened.calibration is not None:
+                    _check(name, opened.calibration, self._origin(scorer, method, config))
+                made = ServedModel(f"{self.base}:{name}", scorer, opened, opened.calibration, opened.method)
+                warm_up(made)
+        except (OptionError, ScoreError) as error:
+            raise AdapterError(f"adapter {name!r}: {error}") from error
         return made
 
     def _origin(self, scorer: RowScorer, method: Any, config: Any) -> ScoreOrigin:
