@@ -183,12 +183,7 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
     ranking = DevRanking(lm, scorer.prompt, dev, qrels, training.measure, read_on_dev, ranker) if dev else None
     collator = Collator(scorer.prompt, training, config.seed, teacher, read)
     _keep_all_or_none(lm, adapter, lambda: contexts_bytes(lm, scorer.prompt, groups, training, dev))
-    mark = {
-        **facts,
-        "dtype": lm.dtype,
-        "threads": torch.get_num_threads(),
-        "processes": here.count,
-    }
+    mark = {**facts, "dtype": lm.dtype, "threads": torch.get_num_threads(), "processes": here.count}
     save = functools.partial(
         save_adapter,
         name=opened.name,
@@ -278,20 +273,23 @@ def _with_defaults(config: Config, training: TrainingConfig) -> Config:
     if config.hint_queries != "own" and config.method != "query_likelihood":
         raise OptionError(f"--hint-queries {config.hint_queries} is for --method query_likelihood")
     if config.teacher is not None:
-        from qpeft.losses import LOSSES
-
-        if "teacher" not in inspect.signature(LOSSES[training.loss]).parameters:
-            raise OptionError(f"--teacher: --loss {training.loss} has none; take margin_mse or plackett_luce")
+        _check_teacher(training)
     return config
+
+
+def _check_teacher(training: TrainingConfig) -> None:
+    from qpeft.losses import LOSSES
+
+    if "teacher" not in inspect.signature(LOSSES[training.loss]).parameters:
+        raise OptionError(f"--teacher: --loss {training.loss} has none; take margin_mse or plackett_luce")
+    if training.in_batch:
+        raise OptionError("--teacher: it has no scores for passages of other queries; give --in-batch false")
 
 
 def _facts(config: Config, *others: Any) -> dict[str, Any]:
     """Return what provenance says of the options, and of the files that they name."""
-    return {
-        "command": "train",
-        "options": options_of(config, *others, without=("resume", "output", "report")),
-        "files": fingerprints(config),
-    }
+    options = options_of(config, *others, without=("resume", "output", "report"))
+    return {"command": "train", "options": options, "files": fingerprints(config)}
 
 
 def _keeping(
