@@ -87,7 +87,8 @@ def naive_plackett_luce(groups):
         order = sorted(columns(m), key=lambda i: -t[i])
         probability = 1.0
         for place, i in enumerate(order):
-            probability *= math.exp(SCALE * s[i]) / sum(math.exp(SCALE * s[j]) for j in order[place:])
+            if t[i] > t[order[-1]]:
+                probability *= math.exp(SCALE * s[i]) / sum(math.exp(SCALE * s[j]) for j in order[place:])
         if order:
             per_group.append(-math.log(probability))
     return mean(per_group)
@@ -266,10 +267,33 @@ def test_labels_move_the_positive():
 
 
 def test_plackett_luce_takes_equal_teachers_as_given():
-    scores, real = torch.tensor([[-1.0, -2.0, -3.0]]), torch.ones(1, 3)
-    given_order = plackett_luce(scores, real, teacher=torch.zeros(1, 3))
-    assert given_order == plackett_luce(scores, real, teacher=torch.tensor([[3, 2, 1]]))
-    assert given_order < plackett_luce(scores, real, teacher=torch.tensor([[1, 2, 3]]))
+    scores, real = torch.tensor([[-1.0, -2.0, -3.0, -4.0]]), torch.ones(1, 4)
+    given_order = plackett_luce(scores, real, teacher=torch.tensor([[1, 1, 1, 0]]))
+    assert given_order == plackett_luce(scores, real, teacher=torch.tensor([[3, 2, 1, 0]]))
+    assert given_order < plackett_luce(scores, real, teacher=torch.tensor([[1, 2, 3, 0]]))
+
+
+def test_plackett_luce_puts_what_a_teacher_did_not_score_in_no_order():
+    mask = torch.tensor([[True, True, False, True, True]])
+    teacher = torch.tensor([[5.0, -7.0, -9.0, 6.0, -7.0]])
+    scores = torch.tensor([[-1.0, -2.0, 3.0, -1.5, -2.0]], dtype=torch.float64, requires_grad=True)
+    value = plackett_luce(scores, mask, teacher=teacher, scale=SCALE)
+    e = {score: math.exp(SCALE * score) for score in (-1.0, -1.5, -2.0)}
+    first, second = e[-1.5] / (e[-1.5] + e[-1.0] + 2 * e[-2.0]), e[-1.0] / (e[-1.0] + 2 * e[-2.0])
+    assert float(value.detach()) == pytest.approx(-math.log(first) - math.log(second), rel=1e-12)
+    (gradient,) = torch.autograd.grad(value, scores)
+    assert gradient[0, 1] == gradient[0, 4] > 0
+    apart = scores.detach() + torch.tensor([0.0, 0.0, 0.0, 0.0, 0.7])
+    swapped = plackett_luce(apart[:, [0, 4, 2, 3, 1]], mask, teacher=teacher, scale=SCALE)
+    assert float(swapped) == pytest.approx(float(plackett_luce(apart, mask, teacher=teacher, scale=SCALE)), rel=1e-12)
+
+
+def test_plackett_luce_of_a_teacher_without_an_order_is_zero():
+    scores = SCORES.clone().requires_grad_()
+    value = plackett_luce(scores, MASK, teacher=torch.full_like(SCORES, 2.0).masked_fill(~MASK, -9.0))
+    value.backward()
+    assert value == 0
+    assert scores.grad.count_nonzero() == 0
 
 
 def test_plackett_luce_passes_over_what_is_masked_wherever_it_stands():

@@ -12,6 +12,7 @@ Scores per token lie close together: `scale` spreads them before a softmax or a 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -85,14 +86,16 @@ def plackett_luce(scores: Tensor, mask: Tensor, *, teacher: Tensor, scale: float
 
     P = Π_i exp(scale · s_i) / Σ_{j at or below i} exp(scale · s_j), columns taken by falling `teacher [B, G]`: ListMLE
     (Xia et al., ICML 2008). The teacher's values serve only to sort, so grades may stand there too; columns with
-    equal values keep the order in which they are given.
+    equal values keep the order in which they are given. Those at a group's lowest value have none among themselves,
+    and i runs over the others: what a teacher did not score stands there.
     """
-    order = _real(teacher, mask).argsort(dim=-1, descending=True, stable=True)
-    real = mask.bool().gather(-1, order)
-    sorted_scores = _buried(scale * _real(scores, mask).gather(-1, order), real)
+    real, values = mask.bool(), _real(teacher, mask)
+    above_lowest = real & (values > values.masked_fill(~real, math.inf).amin(-1, keepdim=True))
+    order = values.argsort(dim=-1, descending=True, stable=True)
+    sorted_scores = _buried(scale * _real(scores, mask), mask).gather(-1, order)
     at_or_below = torch.ones(order.shape[-1], order.shape[-1], dtype=torch.bool, device=order.device).triu()
     rivals = torch.logsumexp(_buried(sorted_scores.unsqueeze(-2), at_or_below), -1)
-    per_group = (rivals - sorted_scores).masked_fill(~real, 0.0).sum(-1)
+    per_group = (rivals - sorted_scores).masked_fill(~above_lowest.gather(-1, order), 0.0).sum(-1)
     return _mean(per_group, real.any(-1))
 
 
