@@ -149,6 +149,10 @@ class QueryLikelihood(RowScorer):
             self.lm.check_depth(layers, [self.adapter])
         return QueryLikelihood(config, self.lm, prompt, self.adapter, self._hint_queries, layers)
 
+    def with_hint_queries(self, queries: Mapping[str, Query]) -> QueryLikelihood:
+        """Return the same scorer, whose adapter reads other queries, by query id, in place of these (a control)."""
+        return QueryLikelihood(self._config, self.lm, self.prompt, self.adapter, queries, self._depth)
+
     def values(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> list[RowLogProbs]:
         """Return the log-probabilities of each row's scored tokens."""
         return self.lm.log_probs(rows, with_passage=self.with_passage, adapters=adapters, depth=self._depth)
