@@ -32,8 +32,8 @@ def columns(mask):
     return [i for i, real in enumerate(mask) if real]
 
 
-def preferred(mask, grades):
-    return [(i, j) for i in columns(mask) for j in columns(mask) if grades[i] > grades[j]]
+def pairs(mask):
+    return [(0, i) for i in columns(mask) if i and mask[0]]
 
 
 def mean(values):
@@ -41,60 +41,54 @@ def mean(values):
 
 
 def naive_point(groups):
-    groups = [(s, [i for i in columns(m) if g[i] >= 1]) for s, m, _, g in groups]
-    return mean([mean([-s[i] for i in positives]) for s, positives in groups if positives])
+    return mean([-s[0] for s, m, _ in groups if m[0]])
 
 
 def naive_pair(groups):
-    return mean([max(0.0, s[j] - s[i] + MARGIN) for s, m, _, g in groups for i, j in preferred(m, g)])
+    return mean([max(0.0, s[j] - s[i] + MARGIN) for s, m, _ in groups for i, j in pairs(m)])
 
 
 def naive_ranknet(groups):
-    return mean([math.log1p(math.exp(-SCALE * (s[i] - s[j]))) for s, m, _, g in groups for i, j in preferred(m, g)])
+    return mean([math.log1p(math.exp(-SCALE * (s[i] - s[j]))) for s, m, _ in groups for i, j in pairs(m)])
 
 
 def naive_softmax(groups):
-    per_group = []
-    for s, m, _, g in groups:
-        total = sum(math.exp(SCALE * s[i]) for i in columns(m))
-        probabilities = [math.exp(SCALE * s[i]) / total for i in columns(m) if g[i] >= 1]
-        if probabilities:
-            per_group.append(mean([-math.log(p) for p in probabilities]))
-    return mean(per_group)
+    totals = [(s[0], sum(math.exp(SCALE * s[i]) for i in columns(m))) for s, m, _ in groups if m[0]]
+    return mean([-math.log(math.exp(SCALE * positive) / total) for positive, total in totals])
 
 
 def naive_cross_entropy(groups):
     def probability(score):
         return 1 / (1 + math.exp(-score))
 
-    pairs = [(s[i], g[i]) for s, m, _, g in groups for i in columns(m)]
-    return mean([-math.log(probability(score) if grade >= 1 else 1 - probability(score)) for score, grade in pairs])
+    return mean([-math.log(probability(s[i] if i == 0 else -s[i])) for s, m, _ in groups for i in columns(m)])
 
 
 def naive_sft(groups):
     right = []
-    for s, m, t, g in groups:
+    for s, m, t in groups:
         for i in columns(m):
             total = math.exp(-abs(t[i]))  # as in `named`
             yes = total / (1 + math.exp(-s[i]))
-            right.append(yes if g[i] >= 1 else total - yes)
+            right.append(yes if i == 0 else total - yes)
     return mean([-math.log(probability) for probability in right])
 
 
 def naive_plackett_luce(groups):
     per_group = []
-    for s, m, t, _ in groups:
+    for s, m, t in groups:
         order = sorted(columns(m), key=lambda i: -t[i])
         probability = 1.0
         for place, i in enumerate(order):
-            probability *= math.exp(SCALE * s[i]) / sum(math.exp(SCALE * s[j]) for j in order[place:])
+            if t[i] > t[order[-1]]:
+                probability *= math.exp(SCALE * s[i]) / sum(math.exp(SCALE * s[j]) for j in order[place:])
         if order:
             per_group.append(-math.log(probability))
     return mean(per_group)
 
 
 def naive_margin_mse(groups):
-    return mean([((s[i] - s[j]) - (t[i] - t[j])) ** 2 for s, m, t, g in groups for i, j in preferred(m, g)])
+    return mean([((s[i] - s[j]) - (t[i] - t[j])) ** 2 for s, m, t in groups for i, j in pairs(m)])
 
 
 NAIVE = {
@@ -114,15 +108,15 @@ MASK = torch.tensor([[True, True, True, True], [True, True, True, False], [True,
 TEACHER = torch.tensor([[3.0, 1.0, 1.0, 0.0], [0.5, 2.0, -1.0, 9.0], [1.0, 0.0, 9.0, 9.0]])
 
 
-def named(name, scores=SCORES, mask=MASK, teacher=TEACHER, labels=None, margin=MARGIN, scale=SCALE):
+def named(name, scores=SCORES, mask=MASK, teacher=TEACHER, margin=MARGIN, scale=SCALE):
     """Return the loss; the answers' log-probability is made of the teacher, which no loss takes besides."""
     answered = -(TEACHER if teacher is None else teacher).abs()
-    return loss(name, scores, mask, margin=margin, scale=scale, teacher=teacher, answered=answered, labels=labels)
+    return loss(name, scores, mask, margin=margin, scale=scale, teacher=teacher, answered=answered)
 
 
 @st.composite
 def batches(draw):
-    """Groups of (scores, mask, teacher, grades); scores have a few digits, so that ties occur."""
+    """Groups of (scores, mask, teacher); scores have a few digits, so that ties occur."""
     width = draw(st.integers(1, 5))
 
     def row(elements):
@@ -130,22 +124,19 @@ def batches(draw):
 
     number = st.integers(-40, 0).map(lambda value: value / 10)
     return [
-        (row(number), row(st.booleans()), row(st.integers(-3, 3).map(float)), row(st.integers(0, 2)))
-        for _ in range(draw(st.integers(1, 4)))
+        (row(number), row(st.booleans()), row(st.integers(-3, 3).map(float))) for _ in range(draw(st.integers(1, 4)))
     ]
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
 @settings(deadline=None)
-@given(batches(), st.booleans())
-def test_equals_the_formula(name, groups, graded):
-    if not graded:
-        groups = [(s, m, t, [1] + [0] * (len(s) - 1)) for s, m, t, _ in groups]
-    scores, mask, teacher, labels = (torch.from_numpy(np.array(part)) for part in zip(*groups, strict=True))
-    found = named(name, scores, mask, teacher, labels if graded else None)
+@given(batches())
+def test_equals_the_formula(name, groups):
+    scores, mask, teacher = (torch.from_numpy(np.array(part)) for part in zip(*groups, strict=True))
+    found = named(name, scores, mask, teacher)
     assert found.shape == ()
     assert float(found) == pytest.approx(NAIVE[name](groups), rel=1e-9, abs=1e-12)
-    in_float32 = named(name, scores.float(), mask, teacher.float(), labels if graded else None)
+    in_float32 = named(name, scores.float(), mask, teacher.float())
     assert in_float32.dtype == torch.float32
     assert float(in_float32) == pytest.approx(NAIVE[name](groups), rel=1e-4, abs=1e-5)
 
@@ -187,11 +178,10 @@ def test_gradients_stay_finite_at_extreme_scores(name):
     assert scores.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("labels", [None, torch.tensor([[0, 2, 1, 0], [1, 1, 0, 0], [0, 1, 0, 0]])])
 @pytest.mark.parametrize("name", SMOOTH)
-def test_gradients_are_those_of_the_value(name, labels):
+def test_gradients_are_those_of_the_value(name):
     scores = SCORES.double().requires_grad_()
-    assert torch.autograd.gradcheck(partial(named, name, labels=labels), (scores,))
+    assert torch.autograd.gradcheck(partial(named, name), (scores,))
 
 
 def test_gradient_of_the_anchor():
@@ -257,19 +247,34 @@ def test_softmax_is_cross_entropy_towards_column_0():
     assert softmax(whole, torch.ones_like(whole), scale=SCALE) == pytest.approx(float(expected))
 
 
-def test_labels_move_the_positive():
-    order = [2, 0, 1, 3]
-    labels = torch.tensor([[1, 0, 0, 0]] * 3)[:, order]
-    for name in set(LOSSES) - {"plackett_luce"}:
-        moved = named(name, SCORES[:, order], MASK[:, order], TEACHER[:, order], labels)
-        assert float(moved) == pytest.approx(float(named(name)))
-
-
 def test_plackett_luce_takes_equal_teachers_as_given():
-    scores, real = torch.tensor([[-1.0, -2.0, -3.0]]), torch.ones(1, 3)
-    given_order = plackett_luce(scores, real, teacher=torch.zeros(1, 3))
-    assert given_order == plackett_luce(scores, real, teacher=torch.tensor([[3, 2, 1]]))
-    assert given_order < plackett_luce(scores, real, teacher=torch.tensor([[1, 2, 3]]))
+    scores, real = torch.tensor([[-1.0, -2.0, -3.0, -4.0]]), torch.ones(1, 4)
+    given_order = plackett_luce(scores, real, teacher=torch.tensor([[1, 1, 1, 0]]))
+    assert given_order == plackett_luce(scores, real, teacher=torch.tensor([[3, 2, 1, 0]]))
+    assert given_order < plackett_luce(scores, real, teacher=torch.tensor([[1, 2, 3, 0]]))
+
+
+def test_plackett_luce_puts_what_a_teacher_did_not_score_in_no_order():
+    mask = torch.tensor([[True, True, False, True, True]])
+    teacher = torch.tensor([[5.0, -7.0, -9.0, 6.0, -7.0]])
+    scores = torch.tensor([[-1.0, -2.0, 3.0, -1.5, -2.0]], dtype=torch.float64, requires_grad=True)
+    value = plackett_luce(scores, mask, teacher=teacher, scale=SCALE)
+    e = {score: math.exp(SCALE * score) for score in (-1.0, -1.5, -2.0)}
+    first, second = e[-1.5] / (e[-1.5] + e[-1.0] + 2 * e[-2.0]), e[-1.0] / (e[-1.0] + 2 * e[-2.0])
+    assert float(value.detach()) == pytest.approx(-math.log(first) - math.log(second), rel=1e-12)
+    (gradient,) = torch.autograd.grad(value, scores)
+    assert gradient[0, 1] == gradient[0, 4] > 0
+    apart = scores.detach() + torch.tensor([0.0, 0.0, 0.0, 0.0, 0.7])
+    swapped = plackett_luce(apart[:, [0, 4, 2, 3, 1]], mask, teacher=teacher, scale=SCALE)
+    assert float(swapped) == pytest.approx(float(plackett_luce(apart, mask, teacher=teacher, scale=SCALE)), rel=1e-12)
+
+
+def test_plackett_luce_of_a_teacher_without_an_order_is_zero():
+    scores = SCORES.clone().requires_grad_()
+    value = plackett_luce(scores, MASK, teacher=torch.full_like(SCORES, 2.0).masked_fill(~MASK, -9.0))
+    value.backward()
+    assert value == 0
+    assert scores.grad.count_nonzero() == 0
 
 
 def test_plackett_luce_passes_over_what_is_masked_wherever_it_stands():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qpeft.methods.query_likelihood import Config, QueryLikelihood
 from qpeft.template import Prompt, load_template
 from qpeft.training.config import TrainingConfig
 from qpeft.training.dev import DevRanking
@@ -29,12 +30,16 @@ def prompt_for(lm, adapter, template="plain"):
     return Prompt(load_template(template), lm.tokenizer, lm.max_length, hint_length=adapter.hint_length)
 
 
-def dev_for(lm, adapter, measure="RR@10", **options):
+def scorer_for(lm, adapter, template="plain"):
+    return QueryLikelihood(Config(), lm, prompt_for(lm, adapter, template), adapter)
+
+
+def dev_for(scorer, measure="RR@10"):
     items = [Candidates(group.query, (*group.positives, *group.negatives)) for group in GROUPS]
     qrels = {group.query.id: {group.query.id: 1} for group in GROUPS}
-    return DevRanking(lm, prompt_for(lm, adapter), items, qrels, measure, **options)
+    return DevRanking(scorer, items, qrels, measure)
 
 
 def batch_for(lm, adapter, **options):
     config = TrainingConfig(**(FAST | options))
-    return Collator(prompt_for(lm, adapter), config, 0)([(0, group) for group in GROUPS])["batch"], config
+    return Collator(scorer_for(lm, adapter), config, 0)([(0, group) for group in GROUPS])["batch"], config

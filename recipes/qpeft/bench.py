@@ -20,9 +20,10 @@ from qpeft.data.collection import Collection, open_collection
 from qpeft.evaluation.interpolation import interpolate
 from qpeft.evaluation.measures import evaluate
 from qpeft.loading import load_lm
+from qpeft.methods.query_likelihood import Config, QueryLikelihood
 from qpeft.model_config import EMBEDDED, ModelConfig
 from qpeft.retrieval.bm25 import BM25
-from qpeft.template import Prompt, load_template
+from qpeft.template import Prompt, Template, load_template
 from qpeft.training.dev import DevRanking
 from qpeft.training.groups import groups_from_collection, next_queries
 from qpeft.types import Candidates, Group, Hit, Query, Ranking, Run
@@ -65,12 +66,11 @@ class Bench:
             self._lm = (model, load_lm(ModelConfig(self._models[model], passage_cache=STORE_GIB)))
         return self._lm[1]
 
-    def prompt(self, opened: AdapterFolder | None = None) -> Prompt:
-        """Return the prompt of an adapter of the embedded model, or of the model alone."""
-        lm = self.lm()
+    def scorer(self, opened: AdapterFolder | None = None) -> QueryLikelihood:
+        """Return the scorer of an adapter of the embedded model, or of the model alone."""
         if opened is None:
-            return Prompt(load_template("plain"), lm.tokenizer, lm.max_length)
-        return Prompt(opened.template, lm.tokenizer, lm.max_length, hint_length=opened.adapter.hint_length)
+            return scorer_of(self.lm(), load_template("plain"))
+        return scorer_of(self.lm(), opened.template, opened.adapter)
 
     def collection(self, name: str) -> Collection:
         """Return a collection."""
@@ -135,6 +135,13 @@ class Bench:
         return Run(map(drawn, self.collection(home).queries("train")), "random")
 
 
+def scorer_of(lm: Any, template: Template, adapter: Any = None) -> QueryLikelihood:
+    """Return the scorer of a language model, with an adapter or alone."""
+    hint_length = None if adapter is None else adapter.hint_length
+    prompt = Prompt(template, lm.tokenizer, lm.max_length, hint_length=hint_length)
+    return QueryLikelihood(Config(), lm, prompt, adapter)
+
+
 def per_query(run: Run, qrels: Any) -> dict[str, dict[str, float]]:
     """Return measure → query id → value."""
     evaluation = evaluate(run, qrels, MEASURES)
@@ -143,20 +150,17 @@ def per_query(run: Run, qrels: Any) -> dict[str, dict[str, float]]:
 
 def measure_on(
     bench: Bench,
-    prompt: Prompt,
+    scorer: QueryLikelihood,
     name: str,
-    adapter: Any,
     shuffled: bool = False,
     items: list[Candidates] | None = None,
-    model: str = EMBEDDED,
 ) -> dict[str, Any]:
     """Rank candidates of a collection's test queries; by default those of the sample."""
     items = items or bench.candidates(name, "test", TEST_QUERIES[name], DEPTHS[name])
     qrels = bench.collection(name).qrels("test")
-    read = next_queries([item.query for item in items]) if shuffled else None
-    ranking = DevRanking(bench.lm(model), prompt, items, qrels, "RR@10", read)
+    ranking = DevRanking(reading(scorer, [item.query for item in items], shuffled), items, qrels, "RR@10")
     started = time.perf_counter()
-    run = ranking.rank(adapter)
+    run = ranking.rank(scorer.adapter)
     seconds = time.perf_counter() - started
     pairs = sum(len(item.passages) for item in items)
     judged = {item.query.id: qrels[item.query.id] for item in items}
@@ -167,6 +171,11 @@ def measure_on(
         "agreement": agreement(first, run),
         "passages/s": round(pairs / seconds, 1),
     }
+
+
+def reading(scorer: QueryLikelihood, queries: list[Query], shuffled: bool) -> QueryLikelihood:
+    """Return the scorer whose adapter reads the next query in place of each, if that is asked for."""
+    return scorer.with_hint_queries(next_queries(queries)) if shuffled else scorer
 
 
 def order(items: list[Candidates]) -> Run:

@@ -18,17 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import DEV_DEPTH, TEST_QUERIES, Bench, measure_on, write
+from bench import DEV_DEPTH, TEST_QUERIES, Bench, measure_on, reading, scorer_of, write
 from cells import GROUPS, TRANSFERRED, Cell
 from whole import WHOLE, confirm
 
 from qpeft import adapters
 from qpeft.adapters._folder import load_adapter, save_adapter
 from qpeft.provenance import provenance
-from qpeft.template import Prompt, Template, load_template
+from qpeft.template import Template, load_template
 from qpeft.training.config import TrainingConfig
 from qpeft.training.dev import DevRanking
-from qpeft.training.groups import next_queries
 from qpeft.training.trainer import Collator, fit
 
 HERE = Path(__file__).parent
@@ -41,10 +40,9 @@ def template_of(cell: Cell) -> Template:
 
 def run_alone(bench: Bench, cell: Cell) -> dict[str, Any]:
     """Measure the model alone under a cell's template."""
-    lm = bench.lm(cell.model)
-    prompt = Prompt(template_of(cell), lm.tokenizer, lm.max_length)
+    scorer = scorer_of(bench.lm(cell.model), template_of(cell))
     facts = {"cell": dataclasses.asdict(cell), "trained_parameters": 0, "training_seconds": 0.0, "dev": {}}
-    return {**facts, "test": {cell.home: measure_on(bench, prompt, cell.home, None, model=cell.model)}}
+    return {**facts, "test": {cell.home: measure_on(bench, scorer, cell.home)}}
 
 
 def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
@@ -56,16 +54,16 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     torch.manual_seed(cell.seed)
     adapter = module.build(module.Config(**cell.options), lm)
     template = template_of(cell)
-    prompt = Prompt(template, lm.tokenizer, lm.max_length, hint_length=adapter.hint_length)
+    scorer = scorer_of(lm, template, adapter)
     training = TrainingConfig(**cell.training)
     groups = bench.groups(cell, training.negatives)
     homes = cell.home.split("+")
     dev_items, dev_qrels = bench.dev(homes)
-    read = next_queries([g.query for g in groups]) if cell.shuffled else None
-    dev_read = next_queries([item.query for item in dev_items]) if cell.shuffled else None
-    dev = DevRanking(lm, prompt, dev_items, dev_qrels, training.measure, dev_read)
+    train_scorer = reading(scorer, [group.query for group in groups], cell.shuffled)
+    dev_scorer = reading(scorer, [item.query for item in dev_items], cell.shuffled)
+    dev = DevRanking(dev_scorer, dev_items, dev_qrels, training.measure)
     fitted = fit(
-        lm, adapter, groups, Collator(prompt, training, cell.seed, None, read), training,
+        train_scorer, adapter, groups, Collator(train_scorer, training, cell.seed), training,
         checkpoints=checkpoints_of(bench, cell), seed=cell.seed, dev=dev, resume=True, baselines=False, progress=False,
     )  # fmt: skip
     result: dict[str, Any] = {
@@ -81,8 +79,7 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     facts = provenance(cell=result["cell"], history=fitted.history, training=summary(result), dev=told)
     save_adapter(bench.output / "adapters" / cell.name, cell.adapter, adapter, lm, template, provenance=facts)
     if cell.test:
-        measured = measure_on(bench, prompt, homes[0], adapter, cell.shuffled, model=cell.model)
-        result["test"] = {homes[0]: measured}
+        result["test"] = {homes[0]: measure_on(bench, scorer, homes[0], cell.shuffled)}
     adapter.withdraw()
     return result
 
@@ -121,7 +118,7 @@ def transfer(bench: Bench, seed: int | None, number: int, of: int) -> None:
             if name in result["test"]:
                 continue
             opened = load_adapter(folder, bench.lm())
-            measured = measure_on(bench, bench.prompt(opened), name, opened.adapter, cell.shuffled)
+            measured = measure_on(bench, bench.scorer(opened), name, cell.shuffled)
             opened.adapter.withdraw()
             write(path, {**result, "test": {**result["test"], name: measured}})
             print(time.strftime("%H:%M:%S"), name, path.stem, flush=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
-from bench import DEPTHS, MINI, TEST_QUERIES, Bench, measure_on, order, per_query, write
+from bench import DEPTHS, MINI, TEST_QUERIES, Bench, measure_on, order, per_query, scorer_of, write
 from cells import AUTHORS, Cell, lora, main, shipped, sizes, transfer_homes, variants
 from confirmation import HOME, LORA, MORE, TESTED
 
@@ -17,10 +17,11 @@ from qpeft import adapters
 from qpeft.adapters._folder import load_adapter
 from qpeft.data.candidates import candidates_from_run
 from qpeft.evaluation.measures import evaluate
+from qpeft.methods.query_likelihood import QueryLikelihood
 from qpeft.provenance import provenance
 from qpeft.retrieval.dense import Dense
 from qpeft.retrieval.fusion import reciprocal_rank_fusion
-from qpeft.template import Prompt, load_template
+from qpeft.template import load_template
 from qpeft.training.config import TrainingConfig
 from qpeft.training.dev import DevRanking
 from qpeft.types import Run
@@ -35,14 +36,14 @@ STAGE_DEPTH, FUSED_DEPTH = 20, 100
 
 def measured_alone(bench: Bench) -> dict[str, Any]:
     """Measure the first stage, and the model alone."""
-    prompt = bench.prompt()
+    scorer = bench.scorer()
     found: dict[str, Any] = {"bm25": {}, "zero_shot": {}}
     for name, count in TEST_QUERIES.items():
         queries = bench.queries(name, "test", count)
         qrels = bench.collection(name).qrels("test")
         run = bench.first_stage(name, queries, DEPTHS[name])
         found["bm25"][name] = {"per_query": per_query(run, {q.id: qrels[q.id] for q in queries})}
-        found["zero_shot"][name] = measure_on(bench, prompt, name, None)
+        found["zero_shot"][name] = measure_on(bench, scorer, name)
     return found
 
 
@@ -53,13 +54,13 @@ def dev_alone(bench: Bench) -> dict[str, Any]:
     first = evaluate(order(items), {item.query.id: qrels[item.query.id] for item in items}, measure)
     found: dict[str, Any] = {"bm25": first.means[measure]}
     for told, template in (("zero_shot", "plain"), ("zero_shot-authors", AUTHORS)):
-        prompt = Prompt(load_template(template), lm.tokenizer, lm.max_length)
-        found[told] = DevRanking(lm, prompt, items, qrels, measure).measure(None)[measure]
+        scorer = scorer_of(lm, load_template(template))
+        found[told] = DevRanking(scorer, items, qrels, measure).measure(None)[measure]
     for name in ("qpeft_a", "qpeft_r"):
         module = adapters.load(name)
         adapter = module.build(module.Config(), lm)
-        prompt = Prompt(load_template("plain"), lm.tokenizer, lm.max_length, hint_length=adapter.hint_length)
-        found[f"untrained {name}"] = DevRanking(lm, prompt, items, qrels, measure).measure(adapter)[measure]
+        scorer = scorer_of(lm, load_template("plain"), adapter)
+        found[f"untrained {name}"] = DevRanking(scorer, items, qrels, measure).measure(adapter)[measure]
     return found
 
 
@@ -77,9 +78,9 @@ def choice(bench: Bench) -> dict[str, Any]:
         for name in ("zero_shot", *cells):
             folder = bench.output / "adapters" / cells[name].name if name in cells else None
             if name not in known and (folder is None or folder.is_dir()):
-                adapter = load_adapter(folder, bench.lm()) if folder else None
-                ranking = DevRanking(bench.lm(), bench.prompt(adapter), items, qrels, "RR@10")
-                known[name] = per_query(ranking.rank(adapter and adapter.adapter), judged)["RR@10"]
+                scorer = bench.scorer(load_adapter(folder, bench.lm()) if folder else None)
+                run = DevRanking(scorer, items, qrels, "RR@10").rank(scorer.adapter)
+                known[name] = per_query(run, judged)["RR@10"]
                 write(path, known)
                 print(time.strftime("%H:%M:%S"), home, name, round(fmean(known[name].values()), 4), flush=True)
             if name in known:
@@ -100,15 +101,14 @@ def first_trial(bench: Bench) -> dict[str, Any]:
     run = bench.first_stage(HOME, queries, 50)
     items = list(candidates_from_run(run, known, collection.passages, 50))
     qrels = collection.qrels("test")
-    prompt = bench.prompt()
     found = {
         "bm25": {"per_query": per_query(run, {q.id: qrels[q.id] for q in queries})},
-        "zero_shot": measure_on(bench, prompt, HOME, None, items=items),
+        "zero_shot": measure_on(bench, bench.scorer(), HOME, items=items),
     }
     for cell in trained_at_home():
         if cell.seed == 1:
             opened = load_adapter(bench.output / "adapters" / cell.name, bench.lm())
-            found[cell.row] = measure_on(bench, bench.prompt(opened), HOME, opened.adapter, items=items)
+            found[cell.row] = measure_on(bench, bench.scorer(opened), HOME, items=items)
     return found
 
 
@@ -120,7 +120,6 @@ def confirm(bench: Bench, number: int, of: int) -> None:
     known = TEST_QUERIES[HOME]
     collection = bench.collection(HOME)
     fresh = bench.queries(HOME, "test", known + FRESH_QUERIES)[known:]
-    plain = bench.prompt()
     later = [cell for cell in lora() if cell.row == LORA and cell.home == HOME]
     later += [cell for cell in sizes() if cell.row in TESTED and cell.home == HOME and cell.queries == MORE]
     for start in range(0, FRESH_QUERIES, FRESH_CHUNK)[number::of]:
@@ -134,10 +133,10 @@ def confirm(bench: Bench, number: int, of: int) -> None:
         if not found:
             judged = {item.query.id: collection.qrels("test")[item.query.id] for item in items}
             found = {"bm25": {"per_query": per_query(run, judged)}, "made": provenance()}
-            found["zero_shot"] = measure_on(bench, plain, HOME, None, items=items)
+            found["zero_shot"] = measure_on(bench, bench.scorer(), HOME, items=items)
         for cell in missing:
             opened = load_adapter(bench.output / "adapters" / cell.name, bench.lm())
-            found[cell.name] = measure_on(bench, bench.prompt(opened), HOME, opened.adapter, items=items)
+            found[cell.name] = measure_on(bench, bench.scorer(opened), HOME, items=items)
             opened.adapter.withdraw()
         write(target, found)
         print(time.strftime("%H:%M:%S"), target.name, flush=True)
@@ -146,8 +145,7 @@ def confirm(bench: Bench, number: int, of: int) -> None:
 def first_stages(bench: Bench) -> dict[str, Any]:
     """Rerank what BM25, a dense retriever and their fusion find, with the adapters that ship."""
     opened = {row: load_adapter(f"tiny-lm-{row.replace('_', '-')}", bench.lm()) for row in SHIPPED}
-    systems: dict[str, tuple[Prompt, Any]] = {"zero_shot": (bench.prompt(), None)}
-    systems |= {row: (bench.prompt(each), each.adapter) for row, each in opened.items()}
+    systems = {"zero_shot": bench.scorer(), **{row: bench.scorer(each) for row, each in opened.items()}}
     found: dict[str, Any] = {}
     for name, count in STAGE_QUERIES.items():
         target = bench.output / "first-stages" / f"{name}.json"
@@ -158,7 +156,7 @@ def first_stages(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def stages_of(bench: Bench, name: str, count: int, systems: dict[str, tuple[Prompt, Any]]) -> dict[str, Any]:
+def stages_of(bench: Bench, name: str, count: int, systems: dict[str, QueryLikelihood]) -> dict[str, Any]:
     """Return first stage → system → what was measured on one collection."""
     collection, queries = bench.collection(name), bench.queries(name, "test", count)
     qrels = {query.id: collection.qrels("test")[query.id] for query in queries}
@@ -168,8 +166,8 @@ def stages_of(bench: Bench, name: str, count: int, systems: dict[str, tuple[Prom
     for run in (bm25, dense, reciprocal_rank_fusion([bm25, dense], FUSED_DEPTH, tag="fusion")):
         items = list(candidates_from_run(run, collection.queries("test"), collection.passages, STAGE_DEPTH))
         found[run.tag] = {"first_stage": {"per_query": per_query(run, qrels)}}
-        for row, (prompt, adapter) in systems.items():
-            found[run.tag][row] = measure_on(bench, prompt, name, adapter, items=items)
+        for row, scorer in systems.items():
+            found[run.tag][row] = measure_on(bench, scorer, name, items=items)
     return found
 
 

@@ -3,8 +3,8 @@
 Shapes: `B` groups, `G` columns; a column is one passage of the group's query. `scores [B, G]` are mean log-likelihoods
 in nats per query token, higher is better. `mask [B, G]` says which columns are real, since groups may have fewer
 negatives; what stands in the others, NaN included, changes neither value nor gradient. Column 0 is the positive and all
-others are negatives, unless `labels [B, G]` give grades: then 1 or more is relevant, and a pair is any two columns of a
-group of which one has the higher grade. Every loss is a scalar, and 0 where a batch has nothing to compare.
+others are negatives; a pair is the positive and one of them. Every loss is a scalar, and 0 where a batch has nothing to
+compare.
 
 Scores per token lie close together: `scale` spreads them before a softmax or a sigmoid.
 """
@@ -12,6 +12,7 @@ Scores per token lie close together: `scale` spreads them before a softmax or a 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -21,63 +22,61 @@ from torch import Tensor, nn
 from qpeft.errors import OptionError, nearest
 
 
-def point(scores: Tensor, mask: Tensor, *, labels: Tensor | None = None) -> Tensor:
+def point(scores: Tensor, mask: Tensor) -> Tensor:
     """Return the mean over groups of −score of the positive, in nats per query token; ≥ 0 for log-likelihoods.
 
-    The language-model loss on positives alone: L_point of Q-PEFT (arXiv 2404.04522). Of several positives the mean
-    is taken, so that every group weighs the same.
+    The language-model loss on positives alone: L_point of Q-PEFT (arXiv 2404.04522).
     """
-    return -_mean_over_positives(_real(scores, mask), mask, labels)
+    return -_mean(_real(scores, mask)[..., :1], mask[..., :1])
 
 
-def pair(scores: Tensor, mask: Tensor, *, margin: float, labels: Tensor | None = None) -> Tensor:
+def pair(scores: Tensor, mask: Tensor, *, margin: float) -> Tensor:
     """Return the mean over all pairs of max(0, negative − positive + margin); margin in nats per query token.
 
     The hinge L_pair of Q-PEFT (arXiv 2404.04522); margin 0 is the plain one.
     """
-    return _mean(torch.relu(margin - _differences(_real(scores, mask))), _pairs(mask, labels))
+    return _mean(torch.relu(margin - _gaps(_real(scores, mask))), _pairs(mask))
 
 
-def both(scores: Tensor, mask: Tensor, *, margin: float, labels: Tensor | None = None) -> Tensor:
+def both(scores: Tensor, mask: Tensor, *, margin: float) -> Tensor:
     """Return `point` + `pair`, unweighted: the loss of Q-PEFT (arXiv 2404.04522)."""
-    return point(scores, mask, labels=labels) + pair(scores, mask, margin=margin, labels=labels)
+    return point(scores, mask) + pair(scores, mask, margin=margin)
 
 
-def ranknet(scores: Tensor, mask: Tensor, *, scale: float = 1.0, labels: Tensor | None = None) -> Tensor:
+def ranknet(scores: Tensor, mask: Tensor, *, scale: float = 1.0) -> Tensor:
     """Return the mean over all pairs of ln(1 + exp(−scale · (positive − negative))), in nats.
 
     RankNet (Burges et al., ICML 2005), whose σ is `scale`.
     """
-    return _mean(-nn.functional.logsigmoid(scale * _differences(_real(scores, mask))), _pairs(mask, labels))
+    return _mean(-nn.functional.logsigmoid(scale * _gaps(_real(scores, mask))), _pairs(mask))
 
 
-def softmax(scores: Tensor, mask: Tensor, *, scale: float = 1.0, labels: Tensor | None = None) -> Tensor:
+def softmax(scores: Tensor, mask: Tensor, *, scale: float = 1.0) -> Tensor:
     """Return the mean over groups of −ln p(positive), p being the softmax of scale · scores; in nats.
 
     ListNet's top-one loss with a one-hot target (Cao et al., ICML 2007), which is InfoNCE over the group (arXiv
-    1807.03748). Several positives share the target equally.
+    1807.03748).
     """
-    return -_mean_over_positives(torch.log_softmax(_buried(scale * _real(scores, mask), mask), -1), mask, labels)
+    return -_mean(torch.log_softmax(_buried(scale * _real(scores, mask), mask), -1)[..., :1], mask[..., :1])
 
 
-def cross_entropy(scores: Tensor, mask: Tensor, *, labels: Tensor | None = None) -> Tensor:
-    """Return the mean over real columns of −ln p(its label), p(relevant) being the score's logistic function; in nats.
+def cross_entropy(scores: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean over real columns of −ln p(what it is), p(positive) being the score's logistic function; in nats.
 
     Each pair by itself. Of log-odds of two answers, this is the cross-entropy of the right answer among the two.
     """
-    relevant = _grades(mask, labels) >= 1
     real = _real(scores, mask)
-    return _mean(-nn.functional.logsigmoid(torch.where(relevant, real, -real)), mask)
+    return _mean(-nn.functional.logsigmoid(torch.cat([real[..., :1], -real[..., 1:]], -1)), mask)
 
 
-def sft(scores: Tensor, mask: Tensor, *, answered: Tensor, labels: Tensor | None = None) -> Tensor:
+def sft(scores: Tensor, mask: Tensor, *, answered: Tensor) -> Tensor:
     """Return the mean over real columns of −ln P(the right answer), over the whole vocabulary; in nats.
 
     Supervised fine-tuning on the answer, as a language model learns a text. `scores` are the log-odds of two answers,
     `answered [B, G]` is ln(P(yes) + P(no)). Since P(right) = P(right | one of the two) · P(one of the two), the loss is
     `cross_entropy` and a part that moves probability from all other words to the two.
     """
-    return cross_entropy(scores, mask, labels=labels) - _mean(_real(answered, mask), mask)
+    return cross_entropy(scores, mask) - _mean(_real(answered, mask), mask)
 
 
 def plackett_luce(scores: Tensor, mask: Tensor, *, teacher: Tensor, scale: float = 1.0) -> Tensor:
@@ -85,25 +84,26 @@ def plackett_luce(scores: Tensor, mask: Tensor, *, teacher: Tensor, scale: float
 
     P = Π_i exp(scale · s_i) / Σ_{j at or below i} exp(scale · s_j), columns taken by falling `teacher [B, G]`: ListMLE
     (Xia et al., ICML 2008). The teacher's values serve only to sort, so grades may stand there too; columns with
-    equal values keep the order in which they are given.
+    equal values keep the order in which they are given. Those at a group's lowest value have none among themselves,
+    and i runs over the others: what a teacher did not score stands there.
     """
-    order = _real(teacher, mask).argsort(dim=-1, descending=True, stable=True)
-    real = mask.bool().gather(-1, order)
-    sorted_scores = _buried(scale * _real(scores, mask).gather(-1, order), real)
+    real, values = mask.bool(), _real(teacher, mask)
+    above_lowest = real & (values > values.masked_fill(~real, math.inf).amin(-1, keepdim=True))
+    order = values.argsort(dim=-1, descending=True, stable=True)
+    sorted_scores = _buried(scale * _real(scores, mask), mask).gather(-1, order)
     at_or_below = torch.ones(order.shape[-1], order.shape[-1], dtype=torch.bool, device=order.device).triu()
     rivals = torch.logsumexp(_buried(sorted_scores.unsqueeze(-2), at_or_below), -1)
-    per_group = (rivals - sorted_scores).masked_fill(~real, 0.0).sum(-1)
+    per_group = (rivals - sorted_scores).masked_fill(~above_lowest.gather(-1, order), 0.0).sum(-1)
     return _mean(per_group, real.any(-1))
 
 
-def margin_mse(scores: Tensor, mask: Tensor, *, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
+def margin_mse(scores: Tensor, mask: Tensor, *, teacher: Tensor) -> Tensor:
     """Return the mean over all pairs of ((s⁺ − s⁻) − (t⁺ − t⁻))², in squared units of the scores.
 
     Margin-MSE (Hofstätter et al., arXiv 2010.02666). `teacher [B, G]` gets no gradient, and should be in the units of
     the scores.
     """
-    gap = _differences(_real(scores, mask)) - _differences(_real(teacher.detach(), mask))
-    return _mean(gap.square(), _pairs(mask, labels))
+    return _mean((_gaps(_real(scores, mask)) - _gaps(_real(teacher.detach(), mask))).square(), _pairs(mask))
 
 
 def anchor(scores: Tensor, zero_shot: Tensor, mask: Tensor) -> Tensor:
@@ -170,7 +170,6 @@ def loss(
     scale: float,
     teacher: Tensor | None,
     answered: Tensor | None = None,
-    labels: Tensor | None = None,
 ) -> Tensor:
     """Return the loss of this name, a scalar; options that it does not take are ignored.
 
@@ -182,7 +181,6 @@ def loss(
         scale: factor on scores; of `ranknet`, `softmax` and `plackett_luce`.
         teacher: `[B, G]`; of `plackett_luce` and `margin_mse`.
         answered: `[B, G]`, the log of both answers' probability; of `sft`.
-        labels: `[B, G]` grades, where the positive is not simply column 0.
 
     Raises:
         OptionError: no loss has this name, or it learns from a teacher or from answers and there are none.
@@ -190,7 +188,7 @@ def loss(
     check_loss(name, teacher=teacher is not None)
     if "answered" in _options(name) and answered is None:
         raise OptionError(f"the loss {name!r} learns the tokens of two answers, and there are none")
-    given = {"margin": margin, "scale": scale, "teacher": teacher, "answered": answered, "labels": labels}
+    given = {"margin": margin, "scale": scale, "teacher": teacher, "answered": answered}
     return LOSSES[name](scores, mask, **{option: given[option] for option in given if option in _options(name)})
 
 
@@ -209,28 +207,15 @@ def _buried(values: Tensor, mask: Tensor) -> Tensor:
     return values.masked_fill(~mask.bool(), torch.finfo(values.dtype).min / 4)
 
 
-def _grades(mask: Tensor, labels: Tensor | None) -> Tensor:
-    if labels is not None:
-        return labels
-    return (torch.arange(mask.shape[-1], device=mask.device) == 0).int().expand(mask.shape)
+def _pairs(mask: Tensor) -> Tensor:
+    """Return `[B, G − 1]`: whether the positive and the negative are both real."""
+    real = mask.bool()
+    return real[..., :1] & real[..., 1:]
 
 
-def _pairs(mask: Tensor, labels: Tensor | None) -> Tensor:
-    """Return `[B, G, G]`: whether the row's passage should stand above the column's."""
-    real, grades = mask.bool(), _grades(mask, labels)
-    return (grades.unsqueeze(-1) > grades.unsqueeze(-2)) & real.unsqueeze(-1) & real.unsqueeze(-2)
-
-
-def _differences(scores: Tensor) -> Tensor:
-    """Return `[B, G, G]`: the row's score minus the column's."""
-    return scores.unsqueeze(-1) - scores.unsqueeze(-2)
-
-
-def _mean_over_positives(values: Tensor, mask: Tensor, labels: Tensor | None) -> Tensor:
-    """Return the mean over groups of the mean over their positives; groups without one do not count."""
-    positive = mask.bool() & (_grades(mask, labels) >= 1)
-    per_group = values.masked_fill(~positive, 0.0).sum(-1) / positive.sum(-1).clamp(min=1)
-    return _mean(per_group, positive.any(-1))
+def _gaps(scores: Tensor) -> Tensor:
+    """Return `[B, G − 1]`: the positive's score minus each negative's."""
+    return scores[..., :1] - scores[..., 1:]
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:

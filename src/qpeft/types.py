@@ -99,6 +99,8 @@ class Group:
     query: Query
     positives: tuple[Passage, ...]
     negatives: tuple[Passage, ...] = ()
+    also_relevant: tuple[Passage, ...] = ()
+    """Positives that the same query has in other groups: no negatives, wherever they come from."""
 
 
 @dataclass(frozen=True, slots=True)

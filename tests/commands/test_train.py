@@ -472,6 +472,10 @@ def command_model(command):
         (["--dev-run", "some.trec"], ["--dev-run needs --collection"]),
         (["--patience", "1"], ["--patience needs --collection"]),
         (["--teacher", "some.trec"], ["--teacher: --loss both has none; take margin_mse or plackett_luce"]),
+        (
+            ["--teacher", "some.trec", "--loss", "margin_mse", "--in-batch"],
+            ["--teacher: it has no scores for passages of other queries; give --in-batch false"],
+        ),
     ],
 )
 def test_options_that_would_have_no_effect(arguments, train_file, tmp_path, capsys, more, words):

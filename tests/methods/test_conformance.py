@@ -52,6 +52,17 @@ def test_rankings_come_lazily(method, lm):
     assert [ranking.query_id for ranking in itertools.islice(rankings, 2)] == ["0", "1"]
 
 
+def test_a_scorer_with_another_adapter_counts_for_itself(method, lm):
+    if not hasattr(method, "build_scorer"):
+        pytest.skip("is no scorer of rows")
+    item = candidates()
+    scorer = method.build_scorer(method.Config(), lm)
+    facts, other = dict(scorer.facts), scorer.using(None)
+    assert other.score([(item.query, passage) for passage in item.passages])
+    assert (scorer.counts.pairs, other.counts.pairs) == (0, len(TEXTS))
+    assert (scorer.facts, other.facts) == (facts, {})
+
+
 def test_no_candidates_give_an_empty_ranking(method, lm):
     (ranking,) = build(method, lm).rerank([candidates(texts=[])])
     assert ranking.hits == ()

@@ -66,7 +66,7 @@ def test_losses_equal_those_on_the_model_s_own_logits(name, family, make_lm, sho
     scorer = build_scorer(Config(template=short), lm)
     adapter = trained(lm)
     config = ReadOutTraining(loss=name)
-    batch = Collator(scorer.prompt, config, 0)([(0, group) for group in GROUPS])["batch"]
+    batch = Collator(scorer, config, 0)([(0, group) for group in GROUPS])["batch"]
     answers = torch.tensor(lm.tokenizer.convert_tokens_to_ids(["yes", "no"]))
     with adapter.applied():
         logits = torch.stack([lm.model(torch.tensor([row.context])).logits[0, -1] for row in batch.rows])
@@ -79,7 +79,7 @@ def test_losses_equal_those_on_the_model_s_own_logits(name, family, make_lm, sho
         odds = (logits[:, answers[0]] - logits[:, answers[1]]).view(batch.mask.shape)
         expected = cross_entropy(odds, torch.zeros(len(odds), dtype=torch.long))
     wanted = torch.autograd.grad(expected, list(adapter.parameters()))
-    found = Learner(adapter, lm, config, scorer)(batch)["loss"]
+    found = Learner(adapter, config, scorer)(batch)["loss"]
     assert found.item() == pytest.approx(expected.item(), abs=1e-4)
     for one, other in zip(torch.autograd.grad(found, list(adapter.parameters())), wanted, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)

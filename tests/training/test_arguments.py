@@ -12,7 +12,7 @@ from qpeft.training.config import TrainingConfig
 from qpeft.training.processes import together
 from qpeft.training.trainer import Collator, fit
 from tiny_adapters import build, with_store
-from tiny_training import FAST, GROUPS, dev_for, prompt_for
+from tiny_training import FAST, GROUPS, dev_for, scorer_for
 
 
 @pytest.fixture
@@ -22,9 +22,9 @@ def lm(make_lm):
 
 def train(lm, adapter, folder, **options):
     config = TrainingConfig(**(FAST | {"epochs": 1} | options))
-    collator = Collator(prompt_for(lm, adapter), config, 0)
-    dev = dev_for(lm, adapter)
-    return fit(lm, adapter, GROUPS, collator, config, checkpoints=folder, seed=0, dev=dev, progress=False)
+    scorer = scorer_for(lm, adapter)
+    collator, dev = Collator(scorer, config, 0), dev_for(scorer)
+    return fit(scorer, adapter, GROUPS, collator, config, checkpoints=folder, seed=0, dev=dev, progress=False)
 
 
 def test_what_is_trained_stays_with_the_frozen_model(lm, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from qpeft.training.groups import in_batch_negatives
 from qpeft.training.trainer import Collator, TrainingSet
 from qpeft.types import Candidates, Group, Passage, Query
 from tiny_adapters import build, with_store
-from tiny_training import ASKED, FAST, GROUPS, PASSAGES, batch_for, dev_for, prompt_for
+from tiny_training import ASKED, FAST, GROUPS, PASSAGES, batch_for, dev_for, scorer_for
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def test_a_teachers_scores_stand_at_their_passages(lm):
     teacher = {("sky", "sky"): 3.0, ("sky", "sea"): 2.0, ("sea", "sea"): -7.0}
     config = TrainingConfig(**(FAST | {"negatives": 5, "loss": "margin_mse"}))
     groups = [GROUPS[0], dataclasses.replace(GROUPS[1], negatives=())]
-    batch = Collator(prompt_for(lm, adapter), config, 0, teacher)([(0, group) for group in groups])["batch"]
+    batch = Collator(scorer_for(lm, adapter), config, 0, teacher)([(0, group) for group in groups])["batch"]
     assert sorted(batch.teacher[0].tolist(), reverse=True) == [3.0, 2.0, -7.0, -7.0, -7.0, -7.0]
     assert batch.teacher[0, 0] == 3.0
     assert batch.teacher[1, 0] == -7.0
@@ -48,7 +48,7 @@ def test_negatives_change_with_the_epoch_and_the_seed(lm):
     config = TrainingConfig(negatives=2)
 
     def rows(epoch, seed):
-        return tuple(Collator(prompt_for(lm, adapter), config, seed)([(epoch, GROUPS[0])])["batch"].rows)
+        return tuple(Collator(scorer_for(lm, adapter), config, seed)([(epoch, GROUPS[0])])["batch"].rows)
 
     assert rows(1, 0) == rows(1, 0)
     assert len({rows(epoch, 0) for epoch in range(8)}) > 3
@@ -89,8 +89,8 @@ def test_lines_of_one_query_are_no_negatives_of_each_other(lm):
     one, two, three = (Passage(name, name) for name in ("the sky", "the sea", "the king"))
     groups = [Group(Query("a", "why"), (one,)), Group(Query("b", "why"), (two,)), Group(Query("c", "who"), (three,))]
     config = TrainingConfig(negatives=0, in_batch=True)
-    prompt = prompt_for(lm, build("soft_prompt", lm))
-    batch = Collator(prompt, config, 0)([(0, group) for group in groups])["batch"]
+    scorer = scorer_for(lm, build("soft_prompt", lm))
+    batch = Collator(scorer, config, 0)([(0, group) for group in groups])["batch"]
     assert batch.mask.sum(1).tolist() == [2, 2, 3]
 
 
@@ -126,20 +126,21 @@ def test_a_positive_of_two_other_queries_is_a_negative_once(lm):
     adapter = build("soft_prompt", lm)
     shared = [Group(Query(str(i), "the tide"), (PASSAGES["sea"],)) for i in range(2)]
     config = TrainingConfig(negatives=0, in_batch=True)
-    batch = Collator(prompt_for(lm, adapter), config, 0)([(0, group) for group in (*shared, GROUPS[0])])["batch"]
+    batch = Collator(scorer_for(lm, adapter), config, 0)([(0, group) for group in (*shared, GROUPS[0])])["batch"]
     assert batch.mask.sum(1).tolist() == [2, 2, 2]
 
 
 def test_hints_of_other_queries(lm):
     adapter = build("qpeft_a", lm)
     read = {"sky": GROUPS[3].query}
-    config = TrainingConfig(negatives=1)
-    batch = Collator(prompt_for(lm, adapter), config, 0, None, read)([(0, GROUPS[0]), (0, GROUPS[1])])["batch"]
+    own, config = scorer_for(lm, adapter), TrainingConfig(negatives=1)
+    other = own.with_hint_queries(read)
+    batch = Collator(other, config, 0)([(0, GROUPS[0]), (0, GROUPS[1])])["batch"]
     plain, _ = batch_for(lm, adapter, negatives=1)
     assert batch.rows[0].query == plain.rows[6].query
     assert batch.rows[0].target == plain.rows[0].target
     assert batch.rows[2].query == plain.rows[2].query
-    changed, same = dev_for(lm, adapter, hint_queries=read).rank(adapter), dev_for(lm, adapter).rank(adapter)
+    changed, same = (dev_for(scorer).rank(adapter) for scorer in (other, own))
     assert changed["sky"] != same["sky"]
     assert changed["sea"] == same["sea"]
 
@@ -147,7 +148,7 @@ def test_hints_of_other_queries(lm):
 def test_dev_ranks_what_cannot_be_read_last(lm):
     adapter = build("qpeft_a", lm)
     passages = (Passage("a", " "), Passage("b", "the sky"), Passage("c", ""), Passage("d", "sea"))
-    dev = DevRanking(lm, prompt_for(lm, adapter), [Candidates(GROUPS[0].query, passages)], {"sky": {"a": 1}}, "RR@10")
+    dev = DevRanking(scorer_for(lm, adapter), [Candidates(GROUPS[0].query, passages)], {"sky": {"a": 1}}, "RR@10")
     for who in (None, adapter):
         hits = dev.rank(who)["sky"].hits
         assert [hit.passage_id for hit in hits][2:] == ["c", "a"]

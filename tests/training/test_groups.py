@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from qpeft.data.beir import BeirCollection, write_beir
 from qpeft.errors import FormatError, InputError, OptionError, QueryError, UnknownIdError
 from qpeft.evaluation.answers import has_answer
-from qpeft.training.groups import MiningCounts, draw, groups_from_collection, groups_from_jsonl, next_queries, unscored
+from qpeft.training.groups import (
+    MiningCounts,
+    draw,
+    groups_from_collection,
+    groups_from_jsonl,
+    in_batch_negatives,
+    next_queries,
+    of_other_queries,
+    unscored,
+)
 from qpeft.types import Group, Passage, Query, Ranking, Run
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -281,6 +290,17 @@ def test_a_positive_of_another_line_of_the_query_is_no_negative(tmp_path):
     groups, counts = groups_from_jsonl(write(tmp_path, *lines, {"query": "b?", "pos": ["z"], "neg": ["x"]}))
     assert texts(groups) == [("a?", ["x"], ["z"]), ("a?", ["y"], ["w"]), ("b?", ["z"], ["x"])]
     assert counts.dropped_as_positive == 2
+
+
+def test_a_positive_of_another_line_of_the_query_is_no_negative_in_a_batch(tmp_path):
+    lines = [{"query": query, "pos": [text]} for query, text in (("a?", "x"), ("a?", "y"), ("b?", "y"), ("c?", "z"))]
+    groups, _ = groups_from_jsonl(write(tmp_path, *lines))
+    drawn = [group.positives for group in groups]
+
+    def others(own):
+        return in_batch_negatives(groups[own], drawn[own], of_other_queries(groups[own], groups, drawn))
+
+    assert [[passage.text for passage in others(own)] for own in range(4)] == [["z"], ["z"], ["x", "z"], ["x", "y"]]
 
 
 def test_tevatron(tmp_path):

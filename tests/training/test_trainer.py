@@ -21,20 +21,20 @@ from qpeft.training.dev import DevRanking
 from qpeft.training.keep_steps import KeepSteps
 from qpeft.training.trainer import Collator, Learner, fit
 from tiny_adapters import NAMES, alike, build, with_store
-from tiny_training import FAST, GROUPS, PASSAGES, batch_for, dev_for, prompt_for
+from tiny_training import FAST, GROUPS, PASSAGES, batch_for, dev_for, scorer_for
 
 
 def train(lm, adapter, folder, *, dev=False, teacher=None, callbacks=(), resume=False, baselines=False, **options):
-    config = TrainingConfig(**(FAST | options))
+    config, scorer = TrainingConfig(**(FAST | options)), scorer_for(lm, adapter)
     return fit(
-        lm,
+        scorer,
         adapter,
         GROUPS,
-        Collator(prompt_for(lm, adapter), config, 0, teacher),
+        Collator(scorer, config, 0, teacher),
         config,
         checkpoints=folder,
         seed=0,
-        dev=dev_for(lm, adapter) if dev is True else dev or None,
+        dev=dev_for(scorer) if dev is True else dev or None,
         resume=resume,
         baselines=baselines,
         progress=False,
@@ -68,7 +68,7 @@ def test_gradients_over_encoded_contexts_equal_plain_ones(name, family, kernel, 
         batch, config = batch_for(lm, adapter, anchor=0.1)
         for _ in range(2):  # the second time, contexts come from the store
             adapter.zero_grad()
-            out = Learner(adapter, lm, config)(batch)
+            out = Learner(adapter, config, scorer_for(lm, adapter))(batch)
             out["loss"].backward()
         gradients = torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
         found.append((out["loss"].detach(), out["scores"], gradients))
@@ -87,7 +87,7 @@ def test_gradients_do_not_vanish_in_float16(name, make_lm):
     for lm in (exact, half):
         batch, config = batch_for(lm, adapter)
         adapter.zero_grad()
-        Learner(adapter, lm, config)(batch)["loss"].backward()
+        Learner(adapter, config, scorer_for(lm, adapter))(batch)["loss"].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None]))
     assert (gradients[1] - gradients[0]).norm() < 0.02 * gradients[0].norm()
     assert not (gradients[0].abs() > 1e-6)[gradients[1] == 0].any()
@@ -99,7 +99,7 @@ def test_the_loss_is_that_of_each_pairs_mean_likelihood(name, lm):
     batch, config = batch_for(lm, adapter, negatives=3)
     batch.mask[0, -1] = False  # as if the first query had a negative less
     rows = [row for place, row in enumerate(batch.rows) if place != 3]
-    out = Learner(adapter, lm, config)(dataclasses.replace(batch, rows=rows))
+    out = Learner(adapter, config, scorer_for(lm, adapter))(dataclasses.replace(batch, rows=rows))
     values = iter(lm.log_probs(rows, adapters=adapter))
     expected = torch.zeros(batch.mask.shape)
     for place in batch.mask.nonzero().tolist():
@@ -118,7 +118,7 @@ def test_training_lowers_the_loss(name, lm, tmp_path):
         fitted = train(lm, adapter, tmp_path, epochs=epochs, learning_rate=3e-2, evaluations=1)
         assert not adapter.training
         with torch.no_grad():
-            losses_seen.append(Learner(adapter, lm, config)(batch)["loss"].item())
+            losses_seen.append(Learner(adapter, config, scorer_for(lm, adapter))(batch)["loss"].item())
     assert fitted.steps == 16
     assert [entry["epoch"] for entry in fitted.history if "loss" in entry] == [step / 2 for step in range(1, 17)]
     assert losses_seen[1] < losses_seen[0] - 0.03
@@ -149,8 +149,8 @@ def test_the_anchor_keeps_scores_near_zero_shot(lm, tmp_path):
         train(lm, adapter, tmp_path / str(anchor), epochs=8, learning_rate=1e-2, anchor=anchor, evaluations=1)
         batch, config = batch_for(lm, adapter)
         with torch.no_grad():
-            scores = Learner(adapter, lm, config)(batch)["scores"]
-            zero_shot = Learner(adapter, lm, config)._learned(batch, None)[0]
+            learner = Learner(adapter, config, scorer_for(lm, adapter))
+            scores, zero_shot = learner(batch)["scores"], learner._learned(batch, None)[0]
         distances.append(losses.anchor(scores, zero_shot, batch.mask).item())
     assert distances[1] < 0.5 * distances[0]
 
@@ -333,7 +333,7 @@ def test_patience_survives_an_interruption(lm, tmp_path):
 
 def test_dev_is_ranked_without_dropout(lm, tmp_path, monkeypatch):
     adapter = build("qpeft_a", lm, attn_dropout=0.5)
-    dev, modes = dev_for(lm, adapter), []
+    dev, modes = dev_for(scorer_for(lm, adapter)), []
     measure = dev.measure
 
     def watched(who):
@@ -357,7 +357,7 @@ def test_no_epochs_leave_the_adapter_untrained(lm, tmp_path):
 
 def test_baselines_are_those_of_the_model_and_the_untrained_adapter(lm, tmp_path):
     adapter = build("qpeft_r", lm)
-    dev = dev_for(lm, adapter)
+    dev = dev_for(scorer_for(lm, adapter))
     expected = dev.measure(None)["RR@10"], dev.measure(adapter)["RR@10"]
     fitted = train(lm, adapter, tmp_path, dev=dev, baselines=True, learning_rate=1e-2)
     assert (fitted.dev["zero_shot"], fitted.dev["untrained"]) == expected
@@ -385,21 +385,22 @@ def test_token_tables_are_not_decayed(lm, tmp_path):
 def test_the_preset_authors_trains(lm, tmp_path):
     adapter = build("qpeft_a", lm, authors=True)
     config = dataclasses.replace(training_config.Authors(), epochs=1)
-    collator = Collator(prompt_for(lm, adapter, "qpeft"), config, 0)
-    fitted = fit(lm, adapter, GROUPS, collator, config, checkpoints=tmp_path, seed=0, progress=False)
+    scorer = scorer_for(lm, adapter, "qpeft")
+    collator = Collator(scorer, config, 0)
+    fitted = fit(scorer, adapter, GROUPS, collator, config, checkpoints=tmp_path, seed=0, progress=False)
     assert fitted.steps == 1
     assert fitted.history[0]["learning_rate"] == 3e-2
 
 
 def test_the_measure_goes_by_its_canonical_name(lm, tmp_path):
     adapter = build("soft_prompt", lm)
-    dev = dev_for(lm, adapter, "nDCG(cutoff=3)")
+    dev = dev_for(scorer_for(lm, adapter), "nDCG(cutoff=3)")
     fitted = train(lm, adapter, tmp_path, dev=dev, epochs=1, measure="nDCG(cutoff=3)")
     assert any("eval_nDCG@3" in entry for entry in fitted.history)
     with pytest.raises(OptionError, match="one measure decides, not 2"):
-        dev_for(lm, adapter, "RR@10 nDCG@10")
+        dev_for(scorer_for(lm, adapter), "RR@10 nDCG@10")
     with pytest.raises(OptionError, match="did you mean 'nDCG'"):
-        dev_for(lm, adapter, "nDGC@10")
+        dev_for(scorer_for(lm, adapter), "nDGC@10")
 
 
 @pytest.mark.parametrize(
@@ -425,8 +426,9 @@ def test_nothing_to_train(lm, tmp_path):
     with pytest.raises(OptionError, match="nothing of this adapter is trainable"):
         train(lm, adapter, tmp_path)
     config, adapter = TrainingConfig(), build("soft_prompt", lm)
+    scorer = scorer_for(lm, adapter)
     with pytest.raises(OptionError, match="no query has a positive passage"):
-        fit(lm, adapter, [], Collator(prompt_for(lm, adapter), config, 0), config, checkpoints=tmp_path, seed=0)
+        fit(scorer, adapter, [], Collator(scorer, config, 0), config, checkpoints=tmp_path, seed=0)
 
 
 def test_a_query_without_room_is_named(make_lm, tmp_path):

@@ -35,7 +35,7 @@ from qpeft.errors import InputError, OptionError, PassageCacheError, at_least, n
 from qpeft.model_config import ModelConfig
 from qpeft.options import Checked
 from qpeft.provenance import options_of, provenance
-from qpeft.template import Prompt, Template, load_template
+from qpeft.template import Template, load_template
 from qpeft.training import config as training_config
 from qpeft.training.config import TrainingConfig
 from qpeft.training.groups import next_queries
@@ -166,10 +166,8 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
     say_counts(counts)
     scorer = method.build_scorer(method.Config(**opened.method_options), lm, opened)
     _check_anchor(training, scorer)
-    asked, on_dev = [group.query for group in groups], [item.query for item in dev]
-    read, read_on_dev = ({} if config.hint_queries == "own" else next_queries(queries) for queries in (asked, on_dev))
-    _check_queries(scorer.prompt, adapter, asked, read)
-    _check_queries(scorer.prompt, adapter, on_dev, read_on_dev)
+    train_scorer = _scorer_of(config, scorer, [group.query for group in groups])
+    dev_scorer = _scorer_of(config, scorer, [item.query for item in dev])
     facts = {
         **_facts(config, training, model, adapter_config, own),
         "collection": collection and {"name": collection.name, "fingerprint": collection.fingerprint()},
@@ -180,17 +178,10 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
         _check_finished(output, facts)
         return
     qrels = collection.qrels(config.dev_split) if collection and config.dev_split and dev else {}
-    # Query likelihood alone can read other queries, and is what DevRanking scores with by default.
-    ranker = None if read_on_dev else scorer
-    ranking = DevRanking(lm, scorer.prompt, dev, qrels, training.measure, read_on_dev, ranker) if dev else None
-    collator = Collator(scorer.prompt, training, config.seed, teacher, read)
+    ranking = DevRanking(dev_scorer, dev, qrels, training.measure) if dev else None
+    collator = Collator(train_scorer, training, config.seed, teacher)
     _keep_all_or_none(lm, adapter, lambda: contexts_bytes(lm, scorer.prompt, groups, training, dev))
-    mark = {
-        **facts,
-        "dtype": lm.dtype,
-        "threads": torch.get_num_threads(),
-        "processes": here.count,
-    }
+    mark = {**facts, "dtype": lm.dtype, "threads": torch.get_num_threads(), "processes": here.count}
     save = functools.partial(
         save_adapter,
         name=opened.name,
@@ -203,7 +194,7 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
     )
     with claim(checkpoints, mark):
         fitted = fit(
-            lm,
+            train_scorer,
             adapter,
             groups,
             collator,
@@ -214,7 +205,6 @@ def run(config: Config, training: TrainingConfig, model: ModelConfig, adapter_co
             resume=config.resume,
             progress=sys.stderr.isatty(),
             callbacks=_keeping(config, mark, facts, save) if here.first else (),
-            scorer=scorer,
         )
     if not here.first:
         return
@@ -280,20 +270,23 @@ def _with_defaults(config: Config, training: TrainingConfig) -> Config:
     if config.hint_queries != "own" and config.method != "query_likelihood":
         raise OptionError(f"--hint-queries {config.hint_queries} is for --method query_likelihood")
     if config.teacher is not None:
-        from qpeft.losses import LOSSES
-
-        if "teacher" not in inspect.signature(LOSSES[training.loss]).parameters:
-            raise OptionError(f"--teacher: --loss {training.loss} has none; take margin_mse or plackett_luce")
+        _check_teacher(training)
     return config
+
+
+def _check_teacher(training: TrainingConfig) -> None:
+    from qpeft.losses import LOSSES
+
+    if "teacher" not in inspect.signature(LOSSES[training.loss]).parameters:
+        raise OptionError(f"--teacher: --loss {training.loss} has none; take margin_mse or plackett_luce")
+    if training.in_batch:
+        raise OptionError("--teacher: it has no scores for passages of other queries; give --in-batch false")
 
 
 def _facts(config: Config, *others: Any) -> dict[str, Any]:
     """Return what provenance says of the options, and of the files that they name."""
-    return {
-        "command": "train",
-        "options": options_of(config, *others, without=("resume", "output", "report")),
-        "files": fingerprints(config),
-    }
+    options = options_of(config, *others, without=("resume", "output", "report"))
+    return {"command": "train", "options": options, "files": fingerprints(config)}
 
 
 def _keeping(
@@ -392,11 +385,15 @@ def _build(config: Config, template: Template, adapter_config: Any, own: Any, lm
     )
 
 
-def _check_queries(prompt: Prompt, adapter: HintWriter, queries: Sequence[Query], read: Mapping[str, Query]) -> None:
-    """Raise the error that training would end in, so that it shows before the work and not in its midst."""
-    if read and not adapter.hint_length(1):
-        raise OptionError("--hint-queries: this adapter writes no hints")
+def _scorer_of(config: Config, scorer: Any, queries: Sequence[Query]) -> Any:
+    """Return what reads these queries, or raise the error that training would end in, before the work."""
+    adapter: HintWriter = scorer.adapter
+    if config.hint_queries == "shuffled":
+        if not adapter.hint_length(1):
+            raise OptionError("--hint-queries: this adapter writes no hints")
+        scorer = scorer.with_hint_queries(next_queries(queries))
     for query in queries:
-        (row,) = prompt.rows(query, Passage("", ""), hint_query=read.get(query.id))
+        (row,) = scorer.rows(query, Passage("", ""))
         if adapter.reads_layer is not None and (row.hint or 0) < row.passage[0]:
             raise OptionError("an adapter that reads states of the passage needs its hint after the passage")
+    return scorer

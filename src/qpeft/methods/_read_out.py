@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from qpeft.errors import OptionError
 from qpeft.methods._rows import Options, RowScorer, Work
 from qpeft.template import Prompt, Row
-from qpeft.types import ScoringCounts
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
     from torch import Tensor
@@ -58,10 +57,8 @@ class ReadOutScorer(RowScorer):
     def __init__(
         self, config: Options, lm: PretrainedLM, prompt: Prompt, reading: Reading, adapter: HintWriter | None = None
     ) -> None:
-        self.counts = ScoringCounts()
-        self.facts: dict[str, Any] = {}
-        self.lm, self.prompt, self.adapter = lm, prompt, adapter
-        self._config, self._reading = config, reading
+        super().__init__(config, lm, prompt, adapter)
+        self._reading = reading
 
     @property
     def kind(self) -> Hashable:
@@ -95,10 +92,6 @@ class ReadOutScorer(RowScorer):
         adapters = None if self.adapter is None else [self.adapter] * len(rows)
         values = lm.read_batch(rows, self._reading.read_out(self.adapter), adapters)
         return self._reading.scores(values), self._reading.answered(values)
-
-    def using(self, adapter: HintWriter | None) -> ReadOutScorer:
-        """Return the same scorer with another adapter, or with none."""
-        return ReadOutScorer(self._config, self.lm, self.prompt, self._reading, adapter)
 
     def probability(self, score: float) -> float:
         """Return the logistic function of the score."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import abc
+import copy
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from qpeft.errors import OptionError, at_least
 from qpeft.kept_tokens import KeptTokens
@@ -58,16 +58,21 @@ class Options(Checked):
 
 
 class RowScorer(abc.ABC):
-    """A scorer whose scores come of rows: what training and the server need of a method."""
+    """A scorer whose scores come of rows: what training and the server need of a method.
 
-    counts: ScoringCounts
-    facts: dict[str, Any]
-    lm: PretrainedLM
-    prompt: Prompt
-    adapter: HintWriter | None
-    _config: Options
-    _hint_queries: Mapping[str, Query] = MappingProxyType({})
-    """What the adapter reads instead of a query, by query id (a control)."""
+    Args:
+        config: options; those that the prompt and the adapter embody are not read.
+        lm: the language model.
+        prompt: template and tokenizer.
+        adapter: what changes the model or writes hints, if anything.
+    """
+
+    def __init__(self, config: Options, lm: PretrainedLM, prompt: Prompt, adapter: HintWriter | None = None) -> None:
+        self.counts = ScoringCounts()
+        self.facts: dict[str, Any] = {}
+        self.lm, self.prompt, self.adapter = lm, prompt, adapter
+        self._config = config
+        self._hint_queries: Mapping[str, Query] = {}
 
     @property
     @abc.abstractmethod
@@ -95,12 +100,14 @@ class RowScorer(abc.ABC):
         """
 
     @abc.abstractmethod
-    def using(self, adapter: HintWriter | None) -> RowScorer:
-        """Return the same scorer with another adapter, or with none, and counts of its own."""
-
-    @abc.abstractmethod
     def probability(self, score: float) -> float:
         """Return what stands for the probability of relevance where no calibration does."""
+
+    def using(self, adapter: HintWriter | None) -> Self:
+        """Return the same scorer with another adapter, or with none; counts and facts are its own, and begin empty."""
+        other = copy.copy(self)
+        other.adapter, other.counts, other.facts = adapter, ScoringCounts(), {}
+        return other
 
     def rows(self, query: Query, passage: Passage, max_passage_tokens: int | None = None) -> list[Row]:
         """Return the rows of a pair: one, or one per window."""

@@ -24,8 +24,8 @@ from qpeft.errors import OptionError
 from qpeft.kept_tokens import KeptTokens
 from qpeft.methods._pointwise import Pointwise
 from qpeft.methods._rows import Options, RowScorer, Work, open_prompt, window
-from qpeft.template import Prompt, Row
-from qpeft.types import Query, Reranker, ScoringCounts
+from qpeft.template import Row
+from qpeft.types import Query, Reranker
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
     from torch import Tensor
@@ -94,42 +94,16 @@ def batch_scores(lm: CausalLM, rows: Sequence[Row], adapter: HintWriter | None) 
 
 
 class QueryLikelihood(RowScorer):
-    """Scores (query, passage) pairs by the log-likelihood of the query.
-
-    Args:
-        config: options; those that the prompt and the adapter embody are not read.
-        lm: the language model.
-        prompt: template and tokenizer.
-        adapter: what writes hints, if anything.
-        hint_queries: what the adapter reads instead of a query, by query id (a control).
-        depth: score with the model's first so many layers only.
-    """
+    """Scores (query, passage) pairs by the log-likelihood of the query; see `RowScorer`."""
 
     _config: Config
-
-    def __init__(
-        self,
-        config: Config,
-        lm: PretrainedLM,
-        prompt: Prompt,
-        adapter: HintWriter | None = None,
-        hint_queries: Mapping[str, Query] | None = None,
-        depth: int | None = None,
-    ) -> None:
-        self.counts = ScoringCounts()
-        self.facts: dict[str, Any] = {}
-        self.adapter = adapter
-        self.with_passage = bool(config.document_prior)
-        self._config = config
-        self.lm = lm
-        self.prompt = prompt
-        self._hint_queries = hint_queries or {}
-        self._depth = depth
+    _depth: int | None = None
+    """Layers that are run; all, if None."""
 
     @property
     def kind(self) -> Hashable:
         """Scorers of one kind and one model may have their rows read together."""
-        return "query_likelihood", self.with_passage, self._depth
+        return "query_likelihood", self._with_passage, self._depth
 
     @property
     def ready(self) -> bool:
@@ -142,25 +116,28 @@ class QueryLikelihood(RowScorer):
         Raises:
             OptionError: the model or the adapter cannot do with so many layers.
         """
-        config, prompt = self._config, self.prompt
+        other = self.using(self.adapter)
         if passage_tokens is not None:
-            config, prompt = dataclasses.replace(config, windows=0), prompt.cut(passage_tokens)
+            other._config, other.prompt = dataclasses.replace(self._config, windows=0), self.prompt.cut(passage_tokens)
         if layers is not None:
             self.lm.check_depth(layers, [self.adapter])
-        return QueryLikelihood(config, self.lm, prompt, self.adapter, self._hint_queries, layers)
+            other._depth = layers
+        return other
+
+    def with_hint_queries(self, queries: Mapping[str, Query]) -> QueryLikelihood:
+        """Return the same scorer, whose adapter reads other queries, by query id, in place of these (a control)."""
+        other = self.using(self.adapter)
+        other._hint_queries = queries
+        return other
 
     def values(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> list[RowLogProbs]:
         """Return the log-probabilities of each row's scored tokens."""
-        return self.lm.log_probs(rows, with_passage=self.with_passage, adapters=adapters, depth=self._depth)
+        return self.lm.log_probs(rows, with_passage=self._with_passage, adapters=adapters, depth=self._depth)
 
     def batch_learned(self, rows: Sequence[Row]) -> tuple[Tensor, None]:
         """Return the mean log-likelihood of rows, `[N]`, differentiable in the adapter; for decoder-only models."""
         lm: Any = self.lm
         return batch_scores(lm, rows, self.adapter), None
-
-    def using(self, adapter: HintWriter | None) -> QueryLikelihood:
-        """Return the same scorer with another adapter, or with none."""
-        return QueryLikelihood(self._config, self.lm, self.prompt, adapter, self._hint_queries, self._depth)
 
     def probability(self, score: float) -> float:
         """Return the geometric mean of the query tokens' probabilities."""
@@ -169,6 +146,10 @@ class QueryLikelihood(RowScorer):
     def pool(self, work: Work, values: Sequence[RowLogProbs]) -> list[float]:
         """Return the score of each pair from what the model said of its rows."""
         return work.pool([self._row_score(value) for value in values], self._config.window_pool)
+
+    @property
+    def _with_passage(self) -> bool:
+        return bool(self._config.document_prior)
 
     def _row_score(self, value: RowLogProbs) -> float:
         target = value.target.double()

@@ -7,26 +7,20 @@ from collections.abc import Mapping, Sequence
 from qpeft.errors import OptionError
 from qpeft.evaluation.measures import evaluate, parse_measures
 from qpeft.hints import HintWriter
-from qpeft.lm import CausalLM
 from qpeft.methods._pointwise import Pointwise
 from qpeft.methods._rows import RowScorer
-from qpeft.methods.query_likelihood import Config, QueryLikelihood
-from qpeft.template import Prompt
 from qpeft.training.processes import gathered, share
-from qpeft.types import Candidates, Query, Run
+from qpeft.types import Candidates, Run
 
 
 class DevRanking:
     """Dev queries with their candidates and judgements.
 
     Args:
-        lm: the frozen model.
-        prompt: template and tokenizer, as in training.
+        scorer: of the method, with the frozen model.
         candidates: the same lists at every evaluation.
         qrels: their judgements.
         measure: what decides.
-        hint_queries: what adapters read instead of a query, by query id (a control).
-        scorer: of the method; by default query likelihood with this prompt.
 
     Attributes:
         name: the measure's canonical name, under which it is reported.
@@ -38,16 +32,13 @@ class DevRanking:
 
     def __init__(
         self,
-        lm: CausalLM,
-        prompt: Prompt,
+        scorer: RowScorer,
         candidates: Sequence[Candidates],
         qrels: Mapping[str, Mapping[str, int]],
         measure: str,
-        hint_queries: Mapping[str, Query] | None = None,
-        scorer: RowScorer | None = None,
     ) -> None:
-        self._scorer: RowScorer = scorer or QueryLikelihood(Config(), lm, prompt, None, hint_queries)
-        self.zero_shot = self._scorer.using(None).ready
+        self._scorer = scorer
+        self.zero_shot = scorer.using(None).ready
         self._candidates = candidates
         self._qrels = {item.query.id: qrels[item.query.id] for item in candidates}
         parsed = parse_measures(measure)

@@ -118,16 +118,18 @@ def groups_from_jsonl(path: StrPath) -> tuple[list[Group], MiningCounts]:
     """
     groups = read_dpr_training(path) if _is_list(path) else read_groups(path)
     tally = _Tally()
-    relevant: dict[str, tuple[Passage, ...]] = collections.defaultdict(tuple)
+    asking: dict[str, list[Group]] = collections.defaultdict(list)
     for group in groups:
-        relevant[group.query.text] += group.positives
+        asking[group.query.text].append(group)
     for i, group in enumerate(groups):
         if not group.query.text.strip():
             raise _malformed(path, i, group, "the query is empty")
         positives = tally.with_text(group.positives)
         if not positives:
             raise _malformed(path, i, group, "no positive has a text")
-        groups[i] = Group(group.query, positives, tally.usable(group.negatives, relevant[group.query.text], (), None))
+        also = tuple(p for other in asking[group.query.text] if other is not group for p in other.positives)
+        negatives = tally.usable(group.negatives, group.positives + also, (), None)
+        groups[i] = Group(group.query, positives, negatives, also)
     if not groups:
         raise FormatError(path, None, "no group with a positive")
     return groups, tally.counts(groups)
@@ -158,12 +160,12 @@ def of_other_queries(group: Group, groups: Iterable[Group], drawn: Iterable[Sequ
 def in_batch_negatives(group: Group, drawn: Sequence[Passage], others: Iterable[Passage]) -> tuple[Passage, ...]:
     """Return which passages of other queries may stand as negatives beside those drawn for a group, each once.
 
-    One is passed over if it is or says the same as a positive of the group or what was drawn for it, or holds one of
-    the query's answers.
+    One is passed over if it is or says the same as a positive of the query, in whichever group, or what was drawn for
+    this one, or holds one of the query's answers.
     """
     ids, contents = {passage.id for passage in drawn}, {_content(passage) for passage in drawn}
     found = []
-    for passage in _Tally().usable(others, group.positives, group.query.answers, None):
+    for passage in _Tally().usable(others, group.positives + group.also_relevant, group.query.answers, None):
         if passage.id not in ids and _content(passage) not in contents:
             found.append(passage)
             ids.add(passage.id)

@@ -32,10 +32,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from qpeft import losses
 from qpeft.adapters._base import Adapter
 from qpeft.errors import OptionError, ScoreError, StateError
-from qpeft.lm import CausalLM
-from qpeft.methods import query_likelihood
 from qpeft.methods._rows import RowScorer
-from qpeft.template import Prompt, Row
+from qpeft.template import Row
 from qpeft.training.arguments import trainer_arguments
 from qpeft.training.checkpointing import checkpointed, room_on
 from qpeft.training.config import TrainingConfig
@@ -44,7 +42,7 @@ from qpeft.training.dev import DevRanking
 from qpeft.training.groups import draw, in_batch_negatives, of_other_queries
 from qpeft.training.keep_steps import KeepSteps
 from qpeft.training.processes import together
-from qpeft.types import Group, Passage, Query
+from qpeft.types import Group
 
 WEIGHTS = "adapter.safetensors"
 
@@ -83,11 +81,10 @@ class Collator:
     """Draws each group's negatives for its epoch, and turns pairs into rows.
 
     Args:
-        prompt: template and tokenizer.
+        scorer: makes the rows.
         config: how many negatives, and whether other queries' positives join them.
         seed: of the draw.
         teacher: scores by (query id, passage id), for distillation; a pair that has none gets the lowest of all.
-        hint_queries: what adapters read instead of a query, by query id (a control).
 
     Raises:
         OptionError: the loss learns from a teacher, and there is none.
@@ -95,17 +92,15 @@ class Collator:
 
     def __init__(
         self,
-        prompt: Prompt,
+        scorer: RowScorer,
         config: TrainingConfig,
         seed: int,
         teacher: Mapping[tuple[str, str], float] | None = None,
-        hint_queries: Mapping[str, Query] | None = None,
     ) -> None:
-        self._prompt, self._config, self._seed = prompt, config, seed
+        self._scorer, self._config, self._seed = scorer, config, seed
         losses.check_loss(config.loss, teacher=teacher is not None)
         self._teacher = teacher
         self._lowest = min(teacher.values(), default=0.0) if teacher else 0.0
-        self._hint_queries = hint_queries or {}
 
     def __call__(self, items: Sequence[tuple[int, Group]]) -> dict[str, Batch]:
         """Return one batch, under the name of the model's argument."""
@@ -118,20 +113,20 @@ class Collator:
             ]
         width = max(map(len, drawn))
         mask = torch.tensor([[place < len(passages) for place in range(width)] for passages in drawn])
-        rows = [self._row(group.query, p) for (_, group), passages in zip(items, drawn, strict=True) for p in passages]
+        queries = [group.query for _, group in items]
+        rows = [
+            self._scorer.rows(query, p)[0] for query, passages in zip(queries, drawn, strict=True) for p in passages
+        ]
         teacher = None
         if self._teacher is not None:
             teacher = torch.tensor(
                 [
-                    [self._teacher.get((group.query.id, p.id), self._lowest) for p in passages]
+                    [self._teacher.get((query.id, p.id), self._lowest) for p in passages]
                     + [0.0] * (width - len(passages))
-                    for (_, group), passages in zip(items, drawn, strict=True)
+                    for query, passages in zip(queries, drawn, strict=True)
                 ]
             )
         return {"batch": Batch(rows, mask, teacher)}
-
-    def _row(self, query: Query, passage: Passage) -> Row:
-        return self._prompt.rows(query, passage, hint_query=self._hint_queries.get(query.id))[0]
 
 
 class Learner(nn.Module):
@@ -139,17 +134,14 @@ class Learner(nn.Module):
 
     Args:
         adapter: what is trained.
-        lm: the frozen model.
         config: losses.
-        scorer: of the method; by default mean query likelihood.
+        scorer: of the method, with the frozen model.
     """
 
-    def __init__(self, adapter: Adapter, lm: CausalLM, config: TrainingConfig, scorer: RowScorer | None = None) -> None:
+    def __init__(self, adapter: Adapter, config: TrainingConfig, scorer: RowScorer) -> None:
         super().__init__()
         self.adapter = adapter
-        self._lm = (lm,)
-        self._scorer = (scorer,)
-        self._config = config
+        self._config, self._scorer = config, scorer
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the loss and the scores `[B, G]`, of query likelihood in nats per query token."""
@@ -169,11 +161,7 @@ class Learner(nn.Module):
         return {"loss": loss, "scores": scores.detach()}
 
     def _learned(self, batch: Batch, adapter: Adapter | None) -> tuple[Tensor, Tensor | None]:
-        scorer = self._scorer[0]
-        if scorer is None:
-            scores, answered = query_likelihood.batch_scores(self._lm[0], batch.rows, adapter), None
-        else:
-            scores, answered = scorer.using(adapter).batch_learned(batch.rows)
+        scores, answered = self._scorer.using(adapter).batch_learned(batch.rows)
 
         def by_group(values: Tensor) -> Tensor:
             return values.new_zeros(batch.mask.shape).masked_scatter(batch.mask.to(values.device), values)
@@ -277,7 +265,7 @@ class Fitted:
 
 
 def fit(
-    lm: CausalLM,
+    scorer: RowScorer,
     adapter: Adapter,
     groups: Sequence[Group],
     collator: Collator,
@@ -290,12 +278,11 @@ def fit(
     baselines: bool = True,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
-    scorer: RowScorer | None = None,
 ) -> Fitted:
     """Train an adapter in place; afterwards it is the best by dev, or, without dev, the last.
 
     Args:
-        lm: the frozen model; with a context store, contexts are encoded once and kept.
+        scorer: of the method, with the frozen model; if that has a context store, contexts are encoded once and kept.
         adapter: what is trained; on the model's device.
         groups: training queries with their passages.
         collator: makes rows of them.
@@ -307,13 +294,13 @@ def fit(
         baselines: measure the model alone and the untrained adapter on dev as well.
         progress: show a progress bar.
         callbacks: more of the Trainer's callbacks.
-        scorer: of the method; by default query likelihood.
 
     Raises:
         OptionError: options out of range, nothing to train, no memory for a step, or a launcher other than torchrun.
         StateError: a checkpoint cannot be written; the one before it is whole.
         ScoreError: the loss or the weights became infinite.
     """
+    lm: Any = scorer.lm  # a decoder's
     started = time.perf_counter()
     found: dict[str, float | None] = {"zero_shot": None, "untrained": None, "trained": None}
 
@@ -332,8 +319,8 @@ def fit(
         steps = 0
         if config.epochs:
             made = _trainer(
-                lm, adapter, groups, collator, config,
-                checkpoints=checkpoints, seed=seed, dev=dev, callbacks=callbacks, progress=progress, scorer=scorer,
+                scorer, adapter, groups, collator, config,
+                checkpoints=checkpoints, seed=seed, dev=dev, callbacks=callbacks, progress=progress,
             )  # fmt: skip
             adapter.train()
             with room_on(lm.device), checkpointed(lm, adapter) if config.gradient_checkpointing else nullcontext():
@@ -353,7 +340,7 @@ def fit(
 
 
 def _trainer(
-    lm: CausalLM,
+    scorer: RowScorer,
     adapter: Adapter,
     groups: Sequence[Group],
     collator: Collator,
@@ -364,13 +351,13 @@ def _trainer(
     dev: DevRanking | None,
     callbacks: Sequence[TrainerCallback],
     progress: bool,
-    scorer: RowScorer | None,
 ) -> AdapterTrainer:
     """Return a Trainer with the arguments of `fit`."""
     if not groups:
         raise OptionError("there is nothing to train on: no query has a positive passage")
     if not any(parameter.requires_grad for parameter in adapter.parameters()):
         raise OptionError("nothing of this adapter is trainable; for R, raise --mlp-layers or --token-table trainable")
+    lm: Any = scorer.lm
     data = TrainingSet(groups, config.epochs, seed)
     stopping: list[TrainerCallback] = [EarlyStoppingCallback(config.patience)] if config.patience and dev else []
     ahead = [EncodeAhead(lm, adapter, data, collator, config)] if lm.keeps_contexts and not adapter.changes_lm else []
@@ -381,7 +368,7 @@ def _trainer(
     return AdapterTrainer(
         data,
         dev,
-        model=Learner(adapter, lm, config, scorer),
+        model=Learner(adapter, config, scorer),
         args=arguments,
         data_collator=collator,
         callbacks=[*ahead, *stopping, *callbacks],
