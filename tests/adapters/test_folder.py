@@ -209,7 +209,10 @@ def test_configurations_that_cannot_be_used(folder, lm, tmp_path):
         (json.dumps(described | {"adapter": "qpeft_q"}), "unknown adapter 'qpeft_q'; did you mean"),
         (json.dumps(described | {"options": options | {"kk": 3}}), "has the option 'kk'"),
         (json.dumps(described | {"options": options | {"k": 0}}), "--k is 0"),
-        (json.dumps(described | {"options": options | {"k": "many"}}), "cannot be used: --k is 'many'; it must be a whole number"),
+        (
+            json.dumps(described | {"options": options | {"k": "many"}}),
+            "--k is 'many'; it must be a whole number",
+        ),
         (json.dumps(described | {"template": template | {"colour": "red"}}), "cannot be used: .*colour"),
         (json.dumps(described | {"template": template | {"target": "why"}}), "target holds .query"),
         (json.dumps(described | {"base": None}), "'base' cannot be None"),

@@ -32,7 +32,7 @@ from qpeft.data.trec import read_run, write_run
 from qpeft.errors import InputError, OptionError
 from qpeft.evaluation.cost import Cost, forget_peak_memory, peak_memory
 from qpeft.evaluation.interpolation import interpolate
-from qpeft.evaluation.tables import significant
+from qpeft.evaluation.tables import rounded
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import input_fingerprint, options_of, provenance, write_provenance
 from qpeft.types import Ranking, Run, ScoringCounts
@@ -199,8 +199,8 @@ def _cost_parts(cost: Cost) -> Iterator[str]:
     if cost.cache_hit_rate is not None:
         yield f"{cost.cache_hit_rate:.1%} of passages cached"
     if cost.teraflops_per_query is not None:
-        yield f"{significant(cost.teraflops_per_query)} TFLOP/query"
-        yield f"{significant(cost.queries_per_petaflop)} queries/PetaFLOP"
+        yield f"{rounded(cost.teraflops_per_query)} TFLOP/query"
+        yield f"{rounded(cost.queries_per_petaflop)} queries/PetaFLOP"
     for kind, peak in (("", cost.peak_memory), ("GPU ", cost.peak_device_memory)):
         if peak is not None:
             yield f"{kind}memory up to {peak / 2**20:,.0f} MiB"

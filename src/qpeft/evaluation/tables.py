@@ -108,7 +108,7 @@ def cost_table(evaluations: Sequence[Evaluation], costs: Mapping[str, Cost]) -> 
     for each in evaluations:
         cost = costs.get(each.run)
         values = [None] * 9 if cost is None else _cost_values(cost, each.mean_of_ranked(measure))
-        rows.append((Cell(each.run), *(Cell(significant(value)) for value in values)))
+        rows.append((Cell(each.run), *(Cell(rounded(value)) for value in values)))
     header = (
         "run", "passages/s", "tokens/s", "padding %", "cached %", "TFLOP/query", "QPP", f"RPP {measure}",
         "peak MiB", "peak GPU MiB",
@@ -172,7 +172,7 @@ def number(value: float | None, digits: int, *, signed: bool = False) -> str:
     return "–" if value is None else f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
 
 
-def significant(value: float | None, digits: int = 3) -> str:
+def rounded(value: float | None, digits: int = 3) -> str:
     """Format a value that is not negative with so many significant digits, more before the point; `–` for None."""
     if value is None:
         return "–"
