@@ -11,7 +11,7 @@ from qpeft.evaluation.cost import Cost
 from qpeft.evaluation.measures import Evaluation
 from qpeft.evaluation.significance import compare, compare_all_pairs
 from qpeft.evaluation.table_formats import render
-from qpeft.evaluation.tables import measure_table, significant
+from qpeft.evaluation.tables import measure_table, rounded
 
 MEASURES = ("nDCG@10", "RR@10")
 
@@ -174,7 +174,7 @@ def test_a_csv_of_comparisons_does_not_lose_costs_silently(evaluations, comparis
     [(0.0, "0"), (0.012345, "0.0123"), (1.0, "1.00"), (99.96, "100.0"), (1234.5, "1,234"), (None, "–")],
 )
 def test_significant_digits(value, text):
-    assert significant(value) == text
+    assert rounded(value) == text
 
 
 @pytest.mark.parametrize(("option", "value"), [("digits", -1), ("digits", 18), ("alpha", 7), ("alpha", -0.1)])
