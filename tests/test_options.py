@@ -1,5 +1,7 @@
 """Options from Python are checked like those of the command line."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,7 @@ def test_other_kinds_and_choices_are_named(make, words):
 
 def test_numbers_of_numpy_and_paths_are_taken():
     config = ModelConfig(Path("some") / "model", max_length=np.int64(64), passage_cache=np.float32(0.5))
+    assert json.dumps(dataclasses.asdict(config)).startswith('{"model": "some/model", "revision": null')
     assert (config.model, config.max_length, config.passage_cache) == ("some/model", 64, 0.5)
     assert TrainingConfig(epochs=1).epochs == 1
     assert methods.load("query_likelihood").Config(adapter=Path("mine")).adapter == "mine"

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import numbers
 import os
 import typing
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any
 
+import numpy as np
+
 from qpeft.errors import OptionError, nearest
 
-_KINDS: dict[Any, tuple[type[Any], str]] = {
-    bool: (bool, "True or False"),
-    int: (numbers.Integral, "a whole number"),
-    float: (numbers.Real, "a number"),
-    str: (str, "text"),
+_KINDS: dict[Any, tuple[tuple[type[Any], ...], str]] = {
+    bool: ((bool,), "True or False"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "text"),
 }
 """What an annotation takes, and how that is called."""
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A dataclass whose values are of the kinds that it names; for a text, a path may be given.
+    """A dataclass whose values are of the kinds that it names; paths become texts, and numpy's numbers Python's.
 
     Raises:
         OptionError: a value is of another kind, or none of the choices.
@@ -31,8 +32,8 @@ class Checked:
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
-            if isinstance(value, os.PathLike):
-                value = os.fspath(value)
+            if isinstance(value, os.PathLike | np.generic):
+                value = os.fspath(value) if isinstance(value, os.PathLike) else value.item()
                 object.__setattr__(self, name, value)
             kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, UnionType) else (kind,)
             if not any(_is(value, each) for each in kinds):
