@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import io
 import json
 import math
@@ -315,3 +316,11 @@ def test_words_without_an_embedding_are_refused(saved_model, tmp_path):
         else:
             with pytest.raises(ModelError, match=f"makes '<more>' token {known}: its embeddings were not resized"):
                 load_lm(config)
+
+
+def test_contexts_of_another_kernel_or_type_lie_in_another_folder(saved_model, tmp_path):
+    kept = ModelConfig(str(saved_model), dtype="float32", passage_cache_folder=str(tmp_path))
+    others = {"attention_kernel": "eager"}, {"dtype": "bfloat16"}, {"passage_cache_storage": "int8"}
+    folders = [load_lm(dataclasses.replace(kept, **other)).store.folder for other in ({}, {}, *others)]
+    assert folders[0] == folders[1]
+    assert len(set(folders)) == 4

@@ -290,7 +290,7 @@ def fit(
         checkpoints: folder for the Trainer's checkpoints.
         seed: of the order of queries, and of dropout.
         dev: what is measured.
-        resume: continue from the newest checkpoint, if there is one.
+        resume: continue from the newest checkpoint, if there is one; the caller knows that it is of this training.
         baselines: measure the model alone and the untrained adapter on dev as well.
         progress: show a progress bar.
         callbacks: more of the Trainer's callbacks.
