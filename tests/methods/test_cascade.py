@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qpeft.errors import OptionError, ScoreError
+from qpeft.errors import OptionError
 from qpeft.methods import query_likelihood
 from qpeft.methods.cascade import Config, build
 from qpeft.types import UNREADABLE, Candidates, Hit, Passage, Query, Ranking
@@ -155,13 +155,6 @@ def test_what_cannot_be_read_is_told_wherever_it_fell_out(lm):
         cascade = build(Config(cascade="5:3", **options), lm)
         for entry in cascade.rank(query, texts):
             assert (entry["score"] == UNREADABLE) == (entry["corpus_id"] == 0)
-
-
-@pytest.mark.parametrize("cheap", CHEAP)
-def test_a_passage_that_occurs_twice_is_an_error_wherever_it_stands(lm, cheap):
-    twice = Candidates(Query("q", "why"), (*PASSAGES[:4], PASSAGES[3]))
-    with pytest.raises(ScoreError, match="'p3' occurs twice"):
-        list(build(Config(cascade="5:2", cheap=cheap), lm).rerank([twice]))
 
 
 @pytest.mark.parametrize("cheap", CHEAP[1:])

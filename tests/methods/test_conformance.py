@@ -10,6 +10,7 @@ from qpeft.types import Candidates, Passage, Query
 
 TEXTS = ["the sky is blue", "", "éàü ✓ 水", "the sea " * 400, "the sky is blue", "who was the old king", "."]
 FAMILIES = ["llama", "gpt2", "bert"]
+SCORERS = [method for method in map(methods.load, methods.available()) if hasattr(method, "build_scorer")]
 
 
 def candidates(query_id="q", text="why is the sky blue?", texts=TEXTS):
@@ -52,9 +53,8 @@ def test_rankings_come_lazily(method, lm):
     assert [ranking.query_id for ranking in itertools.islice(rankings, 2)] == ["0", "1"]
 
 
+@pytest.mark.parametrize("method", SCORERS, ids=lambda method: method.__name__)
 def test_a_scorer_with_another_adapter_counts_for_itself(method, lm):
-    if not hasattr(method, "build_scorer"):
-        pytest.skip("is no scorer of rows")
     item = candidates()
     scorer = method.build_scorer(method.Config(), lm)
     facts, other = dict(scorer.facts), scorer.using(None)
