@@ -169,7 +169,7 @@ def main() -> None:
             say(f"{cell.name}: not run, --model {cell.model}=FOLDER is not given or no folder")
             continue
         result = run_cell(bench, cell)
-        write(path, {**result, "made": provenance()})
+        write(path, {**result, "made": provenance(model=bench.lm(cell.model).describe())})
         shutil.rmtree(checkpoints_of(bench, cell), ignore_errors=True)
         print(time.strftime("%H:%M:%S"), cell.name, result["dev"], result["training_seconds"], flush=True)
 
