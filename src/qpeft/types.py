@@ -67,6 +67,11 @@ class Passage:
         object.__setattr__(self, "text", whole(self.text))
         object.__setattr__(self, "title", whole(self.title))
 
+    @property
+    def blank(self) -> bool:
+        """Whether it has no text that a model could read."""
+        return not f"{self.title}{self.text}".strip()
+
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
@@ -359,17 +364,14 @@ class Reranker(abc.ABC):
         if top_k is not None and (not isinstance(top_k, SupportsIndex) or index(top_k) < 1):
             raise OptionError(f"top_k is {top_k!r}; it must be a whole number of at least 1")
         ranked: list[RankedPassage] = []
-        for hit in self._ranking(query, passages).by_position()[:top_k]:
+        (found,) = self.rerank([_candidates(query, passages)])
+        for hit in found.by_position()[:top_k]:
             given = passages[int(hit.passage_id)]
             entry = RankedPassage(corpus_id=int(hit.passage_id), score=hit.score)
             if return_documents:
                 entry["text"] = given.text if isinstance(given, Passage) else given
             ranked.append(entry)
         return ranked
-
-    def _ranking(self, query: str, passages: Sequence[str | Passage]) -> Ranking:
-        (ranking,) = self.rerank([_candidates(query, passages)])
-        return ranking
 
 
 def as_list(texts: Iterable[T], what: str) -> list[T]:
@@ -392,8 +394,5 @@ def _pair(pair: Any, place: int) -> tuple[str, str | Passage]:
 
 
 def _candidates(query: str, passages: Sequence[str | Passage]) -> Candidates:
-    return Candidates(Query("query", query), tuple(_passage(str(i), each) for i, each in enumerate(passages)))
-
-
-def _passage(passage_id: str, given: str | Passage) -> Passage:
-    return replace(given, id=passage_id) if isinstance(given, Passage) else Passage(passage_id, given)
+    named = (replace(p, id=str(i)) if isinstance(p, Passage) else Passage(str(i), p) for i, p in enumerate(passages))
+    return Candidates(Query("query", query), tuple(named))

@@ -147,8 +147,7 @@ def judged_pairs(
             raise UnknownIdError(f"run {run.tag!r}: query {query_id!r} has no judgements in this split")
         for hit in ranking.hits[:depth]:
             passage = passages.get(hit.passage_id)
-            blank = passage is not None and not f"{passage.title}{passage.text}".strip()
-            if blank or hit.passage_id in ranking.unreadable:
+            if (passage is not None and passage.blank) or hit.passage_id in ranking.unreadable:
                 continue
             scores.append(hit.score)
             relevant.append(qrels[query_id].get(hit.passage_id, 0) >= 1)

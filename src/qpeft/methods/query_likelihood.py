@@ -32,7 +32,6 @@ if TYPE_CHECKING:  # so that options can be listed without importing torch
 
     from qpeft.adapters._folder import AdapterFolder
     from qpeft.hints import HintWriter
-    from qpeft.lm import CausalLM
     from qpeft.pretrained import PretrainedLM, RowLogProbs
 
 
@@ -83,16 +82,6 @@ def build_scorer(
     return scorer
 
 
-def batch_scores(lm: CausalLM, rows: Sequence[Row], adapter: HintWriter | None) -> Tensor:
-    """Return the mean log-likelihood of each row in nats per scored token, `[N]`, differentiable in the adapter."""
-    import torch
-
-    values, counts = lm.score(rows, None if adapter is None else [adapter] * len(rows))
-    lengths = torch.tensor(counts, device=values.device)
-    owners = torch.repeat_interleave(torch.arange(len(counts), device=values.device), lengths)
-    return values.new_zeros(len(counts)).index_add(0, owners, values) / lengths
-
-
 class QueryLikelihood(RowScorer):
     """Scores (query, passage) pairs by the log-likelihood of the query; see `RowScorer`."""
 
@@ -135,9 +124,14 @@ class QueryLikelihood(RowScorer):
         return self.lm.log_probs(rows, with_passage=self._with_passage, adapters=adapters, depth=self._depth)
 
     def batch_learned(self, rows: Sequence[Row]) -> tuple[Tensor, None]:
-        """Return the mean log-likelihood of rows, `[N]`, differentiable in the adapter; for decoder-only models."""
+        """Return the mean log-likelihood of each row in nats per scored token, `[N]`; for decoder-only models."""
+        import torch
+
         lm: Any = self.lm
-        return batch_scores(lm, rows, self.adapter), None
+        values, counts = lm.score(rows, None if self.adapter is None else [self.adapter] * len(rows))
+        lengths = torch.tensor(counts, device=values.device)
+        owners = torch.repeat_interleave(torch.arange(len(counts), device=values.device), lengths)
+        return values.new_zeros(len(counts)).index_add(0, owners, values) / lengths, None
 
     def probability(self, score: float) -> float:
         """Return the geometric mean of the query tokens' probabilities."""

@@ -118,17 +118,18 @@ def groups_from_jsonl(path: StrPath) -> tuple[list[Group], MiningCounts]:
     """
     groups = read_dpr_training(path) if _is_list(path) else read_groups(path)
     tally = _Tally()
-    asking: dict[str, list[Group]] = collections.defaultdict(list)
+    relevant: dict[str, tuple[Passage, ...]] = collections.defaultdict(tuple)
     for group in groups:
-        asking[group.query.text].append(group)
+        relevant[group.query.text] += group.positives
     for i, group in enumerate(groups):
         if not group.query.text.strip():
             raise _malformed(path, i, group, "the query is empty")
         positives = tally.with_text(group.positives)
         if not positives:
             raise _malformed(path, i, group, "no positive has a text")
-        also = tuple(p for other in asking[group.query.text] if other is not group for p in other.positives)
-        negatives = tally.usable(group.negatives, group.positives + also, (), None)
+        of_query = relevant[group.query.text]
+        negatives = tally.usable(group.negatives, of_query, (), None)
+        also = tuple(passage for passage in of_query if passage not in group.positives)
         groups[i] = Group(group.query, positives, negatives, also)
     if not groups:
         raise FormatError(path, None, "no group with a positive")
@@ -241,9 +242,8 @@ class _Tally:
         )
 
     def _is_empty(self, passage: Passage) -> bool:
-        empty = not _content(passage)
-        self._as_empty += empty
-        return empty
+        self._as_empty += passage.blank
+        return passage.blank
 
 
 def _content(passage: Passage) -> str:
