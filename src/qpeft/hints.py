@@ -5,10 +5,10 @@ Shapes: `B` rows, `n` query tokens, `m` passage tokens, `L` hint vectors, `d` hi
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from qpeft.errors import OptionError
 
 if TYPE_CHECKING:
     from qpeft.read_out import Head
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +104,34 @@ class Slots:
         return cls(torch.cat([piece for piece in pieces if piece is not None]), lengths)
 
 
+def written(adapter: HintWriter, pairs: Pairs) -> Slots:
+    """Return what an adapter writes for pairs.
+
+    Raises:
+        OptionError: more vectors than it said that it would write, so that rows may not fit the model.
+    """
+    slots = Slots.of(adapter(pairs))
+    for length, tokens in zip(slots.lengths, pairs.query_mask.sum(1).tolist(), strict=True):
+        if length > adapter.hint_length(tokens):
+            most = f"hint_length({tokens}) says at most {adapter.hint_length(tokens)}"
+            raise OptionError(f"{type(adapter).__name__} wrote {length} vectors, but its {most}")
+    return slots
+
+
 def grouped(keys: Iterable[Hashable]) -> list[list[int]]:
     """Return the places of equal keys, in order."""
     groups: dict[Hashable, list[int]] = {}
     for place, key in enumerate(keys):
         groups.setdefault(key, []).append(place)
     return list(groups.values())
+
+
+def in_groups(keys: Iterable[Hashable], compute: Callable[[list[int]], Iterable[T]]) -> list[T]:
+    """Return what is computed of each place, places of equal keys together, in the places' order."""
+    found: dict[int, T] = {}
+    for places in grouped(keys):
+        found |= zip(places, compute(places), strict=True)
+    return [found[place] for place in range(len(found))]
 
 
 def changing(adapters: Sequence[HintWriter | None]) -> HintWriter | None:

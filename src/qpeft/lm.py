@@ -23,7 +23,7 @@ from qpeft.depth import Layers, find_layers
 from qpeft.encoding import AHEAD, ContextEncoder
 from qpeft.errors import ModelError, OptionError, PassageCacheError
 from qpeft.flops import decoder_flops
-from qpeft.hints import HintWriter, Pairs, Slots, changing, common_layer, grouped
+from qpeft.hints import HintWriter, Pairs, Slots, changing, common_layer, grouped, in_groups, written
 from qpeft.last_layer import KERNELS, LastLayer
 from qpeft.layout import Batch, Layout, PaddingSide, cached, few_sizes, lay_out
 from qpeft.past import Past
@@ -74,8 +74,8 @@ class CausalLM(ContextEncoder):
         has_words: bool = True,
         compiled: Compiled | None = None,
     ) -> None:
-        common: dict[str, Any] = {"name": name, "folder": folder, "quantization": quantization}
-        super().__init__(model, tokenizer, max_length=max_length, batch_tokens=batch_tokens, **common)
+        size = {"max_length": max_length, "batch_tokens": batch_tokens}
+        super().__init__(model, tokenizer, name=name, folder=folder, quantization=quantization, **size)
         self.head, self.has_words, self.compiled = head, has_words, compiled
         self.padding_side = padding_side
         self.store = store
@@ -210,7 +210,7 @@ class CausalLM(ContextEncoder):
         if self.store is None or not self.keeps_contexts or not self._stores_contexts(rows, adapters):
             return len(rows)
         contexts = [row.context[: row.hint] for row in rows[:AHEAD]]
-        layers = [None if adapter is None else adapter.reads_layer for adapter in adapters[:AHEAD]]
+        layers = [*map(_layer, adapters[:AHEAD])]
         if not self.store.token_bytes:
             self.encode_ahead(self._batches_alike(list(dict.fromkeys(contexts)))[0], layers[0])
         count = self._ahead(list(map(len, contexts)))
@@ -294,35 +294,34 @@ class CausalLM(ContextEncoder):
                 end = begin + self.encode_rows_ahead(rows[begin:], each[begin:])
                 found += super()._in_batches(rows[begin:end], each[begin:end], scored[begin:end], forward, mixed)
             return found
-        out: dict[int, T] = {}
-        for own in grouped(id(adapter) if adapter is not None and adapter.changes_lm else None for adapter in each):
-            self._applied = changing([each[i] for i in own])
+
+        def run(own: list[int]) -> list[T]:
+            some = [rows[i] for i in own], [each[i] for i in own], [scored[i] for i in own]
+            self._applied = changing(some[1])
             try:
                 with self._changed_by(self._applied):
-                    some = [rows[i] for i in own], [each[i] for i in own], [scored[i] for i in own]
-                    values = super()._in_batches(*some, forward, mixed)
+                    return super(CausalLM, self)._in_batches(*some, forward, mixed)
             finally:
                 self._applied = None
-            out |= zip(own, values, strict=True)
-        return [out[i] for i in range(len(rows))]
+
+        return in_groups((id(a) if a is not None and a.changes_lm else None for a in each), run)
 
     def _forward(
         self, rows: Sequence[Row], with_passage: bool, adapters: Sequence[HintWriter | None]
     ) -> list[RowLogProbs]:
-        out: dict[int, RowLogProbs] = {}
-        for own in grouped(None if adapter is None else adapter.reads_layer for adapter in adapters):
+        def run(own: list[int]) -> Iterator[RowLogProbs]:
             values, counts = self.score([rows[i] for i in own], [adapters[i] for i in own], with_passage=with_passage)
             for i, value in zip(own, torch.split(values.cpu(), counts), strict=True):
                 border = len(value) - sum(rows[i].scored)
-                out[i] = RowLogProbs(value[border:], value[:border] if with_passage else None)
-        return [out[i] for i in range(len(rows))]
+                yield RowLogProbs(value[border:], value[:border] if with_passage else None)
+
+        return in_groups(map(_layer, adapters), run)
 
     def _read(self, rows: Sequence[Row], read_out: ReadOut, adapters: Sequence[HintWriter | None]) -> list[Tensor]:
-        out: dict[int, Tensor] = {}
-        for own in grouped(None if adapter is None else adapter.reads_layer for adapter in adapters):
-            values = self.read_batch([rows[i] for i in own], read_out, [adapters[i] for i in own])
-            out |= dict(zip(own, values.cpu(), strict=True))
-        return [out[i] for i in range(len(rows))]
+        def run(own: list[int]) -> Tensor:
+            return self.read_batch([rows[i] for i in own], read_out, [adapters[i] for i in own]).cpu()
+
+        return in_groups(map(_layer, adapters), run)
 
     def _write_hints(
         self,
@@ -343,7 +342,7 @@ class CausalLM(ContextEncoder):
             if adapter.reads_layer is not None:
                 assert encoded is not None
                 states = [encoded[i].states for i in own]
-            parts.append((own, Slots.of(adapter(self.pairs([rows[i] for i in own], adapter, states)))))
+            parts.append((own, written(adapter, self.pairs([rows[i] for i in own], adapter, states))))
         if not any(any(part.lengths) for _, part in parts):
             return None
         if len(parts) == 1 and len(parts[0][0]) == len(rows):
@@ -370,8 +369,8 @@ class CausalLM(ContextEncoder):
             return {"input_ids": ids}
         embedded = self.embeddings(ids)
         where = layout.slots.to(self.device)
-        written = embedded.masked_scatter(where[..., None], slots.vectors.to(embedded.dtype))
-        return {"inputs_embeds": written, **per_layer_inputs(self.model, ids)}
+        filled = embedded.masked_scatter(where[..., None], slots.vectors.to(embedded.dtype))
+        return {"inputs_embeds": filled, **per_layer_inputs(self.model, ids)}
 
     def _past(self, layout: Layout, encoded: Sequence[Encoded] | None, starts: Sequence[int]) -> dict[str, Any]:
         """Return mask and positions, and the contexts' keys and values."""
@@ -379,14 +378,15 @@ class CausalLM(ContextEncoder):
         if encoded is None and self.padding_side == "right":  # what stands behind a row's tokens is not seen by them
             return {"position_ids": self._positions(mask.shape[1], int(mask.sum(1).max())), "use_cache": False}
         if encoded is None:
-            positions = (mask.cumsum(1) - 1).clamp(min=0)
-            return {
-                "attention_mask": mask.to(self.device),
-                "position_ids": positions.to(self.device),
-                "use_cache": False,
-            }
+            positions = (mask.cumsum(1) - 1).clamp(min=0).to(self.device)
+            return {"attention_mask": mask.to(self.device), "position_ids": positions, "use_cache": False}
         contexts = [each.cache[..., :length, :] for each, length in zip(encoded, starts, strict=True)]
         return self._contexts.inputs(contexts, mask)
+
+
+def _layer(adapter: HintWriter | None) -> int | None:
+    """Return the layer whose states an adapter reads, if there is one and it reads any."""
+    return None if adapter is None else adapter.reads_layer
 
 
 def _hint_is_after(row: Row) -> bool:

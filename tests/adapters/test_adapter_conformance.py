@@ -125,6 +125,16 @@ def test_hints_stay_within_their_length(name, models):
     assert longest == 1, "a bound that is never reached wastes room"
 
 
+def test_more_vectors_than_said_are_refused(name, models):
+    lm = models["llama"]
+    adapter = build(name, lm)
+    rows = rows_for(lm, adapter)
+    most = max(len(naive_hints(lm.model, adapter, row)) for row in rows)
+    adapter.hint_length = lambda query_tokens: most - 1
+    with pytest.raises(OptionError, match=rf"{type(adapter).__name__} wrote {most} vectors, but .* at most {most - 1}"):
+        lm.log_probs(rows, adapters=adapter)
+
+
 def test_rows_with_their_hints_fit_the_model(name, make_lm):
     lm = make_lm("gpt2")
     adapter = build(name, lm)
