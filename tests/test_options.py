@@ -11,6 +11,8 @@ from qpeft import adapters, methods
 from qpeft.commands import train
 from qpeft.errors import OptionError
 from qpeft.model_config import ModelConfig
+from qpeft.retrieval import bm25, dense
+from qpeft.server.settings import Settings
 from qpeft.training.config import TrainingConfig
 
 
@@ -31,6 +33,12 @@ from qpeft.training.config import TrainingConfig
         (lambda: adapters.load("qpeft_a").Config(mlp_init="defualt"), "--mlp-init is 'defualt'; did you mean"),
         (lambda: adapters.load("qpeft_r").Config(k=True), "--k is True; it must be a whole number"),
         (lambda: TrainingConfig(learning_rate="1e-3"), "--learning-rate is '1e-3'; it must be a number"),
+        (lambda: TrainingConfig(report_to="tensorboard"), "--report-to is 'tensorboard'; it must be a tuple or a list"),
+        (lambda: Settings(cors_origin=("a", 1)), "--cors-origin is ('a', 1); it must be a tuple or a list of text"),
+        (lambda: Settings(port="8080"), "--port is '8080'; it must be a whole number"),
+        (lambda: bm25.Config(k1="a"), "--k1 is 'a'; it must be a number"),
+        (lambda: bm25.Config(stemmer=3), "--stemmer is 3; it must be text"),
+        (lambda: dense.Config(encode_batch="64"), "--encode-batch is '64'; it must be a whole number"),
         (lambda: train.Config("out", hint_queries="shufled"), "--hint-queries is 'shufled'; did you mean 'shuffled'?"),
     ],
 )
@@ -44,5 +52,5 @@ def test_numbers_of_numpy_and_paths_are_taken():
     config = ModelConfig(Path("some") / "model", max_length=np.int64(64), passage_cache=np.float32(0.5))
     assert json.dumps(dataclasses.asdict(config)).startswith('{"model": "some/model", "revision": null')
     assert (config.model, config.max_length, config.passage_cache) == ("some/model", 64, 0.5)
-    assert TrainingConfig(epochs=1).epochs == 1
+    assert TrainingConfig(epochs=1, report_to=[]).report_to == ()
     assert methods.load("query_likelihood").Config(adapter=Path("mine")).adapter == "mine"

@@ -365,6 +365,7 @@ def test_fingerprint_changes_with_what_can_change_a_score():
         ("name: [", "not valid YAML"),
         ("name: a\nversion: 1\ncontext: '{passage}'", "missing: target"),
         ("name: a\nversion: 1\ncontext: '{passage}'\ntarget: '{query}'\ntargte: x", "did you mean 'target'"),
+        ("name: a\nversion: true\ncontext: '{passage}'\ntarget: '{query}'", "version must be a int, not True"),
         ("name: a\nversion: x\ncontext: '{passage}'\ntarget: '{query}'", "version must be a int"),
         ("name: a\nversion: 1\ncontext: 'no place'\ntarget: '{query}'", "{passage} is needed"),
         ("name: a\nversion: 1\ncontext: '{passage} {query}'\ntarget: '{query}'", "context holds"),
@@ -381,6 +382,13 @@ def test_malformed_templates(tmp_path, text, message):
     with pytest.raises(FormatError, match=r"mine\.yaml") as error:
         load_template(str(path))
     assert message in str(error.value)
+
+
+def test_a_template_that_is_no_text(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes("name: für\n".encode("latin-1"))
+    with pytest.raises(FormatError, match=r"mine\.yaml: cannot be read: 'utf-8' codec"):
+        load_template(str(path))
 
 
 def test_user_template_and_unknown_name(tmp_path):

@@ -93,6 +93,16 @@ class Slots:
         """Drop what is masked."""
         return cls(hints.vectors[hints.mask], hints.mask.sum(1).tolist())
 
+    def put_into(self, embedded: Tensor, places: Tensor) -> Tensor:
+        """Return `embedded` `[B, T, d]` with these vectors where `places` `[B, T]` says.
+
+        Raises:
+            OptionError: the vectors are not as wide as the model's.
+        """
+        if self.vectors.shape[1] != embedded.shape[2]:
+            raise OptionError(f"an adapter wrote vectors of {self.vectors.shape[1]}; they are of {embedded.shape[2]}")
+        return embedded.masked_scatter(places[..., None], self.vectors.to(embedded.dtype))
+
     @classmethod
     def merge(cls, parts: list[tuple[list[int], Slots]], rows: int) -> Slots:
         """Put the hints of several adapters together; each part says which rows it is for. Other rows have none."""
@@ -108,9 +118,16 @@ def written(adapter: HintWriter, pairs: Pairs) -> Slots:
     """Return what an adapter writes for pairs.
 
     Raises:
-        OptionError: more vectors than it said that it would write, so that rows may not fit the model.
+        OptionError: shapes or types that `Hints` does not have; or more vectors than it said that it would write, so
+            that rows may not fit the model.
     """
-    slots = Slots.of(adapter(pairs))
+    hints = adapter(pairs)
+    if hints.vectors.ndim != 3 or hints.mask.shape != hints.vectors.shape[:2] or len(hints.mask) != len(pairs.query):
+        shapes = f"vectors {[*hints.vectors.shape]} and a mask {[*hints.mask.shape]} for {len(pairs.query)} rows"
+        raise OptionError(f"{type(adapter).__name__} wrote {shapes}; they are [B, L, d] and [B, L]")
+    if hints.mask.dtype != torch.bool:
+        raise OptionError(f"{type(adapter).__name__} wrote a mask of {hints.mask.dtype}; it is torch.bool")
+    slots = Slots.of(hints)
     for length, tokens in zip(slots.lengths, pairs.query_mask.sum(1).tolist(), strict=True):
         if length > adapter.hint_length(tokens):
             most = f"hint_length({tokens}) says at most {adapter.hint_length(tokens)}"

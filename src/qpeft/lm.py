@@ -367,9 +367,7 @@ class CausalLM(ContextEncoder):
         ids = layout.ids.to(self.device)
         if slots is None:
             return {"input_ids": ids}
-        embedded = self.embeddings(ids)
-        where = layout.slots.to(self.device)
-        filled = embedded.masked_scatter(where[..., None], slots.vectors.to(embedded.dtype))
+        filled = slots.put_into(self.embeddings(ids), layout.slots.to(self.device))
         return {"inputs_embeds": filled, **per_layer_inputs(self.model, ids)}
 
     def _past(self, layout: Layout, encoded: Sequence[Encoded] | None, starts: Sequence[int]) -> dict[str, Any]:

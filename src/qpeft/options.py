@@ -25,6 +25,8 @@ _KINDS: dict[Any, tuple[tuple[type[Any], ...], str]] = {
 class Checked:
     """A dataclass whose values are of the kinds that it names; paths become texts, and numpy's numbers Python's.
 
+    Lists become tuples.
+
     Raises:
         OptionError: a value is of another kind, or none of the choices.
     """
@@ -34,6 +36,9 @@ class Checked:
             value = getattr(self, name)
             if isinstance(value, os.PathLike | np.generic):
                 value = os.fspath(value) if isinstance(value, os.PathLike) else value.item()
+                object.__setattr__(self, name, value)
+            if isinstance(value, list):
+                value = tuple(value)
                 object.__setattr__(self, name, value)
             kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, UnionType) else (kind,)
             if not any(_is(value, each) for each in kinds):
@@ -45,6 +50,8 @@ def _is(value: Any, kind: Any) -> bool:
         return value in typing.get_args(kind)
     if kind is NoneType:
         return value is None
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is(each, typing.get_args(kind)[0]) for each in value)
     if kind not in _KINDS:
         return True
     return isinstance(value, _KINDS[kind][0]) and (kind is bool or not isinstance(value, bool))
@@ -54,4 +61,7 @@ def _instead(value: Any, kinds: tuple[Any, ...]) -> str:
     for kind in kinds:
         if typing.get_origin(kind) is typing.Literal:
             return nearest(str(value), typing.get_args(kind))
+    for kind in kinds:
+        if typing.get_origin(kind) is tuple:
+            return f"; it must be a tuple or a list of {_KINDS[typing.get_args(kind)[0]][1]}"
     return f"; it must be {' or '.join(_KINDS[kind][1] for kind in kinds if kind in _KINDS)}"

@@ -126,7 +126,10 @@ def load_template(name: str) -> Template:
         return _parse(name, (_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
     path = Path(name)
     if path.suffix in (".yaml", ".yml") and path.is_file():
-        return _parse(name, path.read_text(encoding="utf-8"))
+        try:
+            return _parse(name, path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise FormatError(name, None, f"cannot be read: {error}") from error
     raise OptionError(f"unknown template {name!r}{nearest(name, available_templates())} (or the path of a .yaml file)")
 
 
@@ -151,7 +154,7 @@ def _parse(path: str, text: str) -> Template:
         raise FormatError(path, None, f"missing: {', '.join(missing)}")
     for key, value in content.items():
         kind = {"int": int, "bool": bool}.get(str(fields[key].type), str)
-        if not isinstance(value, kind):
+        if type(value) is not kind:  # True is an int
             raise FormatError(path, None, f"{key} must be a {kind.__name__}, not {value!r}")
     try:
         return Template(**content)

@@ -1,15 +1,19 @@
 """What holds of every adapter."""
 
 import dataclasses
+import types
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 
 import pytest
 import torch
 
 from qpeft import adapters
+from qpeft.adapters import qpeft_a, soft_prompt
+from qpeft.adapters._base import PromptAdapter, whole_table
 from qpeft.adapters._folder import load_adapter, save_adapter
 from qpeft.errors import OptionError, QueryError
-from qpeft.hints import Pairs, Slots
+from qpeft.hints import Hints, Pairs, Slots
 from qpeft.template import Prompt, load_template
 from qpeft.types import Passage, Query
 from reference import naive_hinted_log_probs, naive_hints, naive_log_probs
@@ -34,6 +38,13 @@ def build(case, lm, **options):
 def models(make_lm):
     """One model of each family, float32; no test changes them."""
     return {family: make_lm(family) for family in FAMILIES}
+
+
+@pytest.fixture
+def forgetting():
+    """Adapters that a test registers are not known to others."""
+    yield
+    adapters._registry.registered.clear()
 
 
 @pytest.fixture(params=CASES)
@@ -72,6 +83,73 @@ def test_plug_ins_of_other_packages_under_any_spelling(monkeypatch):
     monkeypatch.setattr("qpeft.registry.entry_points", lambda group: [entry] if group == entry.group else [])
     assert "my_own" in adapters.available()
     assert adapters.load("my-own") is adapters.load("my_own") is adapters.load("soft_prompt")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("qpeft.adapters.nowhere", "'mine': qpeft.adapters.nowhere cannot be imported: No module named"),
+        ("qpeft.adapters.lora:nothing", "'mine': qpeft.adapters.lora:nothing cannot be imported: .*'nothing'"),
+        ("qpeft.adapters._card", "'mine': qpeft.adapters._card has no 'Config'"),
+    ],
+)
+def test_plug_ins_that_are_none_are_named(value, words, monkeypatch):
+    entries = [EntryPoint("mine", value, "qpeft.adapters"), EntryPoint("qpeft-a", value, "qpeft.adapters")]
+    monkeypatch.setattr("qpeft.registry.entry_points", lambda group: entries)
+    with pytest.raises(OptionError, match=f"adapter {words}"):
+        adapters.load("mine")
+    assert adapters.load("qpeft-a") is qpeft_a, "a name of qpeft's own means its own"
+
+
+def test_an_adapter_that_is_registered_is_saved_and_opened(make_lm, tmp_path, forgetting):
+    with pytest.raises(OptionError, match="adapter 'qpeft_a' is one of qpeft's"):
+        adapters.register("qpeft-a", soft_prompt)
+    with pytest.raises(OptionError, match="adapter 'mine': types has no 'Config'"):
+        adapters.register("mine", types)
+
+    class Own(PromptAdapter):
+        changes_lm = True  # of its own accord, and nothing for PEFT to open
+
+        def __init__(self, lm):
+            super().__init__(lm, whole_table(lm))
+            self.vectors = torch.nn.Parameter(torch.randn(2, self.width))
+
+        def hint_length(self, query_tokens):
+            return 2
+
+        def forward(self, pairs):
+            vectors = self.vectors.expand(len(pairs.query), -1, -1)
+            return Hints(vectors, torch.ones(vectors.shape[:2], dtype=torch.bool))
+
+    own = types.SimpleNamespace(Config=soft_prompt.Config, build=lambda config, lm: Own(lm))
+    adapters.register("mine", own)
+    assert "mine" in adapters.available()
+    lm = make_lm("llama")
+    adapter = adapters.build("mine", soft_prompt.Config(length=2), lm).eval()
+    save_adapter(tmp_path / "a", "mine", adapter, lm, load_template("plain"))
+    opened = load_adapter(tmp_path / "a", lm)
+    rows = rows_for(lm, adapter)
+    assert (opened.name, opened.adapter.config) == ("mine", soft_prompt.Config(length=2))
+    assert torch.equal(means(lm.log_probs(rows, adapters=opened.adapter)), means(lm.log_probs(rows, adapters=adapter)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda hints: replace(hints, mask=hints.mask.long()), r"SoftPrompt wrote a mask of torch.int64; it is torch"),
+        (lambda hints: replace(hints, mask=hints.mask[:, :1]), r"vectors \[1, 5, 32\] and a mask \[1, 1\] for 1 rows"),
+        (lambda hints: replace(hints, vectors=hints.vectors[0]), r"vectors \[5, 32\] and a mask \[1, 5\] for 1 rows"),
+        (lambda hints: replace(hints, vectors=hints.vectors.repeat(1, 1, 2)), r"vectors of 64; they are of 32"),
+    ],
+)
+def test_hints_of_another_shape_are_refused(change, words, models):
+    lm = models["llama"]
+    adapter = build_adapter("soft_prompt", lm)
+    rows = rows_for(lm, adapter)[:1]
+    forward = adapter.forward
+    adapter.forward = lambda pairs: change(forward(pairs))
+    with pytest.raises(OptionError, match=words):
+        lm.log_probs(rows, adapters=adapter)
 
 
 def test_nothing_is_skipped_by_mistake():

@@ -100,10 +100,13 @@ def test_transformers_reads_what_is_merged(family, saved, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("family", ["llama"])
-def test_types_of_numbers(family, saved, tmp_path, capsys):
+@pytest.mark.parametrize("stored", ["float32", "float64"])
+def test_types_of_numbers(family, stored, saved, tmp_path, capsys):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "dtype": stored}))
     adapted(saved, tmp_path / "a", "classifier")
     command = ["merge", "--model", str(saved), "--adapter", str(tmp_path / "a"), "--output", str(tmp_path / "m")]
-    for more, expected in ((["--dtype", "bfloat16"], "bfloat16"), ([], "float32")):
+    for more, expected in ((["--dtype", "bfloat16"], "bfloat16"), ([], stored)):
         assert main([*command, *more]) == 0
         assert json.loads((tmp_path / "m" / "config.json").read_text())["dtype"] == expected
         assert f"LlamaForSequenceClassification, {expected}" in capsys.readouterr().err

@@ -155,6 +155,22 @@ def test_an_output_that_is_what_is_read(toy, toy_run, rerank_arguments, tmp_path
         assert own.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("verb", "option"),
+    [("compare", "--html"), ("evaluate", "--per-query"), ("calibrate", "--plot")],
+)
+def test_what_a_report_is_made_of_stays(verb, option, toy, toy_run, tmp_path, capsys):
+    own = tmp_path / "own.trec"
+    shutil.copy(toy_run, own)
+    before = own.read_bytes()
+    runs = ["--run", str(own)] + (["--baseline", str(toy_run)] if verb == "compare" else [])
+    runs += ["--output", str(tmp_path / "c.json")] if verb == "calibrate" else []
+    for output, words in ((own, "is what is read, and would be lost"), (tmp_path, "is a folder")):
+        command = [verb, "--collection", str(toy), *runs, option, str(output)]
+        fails(command, capsys, tmp_path, f"{option} {output}: {words}")
+    assert own.read_bytes() == before
+
+
 def test_ids_that_no_run_can_hold_show_before_the_search_ends(tmp_path, capsys):
     folder = tmp_path / "c"
     folder.mkdir()

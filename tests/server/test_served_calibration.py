@@ -1,15 +1,19 @@
 """Calibrations in the server: whose they are, and that they see all documents of a query."""
 
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from qpeft import methods
 from qpeft.adapters import soft_prompt
 from qpeft.adapters._folder import load_adapter, save_adapter
 from qpeft.errors import AdapterError, InputError
 from qpeft.evaluation.calibration import Platt
 from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, write_calibration
+from qpeft.methods import query_likelihood
 from qpeft.server.models import Models
 from qpeft.server.settings import Settings
 from qpeft.template import load_template
@@ -22,10 +26,10 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-np.asarray(x)))
 
 
-def origin(lm, adapter=None, template="plain", **options):
+def origin(lm, adapter=None, template="plain", method="query_likelihood", **options):
     template = load_template(template)
     facts = {"template": {"name": template.name, "fingerprint": template.fingerprint}, "adapter": adapter}
-    return ScoreOrigin.of(lm.describe(), facts, "query_likelihood", {"normalize": "mean"} | options)
+    return ScoreOrigin.of(lm.describe(), facts, method, {"normalize": "mean"} | options)
 
 
 @pytest.fixture
@@ -94,6 +98,24 @@ def test_an_adapter_has_that_of_its_folder(lm, tmp_path, file):
         AdapterError, match="'mine': its calibration was fitted on scores of max_passage_tokens None, not of 3"
     ):
         shorter.open("mine")
+
+
+def test_a_method_is_known_by_the_name_that_it_was_given(lm, tmp_path, monkeypatch):
+    def build_scorer(config, lm, opened, *, kept):
+        return query_likelihood.build_scorer(config, lm, replace(opened, method="query_likelihood"), kept=kept)
+
+    fast = SimpleNamespace(Config=query_likelihood.Config, build=query_likelihood.build, build_scorer=build_scorer)
+    monkeypatch.setitem(methods._registry.registered, "fast", fast)
+    folder = tmp_path / "adapters" / "mine"
+    adapter = soft_prompt.build(soft_prompt.Config(length=2), lm)
+    save_adapter(folder, "soft_prompt", adapter, lm, load_template("plain"), method="fast")
+    own = {"name": "soft_prompt", "sha256": load_adapter(folder, lm).sha256}
+    models = Models(lm, Settings(adapters=str(folder.parent)))
+    write_calibration(Calibration(CURVE, origin(lm, own, method="fast")), folder / "calibration.json")
+    assert models.open("mine").method == "fast"
+    write_calibration(Calibration(CURVE, origin(lm, own)), folder / "calibration.json")
+    with pytest.raises(AdapterError, match="of method query_likelihood, not of fast"):
+        models.open("mine")
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,27 @@ The folder is the registry, as in `qpeft.methods`; other packages add theirs thr
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from qpeft.registry import Registry
 
+if TYPE_CHECKING:
+    from qpeft.adapters._base import Adapter
+    from qpeft.lm import CausalLM
+
 _registry = Registry("adapter", __name__, __path__)
-available, load = _registry.available, _registry.load
+available, load, register = _registry.available, _registry.load, _registry.register
+
+
+def build(name: str, config: Any, lm: CausalLM) -> Adapter:
+    """Return an untrained adapter of a name for a model; `config` is kept as its `config`.
+
+    Raises:
+        OptionError: there is no adapter of this name, or it cannot be made with these options.
+    """
+    adapter: Adapter = load(name).build(config, lm)
+    adapter.config = config
+    return adapter
 
 
 def register_with_peft() -> None:

@@ -60,6 +60,6 @@ def card(described: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
 def _does(described: Mapping[str, Any]) -> str:
     if described["peft_type"] != "LORA":
         return "writes vectors into its input"
-    hint = " and vectors to its input" if described["options"]["hint"] else ""
+    hint = " and vectors to its input" if described["options"].get("hint") else ""
     head = " and a head to its last token" if described.get("method") == "classifier" else ""
     return "adds low-rank matrices to its layers" + head + hint

@@ -92,8 +92,9 @@ def save_adapter(
         AdapterError: it cannot be written; what stood there before is untouched.
     """
     config: Any = adapter.config
+    peft_facts = adapter.peft_facts()
     described = {
-        "peft_type": "LORA" if adapter.changes_lm else "QPEFT",
+        "peft_type": "LORA" if peft_facts else "QPEFT",
         "task_type": "CAUSAL_LM" if adapter.head is None else "SEQ_CLS",
         "inference_mode": True,
         "base_model_name_or_path": lm.name,
@@ -110,9 +111,9 @@ def save_adapter(
     }
     try:
         with replacing_folder(folder) as temporary:
-            write_json(temporary / (FACTS if adapter.changes_lm else CONFIG), described)
-            if adapter.changes_lm:
-                write_json(temporary / CONFIG, adapter.peft_facts())
+            write_json(temporary / (FACTS if peft_facts else CONFIG), described)
+            if peft_facts:
+                write_json(temporary / CONFIG, peft_facts)
             prefix = _prefix(adapter)
             tensors = {prefix + key: value.detach().cpu().contiguous() for key, value in adapter.state_dict().items()}
             save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -237,13 +238,13 @@ def _agreeing(
 def _build(folder: Path, described: Mapping[str, Any], lm: CausalLM) -> tuple[Adapter, Template]:
     """Return the untrained adapter and the template that a configuration describes."""
     try:
-        module = adapters.load(described["adapter"])
-        known = {field.name for field in dataclasses.fields(module.Config)}
+        config = adapters.load(described["adapter"]).Config
+        known = {field.name for field in dataclasses.fields(config)}
         unknown = sorted(set(described["options"]) - known)
         if unknown:
             raise AdapterError(f"adapter {str(folder)!r} has the option {unknown[0]!r}{nearest(unknown[0], known)}")
         template = Template(**described["template"])
-        adapter: Adapter = module.build(module.Config(**described["options"]), lm)
+        adapter: Adapter = adapters.build(described["adapter"], config(**described["options"]), lm)
         with withdrawn_on_failure(adapter):
             if described.get("head"):
                 adapter.add_head(lm)
@@ -325,7 +326,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def _prefix(adapter: Adapter) -> str:
     """Return what stands before the names of an adapter's tensors in the file."""
-    return "base_model." if adapter.changes_lm else "base_model.qpeft."
+    return "base_model." if adapter.peft_facts() else "base_model.qpeft."
 
 
 def _read_json(path: Path) -> Any:

@@ -9,14 +9,14 @@ from qpeft.data.trec import fits_column
 from qpeft.errors import OptionError, StateError
 
 
-def check_output(output: str, tag: str | None = None, *, read: Iterable[str] = ()) -> None:
+def check_output(output: str, tag: str | None = None, *, read: Iterable[str] = (), option: str = "--output") -> None:
     """Raise OptionError for an output that is no file, or is what is read, or a tag that cannot stand in a column."""
     if output in ("", "-"):
-        raise OptionError(f"--output {output!r}: name a file, or /dev/stdout")
+        raise OptionError(f"{option} {output!r}: name a file, or /dev/stdout")
     if Path(output).is_dir():
-        raise OptionError(f"--output {output}: is a folder")
+        raise OptionError(f"{option} {output}: is a folder")
     if any(Path(output).is_file() and Path(path).exists() and Path(output).samefile(path) for path in read):
-        raise OptionError(f"--output {output}: is what is read, and would be lost")
+        raise OptionError(f"{option} {output}: is what is read, and would be lost")
     if tag is not None and not fits_column(tag):
         raise OptionError(f"--tag {tag!r} cannot stand in a column: it is empty or holds white space")
 

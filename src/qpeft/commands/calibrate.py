@@ -79,8 +79,8 @@ def run(config: Config) -> None:
         raise OptionError("give either --adapter or --output")
     if config.output is not None:
         check_output(config.output, read=[config.run])
-    if config.plot is not None and Path(config.plot).is_dir():
-        raise OptionError(f"--plot {config.plot}: is a folder")
+    if config.plot is not None:
+        check_output(config.plot, read=[config.run], option="--plot")
     facts = _provenance(config.run)
     depth = scored_depth(config.run, facts)
     collection = open_collection(config.collection)

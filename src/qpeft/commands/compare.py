@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from qpeft.commands._judgements import Labels, judgements, read_costs, read_runs
+from qpeft.commands._output import check_output
 from qpeft.commands.evaluate import DEFAULT_MEASURES
 from qpeft.data.collection import identity
 from qpeft.evaluation.measures import evaluate
@@ -53,6 +54,8 @@ class Config:
 def run(config: Config) -> None:
     """Compare, print tables, and write the report where asked to."""
     paths = (config.baseline, *config.run)
+    if config.html is not None:
+        check_output(config.html, read=paths, option="--html")
     runs = read_runs(paths)
     costs = read_costs(runs, paths) if config.cost or config.html else {}
     collection, qrels = judgements(config.collection, config.split, config.labels, runs)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qpeft.commands._judgements import Labels, judgements, read_costs, read_runs
+from qpeft.commands._output import check_output
 from qpeft.data.records import write_json_lines
 from qpeft.evaluation.measures import evaluate
 from qpeft.evaluation.table_formats import Format, render
@@ -44,6 +45,8 @@ class Config:
 
 def run(config: Config) -> None:
     """Evaluate and print a table."""
+    if config.per_query is not None:
+        check_output(config.per_query, read=config.run, option="--per-query")
     runs = read_runs(config.run)
     _, qrels = judgements(config.collection, config.split, config.labels, runs)
     evaluations = [evaluate(each, qrels, config.measures) for each in runs]

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from qpeft import methods
 from qpeft.analysis.pieces import words
+from qpeft.commands._output import check_output
 from qpeft.data.files import write_text
 from qpeft.errors import OptionError
 from qpeft.evaluation.tables import number
@@ -61,6 +62,8 @@ def run(config: Config, model: ModelConfig) -> None:
     """Explain and print; write a page where asked to."""
     if config.title and len(config.title) != len(config.passage):
         raise OptionError(f"{len(config.passage)} passages but {len(config.title)} titles")
+    if config.html is not None:
+        check_output(config.html, option="--html")
     from qpeft.analysis.explain import explain
     from qpeft.loading import load_lm
 

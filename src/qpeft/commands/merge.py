@@ -42,6 +42,7 @@ def run(config: Config, model: ModelConfig) -> None:
         if not ((output / PROVENANCE).is_file() and (output / "config.json").is_file()):
             raise StateError(f"{output} exists and is no folder of a merged model")
         check_replaced(output, "a merged model", read_json(output / PROVENANCE).get("files", ()))
+    import torch
     import yaml
     from transformers import AutoConfig
 
@@ -55,7 +56,11 @@ def run(config: Config, model: ModelConfig) -> None:
     merged, beside = merge(lm, opened)
     code = model.trust_remote_code
     stored = AutoConfig.from_pretrained(model_path(model.model), revision=model.revision, trust_remote_code=code).dtype
-    dtype = DTYPES[str(stored or "float32").removeprefix("torch.")] if model.dtype == "auto" else DTYPES[model.dtype]
+    dtype = (
+        DTYPES[model.dtype]
+        if model.dtype != "auto"
+        else getattr(torch, str(stored or "float32").removeprefix("torch."))
+    )
     merged.to(dtype)
     tensors = {**merged.state_dict(), **{name: tensor.to(dtype) for name, tensor in beside.items()}}
     with _writing(output) as temporary:

@@ -117,14 +117,15 @@ def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
     preset = peek(arguments, "preset", Config.preset)
     if preset not in PRESETS:
         raise OptionError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}")
-    module = adapters.load(peek(arguments, "adapter", Config.adapter))
+    name = peek(arguments, "adapter", Config.adapter)
+    module = adapters.load(name)
     method = _method(peek(arguments, "method", Config.method))
     own = (method.Trained,) if hasattr(method, "Trained") else ()
     if preset == "stable":
         kind = TrainingConfig if method.SCORES == "log_likelihood" else training_config.ReadOutTraining
         return Config, kind, ModelConfig, module.Config, *own
     if not hasattr(module, "Authors"):
-        raise OptionError(f"adapter {module.__name__.rpartition('.')[2]!r} has no preset 'authors'")
+        raise OptionError(f"--adapter {name} has no preset 'authors'")
     if method.SCORES != "log_likelihood":
         raise OptionError("--preset authors is for --method query_likelihood")
     return Config, training_config.Authors, ModelConfig, module.Authors
@@ -368,7 +369,7 @@ def _build(config: Config, template: Template, adapter_config: Any, own: Any, lm
 
     torch.manual_seed(config.seed)
     total = sum(p.numel() for p in lm.model.parameters())
-    adapter = adapters.load(config.adapter).build(adapter_config, lm)
+    adapter = adapters.build(config.adapter, adapter_config, lm)
     if getattr(methods.load(config.method), "HEAD", False):
         adapter.add_head(lm)
     parameters = adapter.count_parameters()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qpeft.pretrained import PretrainedLM
 
 _registry = Registry("method", __name__, __path__)
-available, load = _registry.available, _registry.load
+available, load, register = _registry.available, _registry.load, _registry.register
 
 
 def chosen(asked: str | None, adapter: str | Path | None) -> str:

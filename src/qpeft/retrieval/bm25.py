@@ -12,6 +12,7 @@ import bm25s
 import Stemmer
 
 from qpeft.errors import InputError, OptionError, at_least, nearest
+from qpeft.options import Checked
 from qpeft.retrieval._index_folder import new_index_folder, read_index_folder
 from qpeft.types import Passage, Query, Ranking
 
@@ -24,7 +25,7 @@ STOPWORDS = frozenset({
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Options of BM25."""
 
     stemmer: str | None = None
@@ -37,6 +38,7 @@ class Config:
     """Strength of length normalisation."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.k1 < math.inf:
             raise OptionError(f"--k1 is {self.k1}; it must be at least 0")
         if not 0 <= self.b <= 1:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from qpeft.errors import InputError, MissingDependencyError, ModelError, at_least
+from qpeft.options import Checked
 from qpeft.provenance import file_fingerprint, fingerprint
 from qpeft.retrieval._index_folder import new_index_folder, read_index_folder
 from qpeft.types import Passage, Query, Ranking
@@ -20,7 +21,7 @@ _EMBEDDINGS = "embeddings.npy"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Options of dense retrieval."""
 
     encoder: str = EMBEDDED
@@ -29,6 +30,7 @@ class Config:
     """Texts encoded at once."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, encode_batch=self.encode_batch)
 
 

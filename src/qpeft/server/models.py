@@ -88,13 +88,14 @@ class Models:
         self._settings = settings
         self._folder = None if settings.adapters is None else Path(settings.adapters)
         self._kept = KeptTokens(KEPT_CHARACTERS)
-        method = methods.load("query_likelihood" if lm.has_words else "classifier")
+        name = "query_likelihood" if lm.has_words else "classifier"
+        method = methods.load(name)
         config = method.Config(template=settings.template, max_passage_tokens=settings.max_passage_tokens)
         scorer = method.build_scorer(config, lm, kept=self._kept)
         calibration = read_calibration(settings.calibration) if settings.calibration else None
         if calibration is not None:
-            calibration.check(self._origin(scorer, method, config), f"--calibration {settings.calibration}")
-        self._served = {self.base: ServedModel(self.base, scorer, None, calibration, _name(method))}
+            calibration.check(self._origin(scorer, name, config), f"--calibration {settings.calibration}")
+        self._served = {self.base: ServedModel(self.base, scorer, None, calibration, name)}
 
     @property
     def served(self) -> dict[str, ServedModel]:
@@ -138,16 +139,16 @@ class Models:
                 config = method.Config(max_passage_tokens=self._settings.max_passage_tokens)
                 scorer = method.build_scorer(config, self.lm, opened, kept=self._kept)
                 if opened.calibration is not None:
-                    _check(name, opened.calibration, self._origin(scorer, method, config))
+                    _check(name, opened.calibration, self._origin(scorer, opened.method, config))
                 made = ServedModel(f"{self.base}:{name}", scorer, opened, opened.calibration, opened.method)
                 warm_up(made)
         except (OptionError, ScoreError) as error:
             raise AdapterError(f"adapter {name!r}: {error}") from error
         return made
 
-    def _origin(self, scorer: RowScorer, method: Any, config: Any) -> ScoreOrigin:
+    def _origin(self, scorer: RowScorer, method: str, config: Any) -> ScoreOrigin:
         """Return what a scorer's scores are scores of."""
-        return ScoreOrigin.of(self.lm.describe(), scorer.facts, _name(method), dataclasses.asdict(config))
+        return ScoreOrigin.of(self.lm.describe(), scorer.facts, method, dataclasses.asdict(config))
 
     def serve(self, model: ServedModel) -> ServedModel | None:
         """Let a model be asked for, from now on; return what had its name before."""
@@ -181,10 +182,6 @@ class Models:
                 log("adapter not served", logging.WARNING, adapter=name, reason=str(error))
             except Exception as error:  # whatever a damaged folder ends in, the others are served
                 log("adapter not served", logging.WARNING, adapter=name, reason=repr(error), exception=error)
-
-
-def _name(method: Any) -> str:
-    return str(method.__name__.rpartition(".")[2])
 
 
 def _check(name: str, calibration: Calibration, origin: ScoreOrigin) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qpeft.errors import OptionError, at_least
+from qpeft.options import Checked
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """Serving."""
 
     host: str = "127.0.0.1"
@@ -43,6 +44,7 @@ class Settings:
     """Web origin that browsers may ask from; may be given several times."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(1, max_passage_tokens=self.max_passage_tokens, max_documents=self.max_documents)
         at_least(1, max_queue_pairs=self.max_queue_pairs, max_batch_pairs=self.max_batch_pairs)
         at_least(0, port=self.port, max_wait_ms=self.max_wait_ms)
