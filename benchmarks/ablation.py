@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.ao.quantization import quantize_dynamic
 
 import pairs
-from qpeft import cpu_attention
-from qpeft.context_store import ContextStore
-from qpeft.depth import find_layers
-from qpeft.lm import CausalLM
+from qpeft.lm import cpu_attention
+from qpeft.lm.causal import CausalLM
+from qpeft.lm.context_store import ContextStore
+from qpeft.lm.depth import find_layers
+from qpeft.lm.pretrained import RowLogProbs
 from qpeft.loading import load_lm
 from qpeft.methods.query_likelihood import Config, build, build_scorer
 from qpeft.model_config import ModelConfig
-from qpeft.pretrained import RowLogProbs
 from qpeft.template import Row
 from qpeft.types import Candidates
 from rounds import Case, interleave, ratio
@@ -34,7 +34,7 @@ from shapes import MAX_LENGTH, model_folder
 QUERIES, DEPTH, PASSAGES, ROUNDS = 32, 16, 64, 3
 FULL = "full"
 STORE = 8 * 2**30
-WHOLE_ROWS = {"qpeft.cpu_attention.BLOCK": 10**6, "qpeft.cpu_attention.MULTIPLE": 1}
+WHOLE_ROWS = {"qpeft.lm.cpu_attention.BLOCK": 10**6, "qpeft.lm.cpu_attention.MULTIPLE": 1}
 """What makes our attention take rows in one piece, however wide."""
 
 
@@ -195,14 +195,14 @@ def measure(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
     bench.add("layers in 8 bits, states scaled as they come", eight := eight_bits(bench))
     for name in ("sdpa", "eager"):
         bench.add(f"attention {name}", bench.again(), attention=name)
-    own = {"qpeft.cpu_attention.TILES": False}
+    own = {"qpeft.lm.cpu_attention.TILES": False}
     if cpu_attention.TILES:
         bench.add("our attention instead of the fused kernel", bench.again(), patches=own)
     bench.add("our attention over whole rows", bench.again(), patches=own | WHOLE_ROWS)
     bench.add("last layer at all positions", bench.again(WholeLastLayer))
     bench.add("one batch at a time, with all threads", bench.again(OneAtATime))
     ones = "lm.MULTIPLE", "encoding.MULTIPLE", "last_layer.MULTIPLE", "pretrained.ALIKE"
-    unrounded = {**{f"qpeft.{place}": 1 for place in ones}, "qpeft.layout.EIGHTHS": 2**60}
+    unrounded = {**{f"qpeft.{place}": 1 for place in ones}, "qpeft.lm.layout.EIGHTHS": 2**60}
     bench.add("shapes as they come", bench.again(), patches=unrounded)
     bench.add("padded left, with a mask", bench.again(padding_side="left"))
     bench.add("batches in the order given", bench.again(InOrder))
@@ -210,7 +210,9 @@ def measure(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
     whole.model = FullLogits(whole.model)
     bench.add("logits at all positions", whole)
     bench.add(
-        "float32 copy of all logits, logsumexp", bench.again(), patches={"qpeft.lm.token_log_probs": log_softmax_whole}
+        "float32 copy of all logits, logsumexp",
+        bench.again(),
+        patches={"qpeft.lm.causal.token_log_probs": log_softmax_whole},
     )
     bench.add("each query by itself", bench.again(), together=1)
     bench.add("all queries together", bench.again(), together=len(items))

@@ -29,10 +29,10 @@ from qpeft.data.collection import open_collection
 from qpeft.evaluation.cost import Cost
 from qpeft.evaluation.measures import evaluate
 from qpeft.evaluation.significance import bootstrap_interval, per_query_differences
-from qpeft.flops import decoder_flops
+from qpeft.lm.flops import decoder_flops
 from qpeft.loading import load_lm
 from qpeft.methods import cascade
-from qpeft.methods._pointwise import Pointwise
+from qpeft.pointwise import Pointwise
 from qpeft.methods.query_likelihood import Config, QueryLikelihood, build_scorer
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import provenance

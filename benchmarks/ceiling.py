@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpeft.lm import CausalLM
+from qpeft.lm.causal import CausalLM
 from qpeft.template import Row
 
 HEIGHTS = (64, 128, 256, 512, 1024, 2048, 4096)

@@ -33,11 +33,11 @@ import tables
 import training
 from ceiling import Ceiling, needed
 from naive import padded_scores
-from qpeft.compiled import Compiled
-from qpeft.context_store import ContextStore
-from qpeft.lm import CausalLM
+from qpeft.lm.causal import CausalLM
+from qpeft.lm.compiled import Compiled
+from qpeft.lm.context_store import ContextStore
+from qpeft.lm.pretrained import token_log_probs
 from qpeft.model_config import EMBEDDED
-from qpeft.pretrained import token_log_probs
 from qpeft.template import Row
 from rounds import Case, interleave, made, ratio, set_up, synchronize
 from shapes import SHAPES, open_lm

@@ -23,7 +23,7 @@ import torch
 import tables
 from memory import peak_mib, reset_peak, resident_mib
 from naive import padded_scores
-from qpeft.lm import CausalLM
+from qpeft.lm.causal import CausalLM
 from qpeft.template import Row
 from rounds import made, set_up
 from shapes import SHAPES, open_lm

@@ -33,9 +33,9 @@ import tables
 from ceiling import Ceiling, needed
 from naive import Loop, logits_bytes
 from peers import OURS_T5, Score, open_peers, reason
-from qpeft.context_store import ContextStore
+from qpeft.lm.context_store import ContextStore
 from qpeft.loading import load_lm
-from qpeft.methods._pointwise import Pointwise
+from qpeft.pointwise import Pointwise
 from qpeft.methods.query_likelihood import Config, QueryLikelihood, build_scorer
 from qpeft.model_config import EMBEDDED, ModelConfig
 from qpeft.types import Candidates

@@ -21,7 +21,7 @@ import psutil
 
 from qpeft.cli import read
 from qpeft.data.collection import open_collection
-from qpeft.lm import CausalLM
+from qpeft.lm.causal import CausalLM
 from qpeft.loading import load_lm
 from qpeft.server import run
 from qpeft.server.app import create_app

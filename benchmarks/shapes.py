@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from qpeft.lm import CausalLM
+from qpeft.lm.causal import CausalLM
 from qpeft.loading import load_lm, model_path
 from qpeft.model_config import EMBEDDED, ModelConfig
 

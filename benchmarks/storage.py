@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import tables
-from qpeft.context_store import ContextStore, Storage
 from qpeft.data.candidates import candidates_from_run
 from qpeft.data.collection import open_collection
 from qpeft.evaluation.measures import evaluate
+from qpeft.lm.context_store import ContextStore, Storage
 from qpeft.loading import load_lm
 from qpeft.methods.query_likelihood import Config, build
 from qpeft.model_config import EMBEDDED, ModelConfig

@@ -22,8 +22,8 @@ import torch
 import memory
 import tables
 from qpeft import adapters
-from qpeft.context_store import ContextStore
-from qpeft.lm import CausalLM
+from qpeft.lm.causal import CausalLM
+from qpeft.lm.context_store import ContextStore
 from qpeft.memory import give_back
 from qpeft.model_config import EMBEDDED
 from qpeft.template import Row

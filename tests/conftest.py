@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-from qpeft.encoder_decoder import EncoderDecoderLM
-from qpeft.lm import CausalLM
+from qpeft.lm.causal import CausalLM
+from qpeft.lm.encoder_decoder import EncoderDecoderLM
 from tiny_models import FAMILIES, TOKENIZERS, VOCABULARY, build_family, wordpiece_tokenizer
 
 os.environ["HAYSTACK_TELEMETRY_ENABLED"] = "False"  # read on import
@@ -32,9 +32,9 @@ def family(request):
 @pytest.fixture
 def no_rounding(monkeypatch):
     """Let batches have as many rows as fit, and be as wide as their longest."""
-    for number in ("lm.MULTIPLE", "encoding.MULTIPLE", "last_layer.MULTIPLE", "pretrained.ALIKE"):
-        monkeypatch.setattr(f"qpeft.{number}", 1)
-    monkeypatch.setattr("qpeft.layout.EIGHTHS", 2**60)
+    for number in ("causal.MULTIPLE", "encoding.MULTIPLE", "last_layer.MULTIPLE", "pretrained.ALIKE"):
+        monkeypatch.setattr(f"qpeft.lm.{number}", 1)
+    monkeypatch.setattr("qpeft.lm.layout.EIGHTHS", 2**60)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import copy
 
 import torch
 
-from qpeft.hints import Pairs
+from qpeft.adapter import Pairs
 
 
 @torch.inference_mode()

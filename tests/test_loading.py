@@ -12,18 +12,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_causal import rows_for
 from transformers import BertConfig, BertForSequenceClassification, BertLMHeadModel, LlamaForCausalLM
 
 from qpeft import Reranker
 from qpeft.cli import main
-from qpeft.encoder_decoder import EncoderDecoderLM
 from qpeft.errors import MissingDependencyError, ModelError, OptionError, QueryError
+from qpeft.lm.encoder_decoder import EncoderDecoderLM
 from qpeft.loading import choose_dtype, load_lm
 from qpeft.methods import query_likelihood
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import weights_fingerprint
 from qpeft.types import UNREADABLE, Passage
-from test_lm import rows_for
 
 PASSAGES = ["the sky is blue", "the sea is salty", "the old king", "the sky is blue"]
 

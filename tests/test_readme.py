@@ -38,12 +38,13 @@ def test_the_python_snippet_runs(capsys):
 def test_the_page_on_python_runs(tmp_path, monkeypatch, capsys):
     page = (README.parent / "docs" / "python.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     monkeypatch.chdir(tmp_path)
     exec(compile("\n".join(blocks), "python.md", "exec"), {})
     said = capsys.readouterr().out
     assert all(f"{run} {measure} " in said for run in ("bm25", "trained") for measure in ("nDCG@10", "RR@10"))
-    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
+    for adapter in ("my-adapter", "own-adapter"):
+        assert (tmp_path / adapter / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.skipif(not (Path(sys.prefix) / "bin" / "activate").exists(), reason="not in a virtual environment")

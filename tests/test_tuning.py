@@ -62,7 +62,7 @@ def test_the_quickest_is_kept_only_if_it_beats_the_default(config, monkeypatch, 
         return []
 
     clock = [0.0]
-    monkeypatch.setattr("qpeft.pretrained.PretrainedLM.log_probs", score)
+    monkeypatch.setattr("qpeft.lm.pretrained.PretrainedLM.log_probs", score)
     monkeypatch.setattr(_tune.time, "perf_counter", lambda: clock[0])
     key = tuning_key_of(config, CPU)
     write_tuning(key, MEASURED)

@@ -9,17 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qpeft.errors import OptionError, ScoreError
-from qpeft.methods._pointwise import Pointwise
+from qpeft.pointwise import Pointwise
 from qpeft.types import (
     UNREADABLE,
     Candidates,
     Passage,
     Query,
+    QueryBatches,
     Ranking,
     Reranker,
     Run,
     ScoringCounts,
-    Window,
     whole,
 )
 
@@ -140,24 +140,24 @@ def test_what_cannot_be_ranked_is_named_before_it_is(make, words):
 
 @given(
     st.lists(st.integers(0, 9), max_size=12),
-    st.builds(Window, st.none() | st.integers(1, 4), st.integers(1, 20)),
+    st.builds(QueryBatches, st.none() | st.integers(1, 4), st.integers(1, 20)),
     st.integers(0, 12),
 )
-def test_windows_are_told_from_any_number_of_finished_queries(sizes, window, finished):
+def test_batches_are_told_from_any_number_of_finished_queries(sizes, batches, finished):
     items = [Candidates(Query(str(i), "x"), tuple(Passage(str(p), "y") for p in range(n))) for i, n in enumerate(sizes)]
-    parts = list(window.split(items))
+    parts = list(batches.split(items))
     assert [item for part in parts for item in part] == items
     for part in parts[:-1]:
         pairs = [len(item.passages) for item in part]
-        if window.queries is not None:
-            assert len(part) == window.queries
+        if batches.queries is not None:
+            assert len(part) == batches.queries
         else:
-            assert sum(pairs) >= window.pairs > sum(pairs[:-1])
+            assert sum(pairs) >= batches.pairs > sum(pairs[:-1])
     borders = {0, *itertools.accumulate(map(len, parts))}
-    assert window.whole(sizes[:finished]) == max(
+    assert batches.whole(sizes[:finished]) == max(
         border
         for border in borders
-        if border <= finished and (border < len(items) or window.whole(sizes) == len(items))
+        if border <= finished and (border < len(items) or batches.whole(sizes) == len(items))
     )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from qpeft import adapters
-from qpeft.context_store import ContextStore
-from qpeft.lm import CausalLM
+from qpeft.lm.causal import CausalLM
+from qpeft.lm.context_store import ContextStore
 from qpeft.template import Prompt, Template, load_template
 from qpeft.types import Passage, Query
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import httpx2
 import uvicorn
 
-from qpeft.lm import CausalLM
+from qpeft.lm.causal import CausalLM
 from qpeft.server.app import create_app
 from qpeft.server.run import listen, url_of
 from qpeft.server.settings import Settings

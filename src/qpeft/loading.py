@@ -23,18 +23,19 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from qpeft import cpu_attention, methods
+from qpeft import methods
 from qpeft.adapters._folder import base_identity
-from qpeft.compiled import Compiled
-from qpeft.context_store import ContextStore
-from qpeft.encoder_decoder import EncoderDecoderLM
 from qpeft.errors import MissingDependencyError, ModelError, OptionError, nearest
-from qpeft.lm import CausalLM
-from qpeft.model_checks import check_causal, check_positions, choose_attention, classifies
+from qpeft.lm import cpu_attention
+from qpeft.lm.causal import CausalLM
+from qpeft.lm.compiled import Compiled
+from qpeft.lm.context_store import ContextStore
+from qpeft.lm.encoder_decoder import EncoderDecoderLM
+from qpeft.lm.model_checks import check_causal, check_positions, choose_attention, classifies
+from qpeft.lm.pretrained import PretrainedLM, within_memory
+from qpeft.lm.read_out import WEIGHT, Head, linear_head
 from qpeft.model_config import EMBEDDED, ModelConfig
-from qpeft.pretrained import PretrainedLM, within_memory
 from qpeft.provenance import fingerprint
-from qpeft.read_out import WEIGHT, Head, linear_head
 from qpeft.tuning import read_tuning, tuning_key
 from qpeft.types import Reranker
 

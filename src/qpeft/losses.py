@@ -149,7 +149,7 @@ def check_loss(name: str, *, teacher: bool, scores: ScoreKind | None = None, alo
     """
     if name not in LOSSES:
         raise OptionError(f"unknown loss {name!r}{nearest(name, LOSSES)}")
-    if "teacher" in _options(name) and not teacher:
+    if takes(name, "teacher") and not teacher:
         raise OptionError(f"the loss {name!r} learns from a teacher's scores, and there are none")
     if scores in ("log_odds", "answers") and name in ("point", "both"):
         raise OptionError(f"--loss {name}: it makes a log-likelihood large; take softmax or cross_entropy")
@@ -186,14 +186,15 @@ def loss(
         OptionError: no loss has this name, or it learns from a teacher or from answers and there are none.
     """
     check_loss(name, teacher=teacher is not None)
-    if "answered" in _options(name) and answered is None:
+    if takes(name, "answered") and answered is None:
         raise OptionError(f"the loss {name!r} learns the tokens of two answers, and there are none")
     given = {"margin": margin, "scale": scale, "teacher": teacher, "answered": answered}
-    return LOSSES[name](scores, mask, **{option: given[option] for option in given if option in _options(name)})
+    return LOSSES[name](scores, mask, **{option: given[option] for option in given if takes(name, option)})
 
 
-def _options(name: str) -> frozenset[str]:
-    return frozenset(inspect.signature(LOSSES[name]).parameters)
+def takes(name: str, option: str) -> bool:
+    """Return whether a loss has an option, such as a teacher's scores."""
+    return option in inspect.signature(LOSSES[name]).parameters
 
 
 def _real(values: Tensor, mask: Tensor) -> Tensor:

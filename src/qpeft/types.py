@@ -246,7 +246,7 @@ class Scorer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class QueryBatches:
     """Which queries are worked on together: so many, or as many as have so many candidates together."""
 
     queries: int | None = None
@@ -267,7 +267,7 @@ class Window:
             yield together
 
     def whole(self, sizes: Iterable[int]) -> int:
-        """Return how many of the first queries stand in windows that are full, given the candidates of each."""
+        """Return how many of the first queries stand in batches that are full, given the candidates of each."""
         whole = queries = pairs = 0
         for size in sizes:
             queries, pairs = queries + 1, pairs + size
@@ -286,8 +286,8 @@ class Reranker(abc.ABC):
     counts: ScoringCounts = field(default_factory=ScoringCounts, init=False)
     facts: dict[str, Any] = field(default_factory=dict, init=False)
     """What provenance says of the method: its template, its adapter."""
-    window: Window = field(default=Window(1), init=False)
-    """Queries that are worked on together. Scores may depend, in their last bits, on the others of a window."""
+    query_batches: QueryBatches = field(default=QueryBatches(1), init=False)
+    """Queries that are worked on together. Scores may depend, in their last bits, on the others."""
     scores_all: ClassVar[bool] = True
     """Whether all candidates are scored alike, so that their scores may be mixed with others."""
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from qpeft import adapters
+from qpeft.adapter import Hints, Pairs, PromptAdapter
 from qpeft.adapters import qpeft_a, soft_prompt
-from qpeft.adapters._base import PromptAdapter, whole_table
 from qpeft.adapters._folder import load_adapter, save_adapter
 from qpeft.errors import OptionError, QueryError
-from qpeft.hints import Hints, Pairs, Slots
+from qpeft.lm.hints import Slots
 from qpeft.template import Prompt, load_template
 from qpeft.types import Passage, Query
 from reference import naive_hinted_log_probs, naive_hints, naive_log_probs
@@ -111,7 +111,7 @@ def test_an_adapter_that_is_registered_is_saved_and_opened(make_lm, tmp_path, fo
         changes_lm = True  # of its own accord, and nothing for PEFT to open
 
         def __init__(self, lm):
-            super().__init__(lm, whole_table(lm))
+            super().__init__(lm)
             self.vectors = torch.nn.Parameter(torch.randn(2, self.width))
 
         def hint_length(self, query_tokens):

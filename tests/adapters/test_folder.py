@@ -21,7 +21,7 @@ from qpeft.adapters._folder import (
     save_adapter,
 )
 from qpeft.errors import AdapterError, OptionError
-from qpeft.lm import CausalLM
+from qpeft.lm.causal import CausalLM
 from qpeft.loading import load_lm
 from qpeft.methods import query_likelihood
 from qpeft.model_config import ModelConfig

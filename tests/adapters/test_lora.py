@@ -18,7 +18,7 @@ from qpeft.adapters import lora
 from qpeft.adapters._folder import load_adapter, read_config, save_adapter
 from qpeft.cli import main
 from qpeft.errors import AdapterError, MissingDependencyError, OptionError
-from qpeft.lm import CausalLM
+from qpeft.lm.causal import CausalLM
 from qpeft.loading import load_reranker
 from qpeft.methods import open_scorer
 from qpeft.template import Prompt, Template, load_template

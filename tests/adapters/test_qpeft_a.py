@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from qpeft.adapter import Pairs
 from qpeft.adapters import qpeft_a
 from qpeft.adapters._attention import CosineAttention
 from qpeft.errors import OptionError
-from qpeft.hints import Pairs
 from qpeft.types import Passage, Query
 from tiny_adapters import PASSAGES, build, rows_for, with_store
 

@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 
+from qpeft.adapter import Pairs
 from qpeft.adapters import qpeft_r
 from qpeft.adapters._token_filter import TokenFilter, first_occurrences
 from qpeft.errors import OptionError
-from qpeft.hints import Pairs
 from qpeft.template import Prompt, Template, load_template
 from qpeft.types import Passage, Query
 from reference import naive_log_probs

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qpeft import adapters
-from qpeft.lm import CausalLM
+from qpeft.lm.causal import CausalLM
 from qpeft.loading import load_lm
 from qpeft.model_config import ModelConfig
 from tiny_adapters import NAMES

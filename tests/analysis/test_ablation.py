@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from test_causal import ForgetfulModel
 
 from qpeft import methods
 from qpeft.adapters import lora
@@ -14,13 +15,12 @@ from qpeft.adapters._folder import AdapterFolder
 from qpeft.adapters._lora_targets import Place
 from qpeft.analysis.ablated import Ablated
 from qpeft.analysis.ablation import ALL, NONE, Ablation, of_components, of_layers, of_projections, plan
-from qpeft.depth import find_layers
 from qpeft.errors import ModelError, OptionError
-from qpeft.methods._pointwise import Pointwise
-from qpeft.replay import Replay
+from qpeft.lm.depth import find_layers
+from qpeft.lm.replay import Replay
+from qpeft.pointwise import Pointwise
 from qpeft.template import load_template
 from qpeft.types import Candidates
-from test_lm import ForgetfulModel
 from tiny_adapters import PASSAGES, QUERIES
 from tiny_models import FAMILIES
 

@@ -24,7 +24,7 @@ import storage
 import tables
 import training
 from ceiling import needed
-from qpeft import cpu_attention
+from qpeft.lm import cpu_attention
 from qpeft.loading import load_lm
 from qpeft.model_config import ModelConfig
 from qpeft.template import Row
@@ -180,7 +180,7 @@ class TestSameScores:
         monkeypatch.setattr(
             cpu_attention, "_weights", lambda query, *rest: widths.append(query.shape[2]) or weights(query, *rest)
         )
-        for place, value in {"qpeft.cpu_attention.TILES": False, **(ablation.WHOLE_ROWS if whole else {})}.items():
+        for place, value in {"qpeft.lm.cpu_attention.TILES": False, **(ablation.WHOLE_ROWS if whole else {})}.items():
             monkeypatch.setattr(place, value)
         exact.log_probs(rows)
         assert (max(widths) > 96) == whole

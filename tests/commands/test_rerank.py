@@ -13,7 +13,7 @@ import torch
 from qpeft.cli import main
 from qpeft.commands._partial import Partial
 from qpeft.data.trec import read_run
-from qpeft.types import Hit, Ranking, ScoringCounts, Window
+from qpeft.types import Hit, QueryBatches, Ranking, ScoringCounts
 
 CASCADE = ("--method", "cascade", "--cascade", "7:2")
 ALONE = ("--queries-per-batch", "1")
@@ -97,12 +97,12 @@ def test_a_killed_run_resumes_to_the_same_bytes(rerank_arguments, start_process,
 
 def test_what_is_left_of_an_unfinished_window_is_dropped(tmp_path):
     partial = Partial(tmp_path / "ql.trec", resume=False)
-    partial.open("same", {"dtype": "float32"}, window=Window(2))
+    partial.open("same", {"dtype": "float32"}, batches=QueryBatches(2))
     for pairs, query in enumerate(["q1", "q2", "q3"], start=1):
         partial.add(Ranking(query, (Hit("p", -1.5),)), ScoringCounts(pairs=pairs))
     partial.close()
     resumed = Partial(tmp_path / "ql.trec", resume=True)
-    resumed.open("same", resumed.settings, window=Window(2))
+    resumed.open("same", resumed.settings, batches=QueryBatches(2))
     resumed.close()
     assert resumed.rankings == [Ranking("q1", (Hit("p", -1.5),)), Ranking("q2", (Hit("p", -1.5),))]
     assert resumed.counts(ScoringCounts(pairs=1)).pairs == 3

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from qpeft.data.collection import open_collection
 from qpeft.data.trec import read_run
 from qpeft.evaluation.interpolation import choose_weight, interpolate
 from qpeft.evaluation.measures import evaluate
+from qpeft.lm.causal import CausalLM
 
 
 def test_an_index_is_kept_and_found_again(toy, toy_run, tmp_path):
@@ -286,7 +288,21 @@ def test_doctor_checks_the_scorer(capsys):
     assert main(["doctor", "--seconds", "0.1"]) == 0
     out = capsys.readouterr().out
     assert "self-check             passed" in out
+    assert "passage cache          can be used\nlast layer             computed where it is read\nFLOPs" in out
     assert "passages/s" in out
+
+
+@pytest.mark.parametrize("wrong", [0.01, float("nan")])
+def test_doctor_finds_wrong_scores(wrong, monkeypatch, capsys):
+    right = CausalLM.log_probs
+
+    def log_probs(self, rows, **options):
+        *others, last = right(self, rows, **options)
+        return [*others, replace(last, target=last.target + wrong)]
+
+    monkeypatch.setattr(CausalLM, "log_probs", log_probs)
+    assert main(["doctor", "--seconds", "0.1"]) == 2
+    assert "self-check failed: batched and plain scores of tiny-lm differ by" in capsys.readouterr().err
 
 
 def test_doctor_does_not_check_in_float32_what_does_not_know_it(capsys):

@@ -10,8 +10,8 @@ from qpeft import methods
 from qpeft.adapters import lora
 from qpeft.adapters._folder import load_adapter, save_adapter
 from qpeft.errors import OptionError
+from qpeft.lm.read_out import Head
 from qpeft.methods.classifier import Config, build, build_scorer
-from qpeft.read_out import Head
 from qpeft.template import load_template
 from tiny_adapters import PASSAGES, QUERIES
 from tiny_adapters import build as build_adapter

@@ -5,7 +5,7 @@ import torch
 
 from qpeft import methods
 from qpeft.errors import OptionError, QueryError, ScoreError
-from qpeft.read_out import Head
+from qpeft.lm.read_out import Head
 from qpeft.types import Candidates, Passage, Query
 
 TEXTS = ["the sky is blue", "", "éàü ✓ 水", "the sea " * 400, "the sky is blue", "who was the old king", "."]

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from qpeft import pointwise
 from qpeft.errors import OptionError, QueryError, ScoreError
-from qpeft.methods import _pointwise
-from qpeft.methods._pointwise import Pointwise
 from qpeft.methods.query_likelihood import Config, build, build_scorer
+from qpeft.pointwise import Pointwise
 from qpeft.template import Prompt, load_template
 from qpeft.types import UNREADABLE, Candidates, Passage, Query
 from reference import naive_log_probs
@@ -137,7 +137,7 @@ def test_many_candidates_are_scored_some_at_a_time(lm, monkeypatch):
     scorer = build_scorer(Config(), lm)
     expected = list(Pointwise(scorer).rerank(items))
     asked, own = [], scorer.score
-    monkeypatch.setattr(_pointwise, "AT_ONCE", 4)
+    monkeypatch.setattr(pointwise, "AT_ONCE", 4)
     monkeypatch.setattr(scorer, "score", lambda pairs: asked.append(len(pairs)) or own(pairs))
     for ranking, reference in zip(Pointwise(scorer).rerank(items), expected, strict=True):
         assert [hit.passage_id for hit in ranking.hits] == [hit.passage_id for hit in reference.hits]

@@ -9,8 +9,8 @@ import torch
 from qpeft import methods
 from qpeft.adapters import lora
 from qpeft.adapters._folder import save_adapter
-from qpeft.lm import CausalLM
-from qpeft.read_out import Head
+from qpeft.lm.causal import CausalLM
+from qpeft.lm.read_out import Head
 from qpeft.server.batcher import Chunk, Job, score_chunks
 from qpeft.server.settings import Settings
 from qpeft.template import load_template

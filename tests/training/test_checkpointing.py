@@ -5,7 +5,7 @@ import torch
 
 from qpeft.adapters import lora
 from qpeft.errors import OptionError
-from qpeft.read_out import Answers
+from qpeft.lm.read_out import Answers
 from qpeft.template import Prompt, load_template
 from qpeft.training.checkpointing import checkpointed
 from tiny_adapters import PASSAGES, QUERIES, build, with_store

@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from qpeft import cpu_attention, losses
+from qpeft import losses
 from qpeft.errors import OptionError, QueryError, ScoreError, StateError
+from qpeft.lm import cpu_attention
 from qpeft.training import config as training_config
 from qpeft.training import contexts
 from qpeft.training.config import TrainingConfig

@@ -1,7 +1,10 @@
 """What can be trained. One file each, with a frozen `Config` and `build(config, lm)`; the file name is its name.
 
 The folder is the registry, as in `qpeft.methods`; other packages add theirs through the entry-point group
-`qpeft.adapters`. An adapter may also have `Authors`, its `Config` with the defaults of the published code.
+`qpeft.adapters`, a process by `register`. A module may also have:
+
+* `Authors`: its `Config` with the defaults of the published code, for `--preset authors`.
+* `CHANGES_LM` (bool): its adapters change the model's layers, so that training keeps no encoded passages.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from qpeft.registry import Registry
 
 if TYPE_CHECKING:
-    from qpeft.adapters._base import Adapter
-    from qpeft.lm import CausalLM
+    from qpeft.adapter import Adapter
+    from qpeft.lm.causal import CausalLM
 
 _registry = Registry("adapter", __name__, __path__)
 available, load, register = _registry.available, _registry.load, _registry.register

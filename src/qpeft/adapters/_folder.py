@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from qpeft import adapters
-from qpeft.adapters._base import Adapter, withdrawn_on_failure
+from qpeft.adapter import Adapter, withdrawn_on_failure
 from qpeft.adapters._card import card
 from qpeft.adapters._published import TEMPLATE as PUBLISHED_TEMPLATE
 from qpeft.adapters._published import is_published, open_published
@@ -40,8 +40,8 @@ from qpeft.atomic import replacing_folder
 from qpeft.errors import AdapterError, InputError, OptionError, nearest
 from qpeft.evaluation.calibration_file import FILE as CALIBRATION
 from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, read_calibration
-from qpeft.lm import CausalLM
-from qpeft.pretrained import PretrainedLM
+from qpeft.lm.causal import CausalLM
+from qpeft.lm.pretrained import PretrainedLM
 from qpeft.provenance import file_fingerprint, write_json
 from qpeft.template import Template, load_template
 

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qpeft import adapters
+from qpeft.adapter import Adapter, Hints, Pairs
 from qpeft.adapters import lora
-from qpeft.adapters._base import Adapter
 from qpeft.adapters._lora_targets import Place, Targets, component_table, resolve
 from qpeft.adapters.lora import CHANGES_LM, Config
 from qpeft.errors import AdapterError, MissingDependencyError, OptionError, at_least
-from qpeft.hints import Hints, Pairs
-from qpeft.lm import CausalLM
-from qpeft.read_out import WEIGHT, Head
+from qpeft.lm.causal import CausalLM
+from qpeft.lm.read_out import WEIGHT, Head
 
 HEAD = WEIGHT.partition(".")[0]
 _LABELS = itertools.count()

@@ -18,8 +18,8 @@ from transformers import AutoModelForSequenceClassification
 from qpeft.adapters._folder import AdapterFolder
 from qpeft.adapters._lora import HEAD, LoraAdapter
 from qpeft.errors import OptionError
-from qpeft.lm import CausalLM
-from qpeft.read_out import WEIGHT
+from qpeft.lm.causal import CausalLM
+from qpeft.lm.read_out import WEIGHT
 
 
 def merge(lm: CausalLM, opened: AdapterFolder) -> tuple[Any, dict[str, Tensor]]:

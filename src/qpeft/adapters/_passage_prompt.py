@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from qpeft.adapter import Hints, Pairs, PromptAdapter, whole_table
 from qpeft.adapters._attention import CosineAttention
-from qpeft.adapters._base import HintNetwork, PromptAdapter, whole_table
+from qpeft.adapters._parts import HintNetwork
 from qpeft.adapters.passage_prompt import Config
 from qpeft.errors import at_least
-from qpeft.hints import Hints, Pairs
-from qpeft.lm import CausalLM
+from qpeft.lm.causal import CausalLM
 
 
 class PassagePrompt(PromptAdapter):

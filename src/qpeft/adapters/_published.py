@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qpeft.adapter import Adapter, withdrawn_on_failure
 from qpeft.adapters import lora
-from qpeft.adapters._base import Adapter, withdrawn_on_failure
 from qpeft.adapters._lora import HEAD, LoraAdapter
 from qpeft.errors import AdapterError, MissingDependencyError, OptionError
-from qpeft.lm import CausalLM
+from qpeft.lm.causal import CausalLM
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 TEMPLATE = "rankllama"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
+from qpeft.adapter import Hints, Pairs, PromptAdapter, whole_table
 from qpeft.adapters._attention import CosineAttention, DefaultAttention
-from qpeft.adapters._base import HintNetwork, Markers, PromptAdapter, whole_table
+from qpeft.adapters._parts import HintNetwork, Markers
 from qpeft.adapters._soft_prompt import beside_a_hint
 from qpeft.adapters._token_filter import TokenFilter
 from qpeft.adapters.qpeft_a import Config
-from qpeft.hints import Hints, Pairs
-from qpeft.lm import CausalLM
+from qpeft.lm.causal import CausalLM
 
 
 class QPeftA(PromptAdapter):
@@ -26,7 +26,7 @@ class QPeftA(PromptAdapter):
 
     def __init__(self, config: Config, lm: CausalLM, reads_layer: int | None = None) -> None:
         table = whole_table(lm)
-        super().__init__(lm, table, config.token_table)
+        super().__init__(lm, table, lookup=config.token_table)
         self.config = config
         self.reads_layer = reads_layer
         self.reads_template = config.template_tokens

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qpeft.adapters._base import HintNetwork, Markers, PromptAdapter, whole_table
+from qpeft.adapter import Hints, Pairs, PromptAdapter
+from qpeft.adapters._parts import HintNetwork, Markers
 from qpeft.adapters._soft_prompt import beside_a_hint
 from qpeft.adapters._token_filter import TokenFilter, first_occurrences
 from qpeft.adapters.qpeft_r import Config
 from qpeft.errors import OptionError, at_least
-from qpeft.hints import Hints, Pairs
-from qpeft.lm import CausalLM
+from qpeft.lm.causal import CausalLM
 
 PRIME = 2**31 - 1
 
@@ -25,7 +25,7 @@ class QPeftR(PromptAdapter):
         at_least(1, k=config.k)
         if config.similarity_table == "trainable" and config.token_table == "frozen":
             raise OptionError("--similarity-table trainable needs --token-table trainable")
-        super().__init__(lm, whole_table(lm), config.token_table)
+        super().__init__(lm, lookup=config.token_table)
         self.config = config
         self.reads_template = config.template_tokens
         self.markers = Markers(lm.tokenizer, config.hint_prefix, config.hint_suffix, lm.device)

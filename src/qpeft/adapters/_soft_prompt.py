@@ -7,11 +7,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from qpeft.adapters._base import PromptAdapter, whole_table
+from qpeft.adapter import Hints, Pairs, PromptAdapter, whole_table
 from qpeft.adapters.soft_prompt import Config
 from qpeft.errors import OptionError, at_least
-from qpeft.hints import Hints, Pairs
-from qpeft.lm import CausalLM
+from qpeft.lm.causal import CausalLM
 
 
 class SoftPrompt(PromptAdapter):

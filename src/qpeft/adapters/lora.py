@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from qpeft.options import Checked
 
 if TYPE_CHECKING:
-    from qpeft.adapters._base import Adapter
-    from qpeft.lm import CausalLM
+    from qpeft.adapter import Adapter
+    from qpeft.lm.causal import CausalLM
 
 CHANGES_LM = True
 """Encoded contexts are of no use here; said in the module, so that a model can be opened accordingly."""

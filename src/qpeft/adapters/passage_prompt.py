@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 from qpeft.options import Checked
 
 if TYPE_CHECKING:
-    from qpeft.adapters._base import Adapter
-    from qpeft.lm import CausalLM
+    from qpeft.adapter import Adapter
+    from qpeft.lm.causal import CausalLM
 
 
 @dataclass(frozen=True)

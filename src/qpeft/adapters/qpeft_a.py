@@ -18,8 +18,8 @@ from qpeft.adapters._choices import AttentionInit, Init, Table
 from qpeft.options import Checked
 
 if TYPE_CHECKING:
-    from qpeft.adapters._base import Adapter
-    from qpeft.lm import CausalLM
+    from qpeft.adapter import Adapter
+    from qpeft.lm.causal import CausalLM
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from qpeft.adapters import qpeft_a
 from qpeft.errors import OptionError
 
 if TYPE_CHECKING:
-    from qpeft.adapters._base import Adapter
-    from qpeft.lm import CausalLM
+    from qpeft.adapter import Adapter
+    from qpeft.lm.causal import CausalLM
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from qpeft.adapters._lora import LoraAdapter
 from qpeft.analysis.ablation import Places, plan
-from qpeft.depth import find_layers
 from qpeft.errors import ModelError
-from qpeft.lm import CausalLM
-from qpeft.replay import Replay
+from qpeft.lm.causal import CausalLM
+from qpeft.lm.depth import find_layers
+from qpeft.lm.replay import Replay
 from qpeft.types import Candidates, Ranking, Reranker
 
 

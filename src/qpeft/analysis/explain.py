@@ -16,13 +16,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qpeft.adapters._base import Adapter
+from qpeft.adapter import Adapter, Hints, Pairs
 from qpeft.analysis.pieces import pieces, words
 from qpeft.errors import InputError, OptionError
-from qpeft.hints import Hints, Pairs
+from qpeft.lm.pretrained import RowLogProbs
 from qpeft.methods._rows import RowScorer
 from qpeft.methods.query_likelihood import QueryLikelihood
-from qpeft.pretrained import RowLogProbs
 from qpeft.template import Row, Template
 from qpeft.types import Passage, Query, Ranking
 
@@ -118,7 +117,6 @@ def explain(
     if not isinstance(scorer, QueryLikelihood):
         raise OptionError(f"only a scorer of query likelihood can be explained, not {type(scorer).__name__}")
     lm, prompt, adapter = scorer.lm, scorer.prompt, scorer.adapter
-    assert adapter is None or isinstance(adapter, Adapter)  # whose forward pass can be listened to
     template = prompt.template
     rows = [prompt.rows(query, passage, max_passage_tokens=max_passage_tokens)[0] for passage in passages]
     for row, passage in zip(rows, passages, strict=True):

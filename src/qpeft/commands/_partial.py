@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from qpeft.commands._unfinished import Unfinished
-from qpeft.types import Hit, Ranking, ScoringCounts, Window
+from qpeft.types import Hit, QueryBatches, Ranking, ScoringCounts
 
 
 class Partial:
     """Finished rankings beside an output that is not there yet.
 
-    Queries are worked on in windows, and what is left of a window that was not finished is dropped: a score may depend,
+    Queries are worked on in batches, and what is left of a batch that was not finished is dropped: a score may depend,
     in its last bits, on the other rows of its batch, and a resumed run must equal an uninterrupted one.
 
     Args:
@@ -31,14 +31,14 @@ class Partial:
         self.rankings: list[Ranking] = []
         self._before = ScoringCounts()
 
-    def open(self, facts: Mapping[str, Any], settings: Mapping[str, Any], window: Window) -> None:
+    def open(self, facts: Mapping[str, Any], settings: Mapping[str, Any], batches: QueryBatches) -> None:
         """Check that the file belongs to this very run, and get ready to append.
 
         Raises:
             StateError: it was made with other options, data or model, or another process is working on it.
         """
         finished = self._unfinished.lines
-        del finished[window.whole(len(line["hits"]) for line in finished) :]
+        del finished[batches.whole(len(line["hits"]) for line in finished) :]
         self._unfinished.open(facts, settings)
         self.rankings = [
             Ranking(line["query"], tuple(Hit(passage_id, score) for passage_id, score in line["hits"]))

@@ -220,7 +220,7 @@ def _rank(
     """Yield one entry per adapter and query, from where an earlier process stopped."""
     from qpeft.adapters._folder import load_adapter
     from qpeft.analysis.ablated import Ablated
-    from qpeft.methods._pointwise import Pointwise
+    from qpeft.pointwise import Pointwise
 
     for index, subject in enumerate(subjects):
         rest = items[max(0, done - index * len(items)) :]

@@ -13,8 +13,8 @@ import torch
 
 from qpeft import memory
 from qpeft.commands._progress import progress_bar
-from qpeft.cpu_attention import NAME
 from qpeft.errors import ModelError, OptionError
+from qpeft.lm.cpu_attention import NAME
 from qpeft.loading import choose_device, load_lm, tuning_key_of
 from qpeft.model_config import ModelConfig
 from qpeft.provenance import provenance

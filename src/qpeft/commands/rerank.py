@@ -124,7 +124,7 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
     # What is done after scoring may be asked for otherwise when an interrupted run goes on.
     scoring = {name: value for name, value in facts["options"].items() if name not in ("tag", "interpolate")}
     settings = {"dtype": described["dtype"], "threads": torch.get_num_threads()}
-    partial.open({**facts, "options": scoring}, settings, reranker.window)
+    partial.open({**facts, "options": scoring}, settings, reranker.query_batches)
     started = time.perf_counter()
     items = candidates_from_run(first, queries, collection.passages, config.depth)
     rankings = [ranking for ranking, _ in zip(partial.rankings, items, strict=False)]

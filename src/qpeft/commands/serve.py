@@ -22,7 +22,7 @@ from qpeft.model_config import ModelConfig
 from qpeft.server.settings import Settings as Config
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
-    from qpeft.pretrained import PretrainedLM
+    from qpeft.lm.pretrained import PretrainedLM
 
 
 def run(config: Config, model: ModelConfig) -> None:

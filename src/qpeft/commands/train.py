@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,8 +44,8 @@ from qpeft.types import Group, Passage, Query
 if TYPE_CHECKING:  # so that options can be listed without importing torch
     from transformers import TrainerCallback
 
+    from qpeft.adapter import Adapter
     from qpeft.adapters._folder import AdapterFolder
-    from qpeft.hints import HintWriter
 
 PRESETS = ("stable", "authors")
 WHAT_DECIDES = ("options", "files", "collection", "template")
@@ -276,9 +275,9 @@ def _with_defaults(config: Config, training: TrainingConfig) -> Config:
 
 
 def _check_teacher(training: TrainingConfig) -> None:
-    from qpeft.losses import LOSSES
+    from qpeft.losses import takes
 
-    if "teacher" not in inspect.signature(LOSSES[training.loss]).parameters:
+    if not takes(training.loss, "teacher"):
         raise OptionError(f"--teacher: --loss {training.loss} has none; take margin_mse or plackett_luce")
     if training.in_batch:
         raise OptionError("--teacher: it has no scores for passages of other queries; give --in-batch false")
@@ -343,9 +342,9 @@ def _open_lm(config: Config, model: ModelConfig, begun: Mapping[str, Any]) -> tu
     return lm, lm.describe()
 
 
-def _keep_all_or_none(lm: Any, adapter: HintWriter, needed: Callable[[], int]) -> None:
+def _keep_all_or_none(lm: Any, adapter: Adapter, needed: Callable[[], int]) -> None:
     """Keep no contexts if they do not all fit; see `training.contexts`."""
-    from qpeft.context_store import ContextStore
+    from qpeft.lm.context_store import ContextStore
 
     if adapter.changes_lm or lm.store is None or lm.store.folder is not None:
         return
@@ -388,7 +387,7 @@ def _build(config: Config, template: Template, adapter_config: Any, own: Any, lm
 
 def _scorer_of(config: Config, scorer: Any, queries: Sequence[Query]) -> Any:
     """Return what reads these queries, or raise the error that training would end in, before the work."""
-    adapter: HintWriter = scorer.adapter
+    adapter: Adapter = scorer.adapter
     if config.hint_queries == "shuffled":
         if not adapter.hint_length(1):
             raise OptionError("--hint-queries: this adapter writes no hints")

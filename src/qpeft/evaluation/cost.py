@@ -1,6 +1,6 @@
 """What a ranking cost, to stand beside how good it is.
 
-With C the FLOPs of a query (`qpeft.flops`), averaged over the queries ranked, in PetaFLOP:
+With C the FLOPs of a query (`qpeft.lm.flops`), averaged over the queries ranked, in PetaFLOP:
 
     QPP = 1 / C             queries per PetaFLOP
     RPP = measure / C       ranking quality per PetaFLOP; the measure is averaged over the same queries

@@ -1,8 +1,14 @@
 """Ways to rank. One file each, with a frozen `Config` and `build(config, lm) -> Reranker`; the file name is its name.
 
 The folder is the registry. Other packages add theirs through the entry-point group `qpeft.methods`, whose entries are
-modules with the same two names. Methods that score rows also have `build_scorer(config, lm, opened)`: training, the
-server and the analyses need the scorer alone.
+modules with the same two names; a process by `register`. Methods that score rows also have
+`build_scorer(config, lm, opened=None, *, kept=None)`, which returns a `RowScorer`: training, the server and the
+analyses need the scorer alone. What can be trained has besides:
+
+* `SCORES` ("log_likelihood", "log_odds" or "answers"): what its scores are, which decides which losses there are.
+* `TEMPLATE` (str): the template that it is trained with, unless another is asked for.
+* `HEAD` (bool): a head on the last token is trained too.
+* `Trained`: a frozen dataclass of options that belong to the adapter and are kept with it.
 """
 
 from __future__ import annotations
@@ -15,8 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from qpeft.adapters._folder import AdapterFolder
+    from qpeft.lm.pretrained import PretrainedLM
     from qpeft.methods._rows import RowScorer
-    from qpeft.pretrained import PretrainedLM
 
 _registry = Registry("method", __name__, __path__)
 available, load, register = _registry.available, _registry.load, _registry.register

@@ -13,9 +13,9 @@ from qpeft.template import Prompt, Row
 if TYPE_CHECKING:  # so that options can be listed without importing torch
     from torch import Tensor
 
-    from qpeft.hints import HintWriter
-    from qpeft.pretrained import PretrainedLM
-    from qpeft.read_out import ReadOut
+    from qpeft.adapter import Adapter
+    from qpeft.lm.pretrained import PretrainedLM
+    from qpeft.lm.read_out import ReadOut
 
 
 def check_template(prompt: Prompt) -> None:
@@ -30,7 +30,7 @@ def check_template(prompt: Prompt) -> None:
 class Reading(Protocol):
     """What a method reads, and how it becomes a score."""
 
-    def read_out(self, adapter: HintWriter | None) -> ReadOut:
+    def read_out(self, adapter: Adapter | None) -> ReadOut:
         """Return what is read with an adapter, or with the model alone."""
         ...
 
@@ -55,7 +55,7 @@ class ReadOutScorer(RowScorer):
     """
 
     def __init__(
-        self, config: Options, lm: PretrainedLM, prompt: Prompt, reading: Reading, adapter: HintWriter | None = None
+        self, config: Options, lm: PretrainedLM, prompt: Prompt, reading: Reading, adapter: Adapter | None = None
     ) -> None:
         super().__init__(config, lm, prompt, adapter)
         self._reading = reading
@@ -74,7 +74,7 @@ class ReadOutScorer(RowScorer):
             return False
         return True
 
-    def values(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> list[Tensor]:
+    def values(self, rows: Sequence[Row], adapters: Sequence[Adapter | None]) -> list[Tensor]:
         """Return what is read of each row, `[k]`."""
         return self.lm.read(rows, self._reading.read_out(self.adapter), adapters=adapters)
 

@@ -13,14 +13,14 @@ from qpeft.errors import OptionError, at_least
 from qpeft.kept_tokens import KeptTokens
 from qpeft.options import Checked
 from qpeft.template import Prompt, Row, load_template
-from qpeft.types import Passage, Query, ScoringCounts, Window
+from qpeft.types import Passage, Query, QueryBatches, ScoringCounts
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
     from torch import Tensor
 
+    from qpeft.adapter import Adapter
     from qpeft.adapters._folder import AdapterFolder
-    from qpeft.hints import HintWriter
-    from qpeft.pretrained import PretrainedLM
+    from qpeft.lm.pretrained import PretrainedLM
 
 ON_GPU = 2_048
 """Pairs that are scored together on a GPU: some tens of its batches."""
@@ -67,7 +67,7 @@ class RowScorer(abc.ABC):
         adapter: what changes the model or writes hints, if anything.
     """
 
-    def __init__(self, config: Options, lm: PretrainedLM, prompt: Prompt, adapter: HintWriter | None = None) -> None:
+    def __init__(self, config: Options, lm: PretrainedLM, prompt: Prompt, adapter: Adapter | None = None) -> None:
         self.counts = ScoringCounts()
         self.facts: dict[str, Any] = {}
         self.lm, self.prompt, self.adapter = lm, prompt, adapter
@@ -85,7 +85,7 @@ class RowScorer(abc.ABC):
         """Whether it can score; a classifier cannot without a head."""
 
     @abc.abstractmethod
-    def values(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> list[Any]:
+    def values(self, rows: Sequence[Row], adapters: Sequence[Adapter | None]) -> list[Any]:
         """Return what the model says of each row, whichever scorer of this kind it belongs to."""
 
     @abc.abstractmethod
@@ -103,7 +103,7 @@ class RowScorer(abc.ABC):
     def probability(self, score: float) -> float:
         """Return what stands for the probability of relevance where no calibration does."""
 
-    def using(self, adapter: HintWriter | None) -> Self:
+    def using(self, adapter: Adapter | None) -> Self:
         """Return the same scorer with another adapter, or with none; counts and facts are its own, and begin empty."""
         other = copy.copy(self)
         other.adapter, other.counts, other.facts = adapter, ScoringCounts(), {}
@@ -233,7 +233,7 @@ def open_prompt(
     return prompt, opened, facts
 
 
-def window(config: Options, lm: PretrainedLM) -> Window:
+def query_batches(config: Options, lm: PretrainedLM) -> QueryBatches:
     """Return which queries are worked on together: on a GPU many, so that large batches need little padding."""
     queries = config.queries_per_batch
-    return Window(queries) if lm.device.type == "cpu" else Window(queries, ON_GPU)
+    return QueryBatches(queries) if lm.device.type == "cpu" else QueryBatches(queries, ON_GPU)

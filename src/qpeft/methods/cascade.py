@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, final
 
 from qpeft.errors import OptionError, nearest
 from qpeft.methods import query_likelihood
-from qpeft.methods._pointwise import Pointwise
-from qpeft.methods._rows import window
+from qpeft.methods._rows import query_batches
+from qpeft.pointwise import Pointwise
 from qpeft.types import Candidates, Query, Ranking, Reranker
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
-    from qpeft.pretrained import PretrainedLM
+    from qpeft.lm.pretrained import PretrainedLM
 
 CHEAP = ("first_stage", "passage_tokens", "layers")
 
@@ -53,7 +53,7 @@ def build(config: Config, lm: PretrainedLM) -> Reranker:
     if len(cheap) != len(sizes) - 1:
         raise OptionError(f"--cascade {config.cascade} needs {len(sizes) - 1} cheap scores; --cheap has {len(cheap)}")
     full = query_likelihood.build_scorer(config, lm)
-    together = window(config, lm)
+    together = query_batches(config, lm)
     steps = [
         Step(size, None if options is None else Pointwise(full.cheaper(**options), together))
         for size, options in zip(sizes, [None, *map(_cheap, cheap)], strict=True)
@@ -119,7 +119,7 @@ class Cascade(Reranker):
         super().__init__()
         self._steps = steps
         self._full = full
-        self.window = full.window
+        self.query_batches = full.query_batches
         self.facts = full.facts
 
     def check(self, query: Query) -> None:
@@ -128,7 +128,7 @@ class Cascade(Reranker):
 
     def rerank(self, items: Iterable[Candidates]) -> Iterator[Ranking]:
         """Yield one ranking per item, lazily and in order; see `Reranker.rerank`."""
-        for together in self.window.split(items):
+        for together in self.query_batches.split(items):
             yield from self._rank(together)
 
     def _rank(self, items: list[Candidates]) -> Iterator[Ranking]:

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Literal
 from qpeft.errors import OptionError
 from qpeft.kept_tokens import KeptTokens
 from qpeft.methods import _read_out
-from qpeft.methods._pointwise import Pointwise
 from qpeft.methods._read_out import ReadOutScorer
-from qpeft.methods._rows import Options, open_prompt, window
+from qpeft.methods._rows import Options, open_prompt, query_batches
+from qpeft.pointwise import Pointwise
 from qpeft.types import Reranker
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
     from torch import Tensor
 
+    from qpeft.adapter import Adapter
     from qpeft.adapters._folder import AdapterFolder
-    from qpeft.hints import HintWriter
-    from qpeft.pretrained import PretrainedLM
-    from qpeft.read_out import Head
+    from qpeft.lm.pretrained import PretrainedLM
+    from qpeft.lm.read_out import Head
 
 TEMPLATE = "rankllama"
 SCORES: Literal["log_odds"] = "log_odds"
@@ -47,7 +47,7 @@ def build(config: Config, lm: PretrainedLM) -> Reranker:
     """
     scorer = build_scorer(config, lm)
     scorer.kind  # noqa: B018 — a missing head shows before the work
-    return Pointwise(scorer, window(config, lm))
+    return Pointwise(scorer, query_batches(config, lm))
 
 
 def build_scorer(
@@ -71,7 +71,7 @@ class HeadReading:
 
     lm: PretrainedLM
 
-    def read_out(self, adapter: HintWriter | None) -> Head:
+    def read_out(self, adapter: Adapter | None) -> Head:
         """Return the head.
 
         Raises:

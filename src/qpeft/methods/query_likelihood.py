@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qpeft.errors import OptionError
 from qpeft.kept_tokens import KeptTokens
-from qpeft.methods._pointwise import Pointwise
-from qpeft.methods._rows import Options, RowScorer, Work, open_prompt, window
+from qpeft.methods._rows import Options, RowScorer, Work, open_prompt, query_batches
+from qpeft.pointwise import Pointwise
 from qpeft.template import Row
 from qpeft.types import Query, Reranker
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
     from torch import Tensor
 
+    from qpeft.adapter import Adapter
     from qpeft.adapters._folder import AdapterFolder
-    from qpeft.hints import HintWriter
-    from qpeft.pretrained import PretrainedLM, RowLogProbs
+    from qpeft.lm.pretrained import PretrainedLM, RowLogProbs
 
 
 TEMPLATE = "plain"
@@ -55,7 +55,7 @@ def build(config: Config, lm: PretrainedLM) -> Reranker:
     Raises:
         OptionError: options that contradict each other.
     """
-    return Pointwise(build_scorer(config, lm), window(config, lm))
+    return Pointwise(build_scorer(config, lm), query_batches(config, lm))
 
 
 def build_scorer(
@@ -119,7 +119,7 @@ class QueryLikelihood(RowScorer):
         other._hint_queries = queries
         return other
 
-    def values(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> list[RowLogProbs]:
+    def values(self, rows: Sequence[Row], adapters: Sequence[Adapter | None]) -> list[RowLogProbs]:
         """Return the log-probabilities of each row's scored tokens."""
         return self.lm.log_probs(rows, with_passage=self._with_passage, adapters=adapters, depth=self._depth)
 

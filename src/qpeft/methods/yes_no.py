@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Literal
 from qpeft.errors import OptionError
 from qpeft.kept_tokens import KeptTokens
 from qpeft.methods import _read_out
-from qpeft.methods._pointwise import Pointwise
 from qpeft.methods._read_out import ReadOutScorer
-from qpeft.methods._rows import Options, open_prompt, window
+from qpeft.methods._rows import Options, open_prompt, query_batches
+from qpeft.pointwise import Pointwise
 from qpeft.template import Prompt
 from qpeft.types import Reranker
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
     from torch import Tensor
 
+    from qpeft.adapter import Adapter
     from qpeft.adapters._folder import AdapterFolder
-    from qpeft.hints import HintWriter
-    from qpeft.pretrained import PretrainedLM
-    from qpeft.read_out import Answers
+    from qpeft.lm.pretrained import PretrainedLM
+    from qpeft.lm.read_out import Answers
 
 TEMPLATE = "yes_no"
 SCORES: Literal["answers"] = "answers"
@@ -58,7 +58,7 @@ def build(config: Config, lm: PretrainedLM) -> Reranker:
     Raises:
         OptionError: options that contradict each other, or an answer that is not one token.
     """
-    return Pointwise(build_scorer(config, lm), window(config, lm))
+    return Pointwise(build_scorer(config, lm), query_batches(config, lm))
 
 
 def build_scorer(
@@ -101,9 +101,9 @@ class AnswerReading:
 
     tokens: tuple[int, ...]
 
-    def read_out(self, adapter: HintWriter | None) -> Answers:
+    def read_out(self, adapter: Adapter | None) -> Answers:
         """Return the two tokens, whatever the adapter."""
-        from qpeft.read_out import Answers
+        from qpeft.lm.read_out import Answers
 
         return Answers(self.tokens)
 

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from qpeft import server
 from qpeft.errors import AdapterError, QpeftError, QueryError
-from qpeft.pretrained import PretrainedLM
+from qpeft.lm.pretrained import PretrainedLM
 from qpeft.server import page
 from qpeft.server.batcher import OverloadedError
 from qpeft.server.dialects.requests import of_tei

@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from qpeft import methods
-from qpeft.adapters._base import withdrawn_on_failure
+from qpeft.adapter import withdrawn_on_failure
 from qpeft.adapters._folder import AdapterFolder, adapter_path, embedded_adapters, open_adapter
-from qpeft.encoding import ContextEncoder
 from qpeft.errors import AdapterError, InputError, OptionError, QpeftError, ScoreError, nearest
 from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, read_calibration
 from qpeft.kept_tokens import KeptTokens
+from qpeft.lm.encoding import ContextEncoder
+from qpeft.lm.pretrained import PretrainedLM
 from qpeft.methods._rows import RowScorer
 from qpeft.model_config import EMBEDDED
-from qpeft.pretrained import PretrainedLM
 from qpeft.server.logs import log
 from qpeft.server.settings import Settings
 from qpeft.types import Passage, Query

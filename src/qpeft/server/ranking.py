@@ -9,7 +9,7 @@ from typing import Any
 
 from qpeft.analysis.explain import as_record, explain
 from qpeft.errors import InputError
-from qpeft.methods._pointwise import ranked
+from qpeft.pointwise import ranked
 from qpeft.server.batcher import Batcher, Scored
 from qpeft.server.models import ServedModel
 from qpeft.types import Passage, Query

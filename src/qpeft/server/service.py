@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal, TypeVar
 
-from qpeft.pretrained import PretrainedLM
+from qpeft.lm.pretrained import PretrainedLM
 from qpeft.server.batcher import Batcher
 from qpeft.server.logs import log
 from qpeft.server.metrics import Metrics

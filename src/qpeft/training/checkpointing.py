@@ -8,10 +8,10 @@ from contextlib import contextmanager, nullcontext
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qpeft.adapters._base import Adapter
+from qpeft.adapter import Adapter
 from qpeft.errors import OptionError
-from qpeft.lm import CausalLM
-from qpeft.pretrained import within_memory
+from qpeft.lm.causal import CausalLM
+from qpeft.lm.pretrained import within_memory
 
 
 @contextmanager

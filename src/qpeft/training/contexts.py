@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from qpeft.encoding import AHEAD
-from qpeft.lm import CausalLM
+from qpeft.lm.causal import CausalLM
+from qpeft.lm.encoding import AHEAD
 from qpeft.template import Prompt, Row
 from qpeft.training.config import TrainingConfig
 from qpeft.training.processes import processes
 from qpeft.types import Candidates, Group
 
 if TYPE_CHECKING:
-    from qpeft.adapters._base import Adapter
+    from qpeft.adapter import Adapter
     from qpeft.training.trainer import Collator, TrainingSet
 
 SAMPLE = 200

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from qpeft.adapter import Adapter
 from qpeft.errors import OptionError
 from qpeft.evaluation.measures import evaluate, parse_measures
-from qpeft.hints import HintWriter
-from qpeft.methods._pointwise import Pointwise
 from qpeft.methods._rows import RowScorer
+from qpeft.pointwise import Pointwise
 from qpeft.training.processes import gathered, share
 from qpeft.types import Candidates, Run
 
@@ -46,12 +46,12 @@ class DevRanking:
             raise OptionError(f"--measure {measure!r}: one measure decides, not {len(parsed)}")
         self.name = str(parsed[0])
 
-    def rank(self, adapter: HintWriter | None) -> Run:
+    def rank(self, adapter: Adapter | None) -> Run:
         """Return all candidates in the order of the model with an adapter, or of the model alone."""
         part = list(Pointwise(self._scorer.using(adapter)).rerank(share(self._candidates)))
         return Run(gathered(part), "dev")
 
-    def measure(self, adapter: HintWriter | None) -> dict[str, float]:
+    def measure(self, adapter: Adapter | None) -> dict[str, float]:
         """Return the measure, averaged over the dev queries."""
         means = evaluate(self.rank(adapter), self._qrels, [self.name]).means
         return {name: value or 0.0 for name, value in means.items()}

@@ -30,7 +30,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from qpeft import losses
-from qpeft.adapters._base import Adapter
+from qpeft.adapter import Adapter
 from qpeft.errors import OptionError, ScoreError, StateError
 from qpeft.methods._rows import RowScorer
 from qpeft.template import Row

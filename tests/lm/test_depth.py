@@ -2,11 +2,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from test_causal import ForgetfulModel, assert_close, rows_for
 
-from qpeft.depth import find_layers
 from qpeft.errors import ModelError, OptionError
+from qpeft.lm.depth import find_layers
 from reference import naive_hinted_log_probs, naive_hints, naive_log_probs
-from test_lm import ForgetfulModel, assert_close, rows_for
 from tiny_adapters import alike, with_store
 from tiny_adapters import build as build_adapter
 from tiny_adapters import rows_for as hinted_rows

@@ -17,19 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpeft.compiled import Compiled
-from qpeft.context_store import ContextStore, Encoded
-from qpeft.depth import Layers, find_layers
-from qpeft.encoding import AHEAD, ContextEncoder
+from qpeft.adapter import Adapter, Pairs
 from qpeft.errors import ModelError, OptionError, PassageCacheError
-from qpeft.flops import decoder_flops
-from qpeft.hints import HintWriter, Pairs, Slots, changing, common_layer, grouped, in_groups, written
-from qpeft.last_layer import KERNELS, LastLayer
-from qpeft.layout import Batch, Layout, PaddingSide, cached, few_sizes, lay_out
-from qpeft.past import Past
-from qpeft.per_layer import per_layer_inputs
-from qpeft.pretrained import RowLogProbs, T, pad_ids, token_log_probs
-from qpeft.read_out import Head, ReadOut
+from qpeft.lm.compiled import Compiled
+from qpeft.lm.context_store import ContextStore, Encoded
+from qpeft.lm.depth import Layers, find_layers
+from qpeft.lm.encoding import AHEAD, ContextEncoder
+from qpeft.lm.flops import decoder_flops
+from qpeft.lm.hints import Slots, changing, common_layer, grouped, in_groups, written
+from qpeft.lm.last_layer import KERNELS, LastLayer
+from qpeft.lm.layout import Batch, Layout, PaddingSide, cached, few_sizes, lay_out
+from qpeft.lm.past import Past
+from qpeft.lm.per_layer import per_layer_inputs
+from qpeft.lm.pretrained import RowLogProbs, T, pad_ids, token_log_probs
+from qpeft.lm.read_out import Head, ReadOut
 from qpeft.template import Row
 
 MULTIPLE = 16
@@ -87,7 +88,7 @@ class CausalLM(ContextEncoder):
             last = LastLayer(self._layers)
             self._last = last if self.attention_kernel not in KERNELS or last.works(model) else None
         self._contexts = Past(model)
-        self._applied: HintWriter | None = None
+        self._applied: Adapter | None = None
         if store is not None and not self.goes_on:
             why = "whose layers are all attention and take the positions that they are given"
             raise PassageCacheError(f"{name}: the passage cache is for models {why}")
@@ -110,7 +111,7 @@ class CausalLM(ContextEncoder):
         return self.model.get_input_embeddings()
 
     def score(
-        self, rows: Sequence[Row], adapters: Sequence[HintWriter | None] | None = None, *, with_passage: bool = False
+        self, rows: Sequence[Row], adapters: Sequence[Adapter | None] | None = None, *, with_passage: bool = False
     ) -> tuple[Tensor, list[int]]:
         """Return the log-probabilities of the scored tokens of a batch, differentiable in what adapters wrote.
 
@@ -140,7 +141,7 @@ class CausalLM(ContextEncoder):
         return values[torch.nonzero(real)[:, 0].to(self.device)], layout.counts
 
     def read_batch(
-        self, rows: Sequence[Row], read_out: ReadOut, adapters: Sequence[HintWriter | None] | None = None
+        self, rows: Sequence[Row], read_out: ReadOut, adapters: Sequence[Adapter | None] | None = None
     ) -> Tensor:
         """Return what is read at the last tokens of a batch, `[B, k]` float32, differentiable in adapters and head.
 
@@ -164,7 +165,7 @@ class CausalLM(ContextEncoder):
             logits = self.model(**batch.inputs, logits_to_keep=last).logits
             return read_out(logits.reshape(-1, logits.shape[-1]))
 
-    def _batch(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None] | None, with_passage: bool) -> Batch:
+    def _batch(self, rows: Sequence[Row], adapters: Sequence[Adapter | None] | None, with_passage: bool) -> Batch:
         """Let adapters write, and lay the rows out; see `score`."""
         changes = changing(adapters or ())
         layer = common_layer([adapter for adapter in adapters or () if adapter is not None])
@@ -190,14 +191,14 @@ class CausalLM(ContextEncoder):
         inputs = {**self._inputs(layout, slots), **self._past(layout, past, starts)}
         return Batch(layout, starts, inputs, changes, sparing)
 
-    def _reads_contexts(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> bool:
+    def _reads_contexts(self, rows: Sequence[Row], adapters: Sequence[Adapter | None]) -> bool:
         return self._contexts.apart and self._stores_contexts(rows, adapters)
 
-    def _stores_contexts(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> bool:
+    def _stores_contexts(self, rows: Sequence[Row], adapters: Sequence[Adapter | None]) -> bool:
         kept = all(adapter is None or not adapter.changes_lm for adapter in adapters)
         return self.store is not None and kept and all(map(_can_be_split, rows))
 
-    def encode_rows_ahead(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> int:
+    def encode_rows_ahead(self, rows: Sequence[Row], adapters: Sequence[Adapter | None]) -> int:
         """Encode what a CPU's store lacks of the contexts of the first rows, as many as is sensible.
 
         Args:
@@ -228,7 +229,7 @@ class CausalLM(ContextEncoder):
             yield
 
     @contextmanager
-    def _changed_by(self, adapter: HintWriter | None) -> Iterator[None]:
+    def _changed_by(self, adapter: Adapter | None) -> Iterator[None]:
         """Let an adapter change the model's layers, if there is one."""
         if adapter is None:
             yield
@@ -252,7 +253,7 @@ class CausalLM(ContextEncoder):
             flops = decoder_flops(self.shape, rows, predicted, self._depth, ends) + more
         self._count(sum(lengths), batch.layout.mask.numel() - sum(lengths), flops)
 
-    def check_depth(self, depth: int, adapters: Sequence[HintWriter | None] = ()) -> None:
+    def check_depth(self, depth: int, adapters: Sequence[Adapter | None] = ()) -> None:
         """Raise the error that scoring with the first `depth` layers would end in; see `PretrainedLM.check_depth`."""
         if self._layers is None:
             raise OptionError(f"{self.name} cannot be cut to its first layers: which modules they are cannot be told")
@@ -278,9 +279,9 @@ class CausalLM(ContextEncoder):
     def _in_batches(
         self,
         rows: Sequence[Row],
-        each: Sequence[HintWriter | None],
+        each: Sequence[Adapter | None],
         scored: Sequence[int],
-        forward: Callable[[list[Row], list[HintWriter | None]], list[T]],
+        forward: Callable[[list[Row], list[Adapter | None]], list[T]],
         mixed: bool = False,
     ) -> list[T]:
         """Change the model once for all batches of an adapter that changes it, since they may run side by side.
@@ -307,7 +308,7 @@ class CausalLM(ContextEncoder):
         return in_groups((id(a) if a is not None and a.changes_lm else None for a in each), run)
 
     def _forward(
-        self, rows: Sequence[Row], with_passage: bool, adapters: Sequence[HintWriter | None]
+        self, rows: Sequence[Row], with_passage: bool, adapters: Sequence[Adapter | None]
     ) -> list[RowLogProbs]:
         def run(own: list[int]) -> Iterator[RowLogProbs]:
             values, counts = self.score([rows[i] for i in own], [adapters[i] for i in own], with_passage=with_passage)
@@ -317,7 +318,7 @@ class CausalLM(ContextEncoder):
 
         return in_groups(map(_layer, adapters), run)
 
-    def _read(self, rows: Sequence[Row], read_out: ReadOut, adapters: Sequence[HintWriter | None]) -> list[Tensor]:
+    def _read(self, rows: Sequence[Row], read_out: ReadOut, adapters: Sequence[Adapter | None]) -> list[Tensor]:
         def run(own: list[int]) -> Tensor:
             return self.read_batch([rows[i] for i in own], read_out, [adapters[i] for i in own]).cpu()
 
@@ -326,19 +327,15 @@ class CausalLM(ContextEncoder):
     def _write_hints(
         self,
         rows: Sequence[Row],
-        adapters: Sequence[HintWriter | None] | None,
+        adapters: Sequence[Adapter | None] | None,
         encoded: Sequence[Encoded] | None,
     ) -> Slots | None:
         """Let each adapter write for its rows; None where no row has a hint."""
-        places: dict[int, list[int]] = {}
-        for place, adapter in enumerate(adapters or ()):
-            if adapter is not None:
-                places.setdefault(id(adapter), []).append(place)
-        parts = []
-        for own in places.values():
-            adapter = (adapters or ())[own[0]]
-            assert adapter is not None
-            states = None
+        each, parts = adapters or (), []
+        for own in grouped(map(id, each)):
+            adapter, states = each[own[0]], None
+            if adapter is None:
+                continue
             if adapter.reads_layer is not None:
                 assert encoded is not None
                 states = [encoded[i].states for i in own]
@@ -349,7 +346,7 @@ class CausalLM(ContextEncoder):
             return parts[0][1]
         return Slots.merge(parts, len(rows))
 
-    def pairs(self, rows: Sequence[Row], adapter: HintWriter, states: Sequence[Tensor | None] | None) -> Pairs:
+    def pairs(self, rows: Sequence[Row], adapter: Adapter, states: Sequence[Tensor | None] | None) -> Pairs:
         """Return what an adapter reads of rows; `states` `[T, d]` are those of each whole encoded context."""
         spans = [row.read(template=adapter.reads_template, states=states is not None) for row in rows]
         passage, passage_mask = pad_ids([row.context[slice(*span)] for row, span in zip(rows, spans, strict=True)])
@@ -382,7 +379,7 @@ class CausalLM(ContextEncoder):
         return self._contexts.inputs(contexts, mask)
 
 
-def _layer(adapter: HintWriter | None) -> int | None:
+def _layer(adapter: Adapter | None) -> int | None:
     """Return the layer whose states an adapter reads, if there is one and it reads any."""
     return None if adapter is None else adapter.reads_layer
 

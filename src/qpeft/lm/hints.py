@@ -1,84 +1,21 @@
-"""What a prompt adapter reads and writes, so that the language model can use any adapter without knowing it.
+"""The hints of a batch: what adapters wrote for its rows, and which adapters may share one.
 
-Shapes: `B` rows, `n` query tokens, `m` passage tokens, `L` hint vectors, `d` hidden size.
+Shapes: `B` rows, `L` hint vectors, `d` hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from qpeft.adapter import Adapter, Hints, Pairs
 from qpeft.errors import OptionError
 
-if TYPE_CHECKING:
-    from qpeft.read_out import Head
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Pairs:
-    """A batch of (query, passage) pairs as an adapter reads them.
-
-    `query` `[B, n]` and `passage` `[B, m]` are token ids, right-padded, with masks of the same shapes. `states`
-    `[B, m, d]` are the frozen model's hidden states at the passage's tokens, for adapters that ask for them.
-    """
-
-    query: Tensor
-    query_mask: Tensor
-    passage: Tensor
-    passage_mask: Tensor
-    states: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Hints:
-    """Vectors that stand in the input, `[B, L, d]`, and which of them count, `[B, L]`.
-
-    For explanations, what an adapter knows of the reasons: `chosen` `[B, k]` positions of the passage (−1: none), or
-    `attention` `[B, n, m]` from query tokens to passage tokens.
-    """
-
-    vectors: Tensor
-    mask: Tensor
-    chosen: Tensor | None = None
-    attention: Tensor | None = None
-
-
-class HintWriter(Protocol):
-    """What the language model needs of an adapter."""
-
-    reads_layer: int | None
-    """Which hidden states are to be passed as `Pairs.states`: an index into the model's layers; None: none."""
-    reads_template: bool
-    """Whether the words of the template count as passage."""
-    changes_lm: bool
-    """Whether it changes the model's layers (LoRA), so that nothing encoded without it may be used."""
-
-    side_by_side: bool
-    """Whether several threads may score with it at once."""
-
-    @property
-    def head(self) -> Head | None:
-        """What was trained on the state of the last token, if anything."""
-        ...
-
-    def applied(self) -> AbstractContextManager[None]:
-        """Return a context in which the model is changed; nothing happens for an adapter that only writes hints."""
-        ...
-
-    def hint_length(self, query_tokens: int) -> int:
-        """Return the largest number of vectors for a query of so many tokens."""
-        ...
-
-    def __call__(self, pairs: Pairs) -> Hints:
-        """Write the hints of a batch."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +51,7 @@ class Slots:
         return cls(torch.cat([piece for piece in pieces if piece is not None]), lengths)
 
 
-def written(adapter: HintWriter, pairs: Pairs) -> Slots:
+def written(adapter: Adapter, pairs: Pairs) -> Slots:
     """Return what an adapter writes for pairs.
 
     Raises:
@@ -151,7 +88,7 @@ def in_groups(keys: Iterable[Hashable], compute: Callable[[list[int]], Iterable[
     return [found[place] for place in range(len(found))]
 
 
-def changing(adapters: Sequence[HintWriter | None]) -> HintWriter | None:
+def changing(adapters: Sequence[Adapter | None]) -> Adapter | None:
     """Return the adapter that changes the model for a batch, if any."""
     found = next((adapter for adapter in adapters if adapter is not None and adapter.changes_lm), None)
     if found is not None and any(adapter is not found for adapter in adapters):
@@ -159,7 +96,7 @@ def changing(adapters: Sequence[HintWriter | None]) -> HintWriter | None:
     return found
 
 
-def common_layer(adapters: Sequence[HintWriter]) -> int | None:
+def common_layer(adapters: Sequence[Adapter]) -> int | None:
     """Return the layer whose states adapters read, if any does."""
     layers = {adapter.reads_layer for adapter in adapters} - {None}
     if len(layers) > 1:

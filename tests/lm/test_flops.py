@@ -1,14 +1,14 @@
 import pytest
 import torch
+from test_causal import PASSAGES, QUERY, rows_for
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MambaConfig, MambaForCausalLM
 
-from qpeft.encoding import ContextEncoder
-from qpeft.flops import attended, decoder_flops, encoder_decoder_flops, shape_of
+from qpeft.lm.encoding import ContextEncoder
+from qpeft.lm.flops import attended, decoder_flops, encoder_decoder_flops, shape_of
 from qpeft.methods.query_likelihood import Config, build_scorer
 from qpeft.template import Prompt, load_template
 from reference import naive_hints
-from test_lm import PASSAGES, QUERY, rows_for
 from tiny_adapters import alike, with_store
 from tiny_adapters import build as build_adapter
 from tiny_adapters import rows_for as hinted_rows

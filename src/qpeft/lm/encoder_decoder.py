@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qpeft.adapter import Adapter
 from qpeft.errors import ModelError
-from qpeft.flops import encoder_decoder_flops
-from qpeft.hints import HintWriter
-from qpeft.pretrained import PretrainedLM, RowLogProbs, pad_ids, token_log_probs
-from qpeft.read_out import Head, ReadOut
+from qpeft.lm.flops import encoder_decoder_flops
+from qpeft.lm.pretrained import PretrainedLM, RowLogProbs, pad_ids, token_log_probs
+from qpeft.lm.read_out import Head, ReadOut
 from qpeft.template import Row
 
 
@@ -38,7 +38,7 @@ class EncoderDecoderLM(PretrainedLM):
         raise ModelError(f"{self.name}: its configuration does not say which token the decoder begins with")
 
     def _forward(
-        self, rows: Sequence[Row], with_passage: bool, adapters: Sequence[HintWriter | None]
+        self, rows: Sequence[Row], with_passage: bool, adapters: Sequence[Adapter | None]
     ) -> list[RowLogProbs]:
         if with_passage:
             raise ModelError(f"{self.name}: an encoder-decoder gives no probability of the passage")
@@ -49,14 +49,14 @@ class EncoderDecoderLM(PretrainedLM):
         values = token_log_probs(logits[scored.to(self.device)], targets[scored].to(self.device)).cpu()
         return [RowLogProbs(value) for value in torch.split(values, scored.sum(1).tolist())]
 
-    def _read(self, rows: Sequence[Row], read_out: ReadOut, adapters: Sequence[HintWriter | None]) -> list[Tensor]:
+    def _read(self, rows: Sequence[Row], read_out: ReadOut, adapters: Sequence[Adapter | None]) -> list[Tensor]:
         """Return what stands at the decoder's first position, which is where its answer begins."""
         if isinstance(read_out, Head):
             raise ModelError(f"{self.name}: a head on the last token is for decoder-only models")
         return list(read_out(self._logits(rows, [(0,)] * len(rows), adapters)[:, 0]).cpu())
 
     def _logits(
-        self, rows: Sequence[Row], after: Sequence[tuple[int, ...]], adapters: Sequence[HintWriter | None]
+        self, rows: Sequence[Row], after: Sequence[tuple[int, ...]], adapters: Sequence[Adapter | None]
     ) -> Tensor:
         """Return what predicts each token of the decoder's texts, `[B, T, V]`."""
         if any(adapter is not None for adapter in adapters):

@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from qpeft.depth import find_layers
+from qpeft.lm.depth import find_layers
 
 _INTO_ATTENTION = re.compile(r"(^|[._])(q|k|v|qkv)(_proj)?$|query|key|value|c_attn$")
 _CROSS = re.compile(r"EncDecAttention|encoder_attn|crossattention", re.IGNORECASE)

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from qpeft.compiled import Compiled
-from qpeft.context_store import ContextStore
+from qpeft.adapter import Adapter
 from qpeft.errors import ModelError, OptionError, QpeftError
-from qpeft.flops import Computed, shape_of
-from qpeft.hints import HintWriter
+from qpeft.lm.compiled import Compiled
+from qpeft.lm.context_store import ContextStore
+from qpeft.lm.flops import Computed, shape_of
+from qpeft.lm.read_out import Answers, Head, ReadOut
+from qpeft.lm.side_by_side import SideBySide
+from qpeft.lm.waiting import Waiting
 from qpeft.provenance import weights_fingerprint
-from qpeft.read_out import Answers, Head, ReadOut
-from qpeft.side_by_side import SideBySide
 from qpeft.template import Row
-from qpeft.waiting import Waiting
 
 T = TypeVar("T")
 ALIKE = 4
@@ -148,7 +148,7 @@ class PretrainedLM:
         rows: Sequence[Row],
         *,
         with_passage: bool = False,
-        adapters: HintWriter | Sequence[HintWriter | None] | None = None,
+        adapters: Adapter | Sequence[Adapter | None] | None = None,
         depth: int | None = None,
     ) -> list[RowLogProbs]:
         """Return the log-probabilities of each row's scored tokens, in order. Threads may call it; they take turns.
@@ -178,7 +178,7 @@ class PretrainedLM:
         rows: Sequence[Row],
         read_out: ReadOut,
         *,
-        adapters: HintWriter | Sequence[HintWriter | None] | None = None,
+        adapters: Adapter | Sequence[Adapter | None] | None = None,
     ) -> list[Tensor]:
         """Return what is read at the last token of each row, `[k]` float32 on the CPU, in order.
 
@@ -202,7 +202,7 @@ class PretrainedLM:
         if not self.has_words:
             raise ModelError(f"{self.name} was saved as a classifier and predicts no tokens: --method classifier")
 
-    def check_depth(self, depth: int, adapters: Sequence[HintWriter | None] = ()) -> None:
+    def check_depth(self, depth: int, adapters: Sequence[Adapter | None] = ()) -> None:
         """Raise the error that scoring with the first `depth` layers would end in.
 
         Raises:
@@ -214,7 +214,7 @@ class PretrainedLM:
     def _first_layers(self, depth: int) -> AbstractContextManager[None]:
         raise NotImplementedError
 
-    def _reads_contexts(self, rows: Sequence[Row], adapters: Sequence[HintWriter | None]) -> bool:
+    def _reads_contexts(self, rows: Sequence[Row], adapters: Sequence[Adapter | None]) -> bool:
         """Whether contexts that were encoded before are read one by one, so that rows need not be of like length."""
         return False
 
@@ -229,9 +229,9 @@ class PretrainedLM:
     def _in_batches(
         self,
         rows: Sequence[Row],
-        each: Sequence[HintWriter | None],
+        each: Sequence[Adapter | None],
         scored: Sequence[int],
-        forward: Callable[[list[Row], list[HintWriter | None]], list[T]],
+        forward: Callable[[list[Row], list[Adapter | None]], list[T]],
         mixed: bool = False,
     ) -> list[T]:
         """Return what `forward` returns of each row, in order.
@@ -281,11 +281,11 @@ class PretrainedLM:
         return [result for result in results if result is not None]
 
     def _forward(
-        self, rows: Sequence[Row], with_passage: bool, adapters: Sequence[HintWriter | None]
+        self, rows: Sequence[Row], with_passage: bool, adapters: Sequence[Adapter | None]
     ) -> list[RowLogProbs]:
         raise NotImplementedError
 
-    def _read(self, rows: Sequence[Row], read_out: ReadOut, adapters: Sequence[HintWriter | None]) -> list[Tensor]:
+    def _read(self, rows: Sequence[Row], read_out: ReadOut, adapters: Sequence[Adapter | None]) -> list[Tensor]:
         raise NotImplementedError
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from qpeft import cpu_attention
-from qpeft.agreement import agree
 from qpeft.errors import ModelError, OptionError
+from qpeft.lm import cpu_attention
+from qpeft.lm.agreement import agree
 
 
 def choose_attention(model: Any, name: str, device: torch.device) -> None:

@@ -8,13 +8,13 @@ from functools import partial
 
 import pytest
 import torch
+from test_causal import assert_close, rows_for
 
-from qpeft.compiled import Compiled
 from qpeft.errors import OptionError
+from qpeft.lm.compiled import Compiled
 from qpeft.loading import load_lm
 from qpeft.model_config import ModelConfig
 from reference import naive_log_probs
-from test_lm import assert_close, rows_for
 from tiny_adapters import build as build_adapter
 from tiny_adapters import with_store
 from tiny_models import FAMILIES, build_family, can_compile
@@ -39,7 +39,7 @@ def changed(model):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_norms_mlps_and_rotations_are_compiled_and_experts_are_not(name, monkeypatch):
-    monkeypatch.setattr("qpeft.compiled._try", lambda model: None)
+    monkeypatch.setattr("qpeft.lm.compiled._try", lambda model: None)
     model = build_family(name)
     Compiled(model)
     kinds = [next(kind for kind in set(EXPECTED[name]) if kind in type(part).__name__) for part in changed(model)]
@@ -57,7 +57,7 @@ def test_the_rotation_is_another_one_in_this_model_alone(monkeypatch):
 
         return counted
 
-    monkeypatch.setattr("qpeft.compiled._compile", counting)
+    monkeypatch.setattr("qpeft.lm.compiled._compile", counting)
     model, other = build_family("llama"), build_family("llama")
     wrapped = model.model.layers[0].self_attn
     wrapped.forward = partial(wrapped.forward)

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from test_causal import QUERY, assert_close, rows_for
 
-from qpeft.agreement import agree
 from qpeft.errors import ModelError, OptionError, PassageCacheError
+from qpeft.lm.agreement import agree
 from qpeft.loading import _name_of_contexts, load_lm
 from qpeft.model_config import ModelConfig
 from qpeft.template import Prompt, load_template
 from qpeft.types import Passage
 from reference import naive_hinted_log_probs, naive_hints, naive_log_probs
-from test_lm import QUERY, assert_close, rows_for
 from tiny_adapters import build
 from tiny_adapters import rows_for as rows_of
 from tiny_models import GATED, SMALL, VOCABULARY, build_family, wordpiece_tokenizer

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from qpeft.context_store import ContextStore, Encoded, Filled, Key, filled_layers
-from qpeft.flops import context_flops, decoder_flops
-from qpeft.pretrained import ALIKE, PretrainedLM
-from qpeft.waiting import Waiting
+from qpeft.lm.context_store import ContextStore, Encoded, Filled, Key, filled_layers
+from qpeft.lm.flops import context_flops, decoder_flops
+from qpeft.lm.pretrained import ALIKE, PretrainedLM
+from qpeft.lm.waiting import Waiting
 
 MULTIPLE = 16
 """Contexts that are encoded together are padded to such a width; see `lm.MULTIPLE`."""

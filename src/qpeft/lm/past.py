@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from qpeft import cpu_attention
-from qpeft.agreement import agree
-from qpeft.context_store import keeps_all
-from qpeft.cpu_attention import Contexts
+from qpeft.lm import cpu_attention
+from qpeft.lm.agreement import agree
+from qpeft.lm.context_store import keeps_all
+from qpeft.lm.cpu_attention import Contexts
 
 TRIED = (((3, 4, 5, 6, 7), (8, 9)), ((10, 11), (12, 13)))
 """Contexts of unlike lengths, and what follows them."""
@@ -181,4 +181,4 @@ class ApartLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def get_seq_length(self) -> int:
         """Return how many positions stand before the input."""
-        return len(self._contexts)
+        return self._contexts.longest

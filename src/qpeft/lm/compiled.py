@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qpeft.depth import find_layers
 from qpeft.errors import OptionError
+from qpeft.lm.depth import find_layers
 
 MLPS = ("mlp", "feed_forward", "intermediate")
 """What layers call their MLPs, or the part of one that ends in the activation. Those with experts are left alone."""

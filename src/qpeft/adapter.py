@@ -1,4 +1,4 @@
-"""What adapters have in common; for prompt adapters a view of the embedding table, marker words, one small network.
+"""What an adapter is: what it reads of pairs, the vectors that it writes, what a language model needs to know of it.
 
 Shapes: `B` rows, `n` query tokens, `m` passage tokens, `L` hint vectors, `d` hidden size, `V` vocabulary.
 """
@@ -8,16 +8,46 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from qpeft.adapters._choices import Init, Table
-from qpeft.errors import OptionError, at_least
-from qpeft.hints import Hints, Pairs
-from qpeft.lm import CausalLM
-from qpeft.read_out import Head
+from qpeft.errors import OptionError
+
+if TYPE_CHECKING:
+    from qpeft.lm.causal import CausalLM
+    from qpeft.lm.read_out import Head
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """A batch of (query, passage) pairs as an adapter reads them.
+
+    `query` `[B, n]` and `passage` `[B, m]` are token ids, right-padded, with masks of the same shapes. `states`
+    `[B, m, d]` are the frozen model's hidden states at the passage's tokens, for adapters that ask for them.
+    """
+
+    query: Tensor
+    query_mask: Tensor
+    passage: Tensor
+    passage_mask: Tensor
+    states: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """Vectors that stand in the input, `[B, L, d]`, and which of them count, `[B, L]`.
+
+    For explanations, what an adapter knows of the reasons: `chosen` `[B, k]` positions of the passage (−1: none), or
+    `attention` `[B, n, m]` from query tokens to passage tokens.
+    """
+
+    vectors: Tensor
+    mask: Tensor
+    chosen: Tensor | None = None
+    attention: Tensor | None = None
 
 
 class Adapter(nn.Module, abc.ABC):
@@ -27,10 +57,15 @@ class Adapter(nn.Module, abc.ABC):
     """
 
     config: Any
+    """The options that it was made with; `qpeft.adapters.build` sets it."""
     reads_layer: int | None = None
-    reads_template = False
-    changes_lm = False
-    side_by_side = True
+    """Which hidden states are to be passed as `Pairs.states`: an index into the model's layers; None: none."""
+    reads_template: bool = False
+    """Whether the words of the template count as passage."""
+    changes_lm: bool = False
+    """Whether it changes the model's layers (LoRA), so that nothing encoded without it may be used."""
+    side_by_side: bool = True
+    """Whether several threads may score with it at once."""
 
     @property
     def head(self) -> Head | None:
@@ -84,12 +119,15 @@ class PromptAdapter(Adapter):
 
     Args:
         lm: the frozen model; only its embedding layer is kept, and it is not a part of the adapter.
-        table: its `whole_table`, which most adapters start from.
+        table: its `whole_table`, where it has been made already.
         lookup: whether tokens are looked up in the model's own table, or in a trainable copy of it.
     """
 
-    def __init__(self, lm: CausalLM, table: Tensor, lookup: Table = "frozen") -> None:
+    def __init__(
+        self, lm: CausalLM, table: Tensor | None = None, *, lookup: Literal["frozen", "trainable"] = "frozen"
+    ) -> None:
         super().__init__()
+        table = whole_table(lm) if table is None else table
         self._frozen = (lm.embeddings,)  # in a tuple, so that it is not taken for a part of this module
         self.width = table.shape[1]
         self.scale = float(table.pow(2).mean().sqrt())
@@ -107,73 +145,6 @@ class PromptAdapter(Adapter):
         with torch.no_grad():
             vectors: Tensor = self._frozen[0](ids).float()
         return vectors
-
-
-class Markers(nn.Module):
-    """The words around a hint, such as `hints:` and a newline; token ids, not trained."""
-
-    def __init__(self, tokenizer: Any, prefix: str, suffix: str, device: torch.device) -> None:
-        super().__init__()
-        for name, text in (("prefix", prefix), ("suffix", suffix)):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-            self.register_buffer(name, torch.tensor(ids, dtype=torch.long, device=device), persistent=False)
-
-    def __len__(self) -> int:
-        return len(self.get_buffer("prefix")) + len(self.get_buffer("suffix"))
-
-    def around(self, vectors: Tensor, mask: Tensor, adapter: PromptAdapter) -> tuple[Tensor, Tensor]:
-        """Return vectors `[B, L, d]` and mask `[B, L]` with the markers before and after them."""
-        pieces, masks = [], []
-        for piece in (self.get_buffer("prefix"), None, self.get_buffer("suffix")):
-            if piece is None:
-                pieces.append(vectors)
-                masks.append(mask)
-            else:
-                pieces.append(adapter.look_up(piece).expand(len(vectors), -1, -1))
-                masks.append(mask.new_ones(len(vectors), len(piece)))
-        return torch.cat(pieces, 1), torch.cat(masks, 1)
-
-
-class HintNetwork(nn.Module):
-    """The network that every vector of a hint passes through, `[…, d] → […, d]` (arXiv 2404.04522).
-
-    * `default`: Linear → [ReLU → Linear] × layers, all of width d, with PyTorch's initialisation (the authors').
-    * `residual_zero`: z + W2 ReLU(W1 z) through a bottleneck, W2 = 0 at the start, so that an untrained hint is the
-      plain text of its tokens. Ours.
-
-    Args:
-        width: d.
-        hidden: width of the bottleneck.
-        layers: 0 leaves vectors as they are.
-        init: which of the two.
-        scale: root mean square of embeddings; the residual network works in units of it, so that one learning rate
-            suits models of any embedding size.
-    """
-
-    def __init__(self, width: int, hidden: int, layers: int, init: Init, scale: float) -> None:
-        super().__init__()
-        if layers < 0 or (init == "residual_zero" and layers > 1):
-            raise OptionError(f"--mlp-layers is {layers}; with residual_zero it is 0 or 1, else 0 or more")
-        at_least(1, mlp_hidden=hidden)
-        self._scale = scale
-        self._residual = init == "residual_zero"
-        steps: list[nn.Module] = []
-        if layers and self._residual:
-            out = nn.Linear(hidden, width)
-            nn.init.zeros_(out.weight)
-            nn.init.zeros_(out.bias)
-            steps = [nn.Linear(width, hidden), nn.ReLU(), out]
-        elif layers:
-            steps = [nn.Linear(width, width)]
-            for _ in range(layers):
-                steps += [nn.ReLU(), nn.Linear(width, width)]
-        self.steps = nn.Sequential(*steps)
-
-    def forward(self, vectors: Tensor) -> Tensor:
-        if not len(self.steps):
-            return vectors
-        out: Tensor = self.steps(vectors / self._scale if self._residual else vectors)
-        return vectors + self._scale * out if self._residual else out
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from torch import nn
 
 from qpeft.adapters import lora
 from qpeft.errors import ModelError, OptionError
-from qpeft.read_out import Answers, Head
+from qpeft.lm.read_out import Answers, Head
 from qpeft.template import Prompt, Template, load_template
 from reference import naive_hints, naive_read
 from tiny_adapters import PASSAGES, QUERIES, alike, build, with_store

@@ -4,12 +4,12 @@ import time
 
 import pytest
 import torch
+from test_causal import ForgetfulModel, assert_close, rows_for
 
 from qpeft.errors import ModelError
-from qpeft.lm import CausalLM
-from qpeft.side_by_side import MOST, SideBySide
+from qpeft.lm.causal import CausalLM
+from qpeft.lm.side_by_side import MOST, SideBySide
 from reference import naive_log_probs
-from test_lm import ForgetfulModel, assert_close, rows_for
 from tiny_adapters import alike, with_store
 from tiny_adapters import build as build_adapter
 from tiny_adapters import rows_for as hinted_rows

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import final
 
 from qpeft.errors import ScoreError
-from qpeft.types import UNREADABLE, Candidates, Passage, Query, Ranking, Reranker, Scorer, Window
+from qpeft.types import UNREADABLE, Candidates, Passage, Query, QueryBatches, Ranking, Reranker, Scorer
 
 AT_ONCE = 4_096
 """Pairs whose tokens are in memory together, so that it does not grow with a query's candidates."""
@@ -23,13 +23,13 @@ class Pointwise(Reranker):
 
     Args:
         scorer: gives one score per pair.
-        window: queries whose pairs are scored in one call, so that pairs of similar length meet in a batch.
+        batches: queries whose pairs are scored in one call, so that pairs of similar length meet in a batch.
     """
 
-    def __init__(self, scorer: Scorer, window: Window | None = None) -> None:
+    def __init__(self, scorer: Scorer, batches: QueryBatches | None = None) -> None:
         super().__init__()
         self._scorer = scorer
-        self.window = window or Window()
+        self.query_batches = batches or QueryBatches()
         self.counts = scorer.counts
         self.facts = scorer.facts
 
@@ -39,7 +39,7 @@ class Pointwise(Reranker):
 
     def rerank(self, items: Iterable[Candidates]) -> Iterator[Ranking]:
         """Yield one ranking per item, lazily and in order; see `Reranker.rerank`."""
-        for together in self.window.split(items):
+        for together in self.query_batches.split(items):
             yield from self._rank(together)
 
     def _rank(self, items: list[Candidates]) -> Iterator[Ranking]:

@@ -1,18 +1,18 @@
 import pytest
 import torch
+from test_causal import assert_close, rows_for
+from test_context_store import with_store
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import eager_mask
 
-from qpeft import cpu_attention, past
 from qpeft.adapters import lora
-from qpeft.cpu_attention import Contexts
 from qpeft.errors import OptionError
+from qpeft.lm import cpu_attention, past
+from qpeft.lm.cpu_attention import Contexts
+from qpeft.lm.past import ApartLayer
 from qpeft.loading import load_lm
 from qpeft.model_config import ModelConfig
-from qpeft.past import ApartLayer
 from reference import naive_log_probs
-from test_context_store import with_store
-from test_lm import assert_close, rows_for
 from tiny_models import GATED, wordpiece_tokenizer
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qpeft.depth import Layers
 from qpeft.errors import ModelError
+from qpeft.lm.depth import Layers
 
 
 class Replay:

@@ -1,11 +1,11 @@
 import pytest
 import torch
+from test_causal import assert_close, rows_for
 from torch import nn
 
-from qpeft.last_layer import KERNELS, LastLayer
+from qpeft.lm.last_layer import KERNELS, LastLayer
 from qpeft.losses import loss
 from reference import naive_log_probs
-from test_lm import assert_close, rows_for
 from tiny_adapters import alike
 from tiny_adapters import build as build_adapter
 

@@ -6,15 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_causal import PASSAGES, QUERY, ForgetfulModel, rows_for
 from transformers import MambaConfig, MambaForCausalLM
 
-from qpeft import context_store
-from qpeft.context_store import ContextStore, Encoded, Packed
 from qpeft.errors import InputError, ModelError
-from qpeft.lm import CausalLM
+from qpeft.lm import context_store
+from qpeft.lm.causal import CausalLM
+from qpeft.lm.context_store import ContextStore, Encoded, Packed
 from qpeft.template import Prompt, load_template
 from qpeft.types import Query
-from test_lm import PASSAGES, QUERY, ForgetfulModel, rows_for
 
 ENOUGH = 1 << 30
 

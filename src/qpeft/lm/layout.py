@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qpeft.hints import HintWriter
+from qpeft.adapter import Adapter
 from qpeft.template import Row
 
 PaddingSide = Literal["left", "right"]
@@ -52,7 +52,7 @@ class Batch:
     layout: Layout
     starts: Sequence[int]
     inputs: dict[str, Any]
-    changing: HintWriter | None
+    changing: Adapter | None
     sparing: bool
 
 

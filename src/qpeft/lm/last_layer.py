@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from qpeft import cpu_attention
-from qpeft.agreement import agree
-from qpeft.context_store import Filled
-from qpeft.depth import Layers
+from qpeft.lm import cpu_attention
+from qpeft.lm.agreement import agree
+from qpeft.lm.context_store import Filled
+from qpeft.lm.depth import Layers
 
 KERNELS = (cpu_attention.NAME, "sdpa", "eager")
 """Attention that takes a mask for every pair of positions."""

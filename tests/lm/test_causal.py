@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from qpeft import pretrained
 from qpeft.errors import ModelError
-from qpeft.layout import few_sizes
-from qpeft.lm import MULTIPLE, CausalLM, token_log_probs
+from qpeft.lm import pretrained
+from qpeft.lm.causal import MULTIPLE, CausalLM, token_log_probs
+from qpeft.lm.layout import few_sizes
 from qpeft.template import Prompt, Template, load_template
 from qpeft.types import Passage, Query
 from reference import naive_log_probs
@@ -256,7 +256,7 @@ def test_the_head_has_eight_sizes_between_two_powers_of_two():
 def test_what_the_head_is_given_besides_changes_no_score(family, make_lm, monkeypatch):
     lm = make_lm(family)
     rows = rows_for(lm) * 4
-    monkeypatch.setattr("qpeft.layout.EIGHTHS", 1)
+    monkeypatch.setattr("qpeft.lm.layout.EIGHTHS", 1)
     sizes = []
     lm.model.get_output_embeddings().register_forward_hook(lambda _, given, out: sizes.append(out.shape[:-1].numel()))
     values = lm.log_probs(rows)

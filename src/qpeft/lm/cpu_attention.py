@@ -46,8 +46,9 @@ class Contexts:
 
     rows: Sequence[Tensor]
 
-    def __len__(self) -> int:
-        """Return the positions of the longest."""
+    @property
+    def longest(self) -> int:
+        """Positions of the longest."""
         return max(row.shape[2] for row in self.rows)
 
     def joined(self, key: Tensor, value: Tensor, most: int | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
