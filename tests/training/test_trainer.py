@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import resource
 import shutil
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from qpeft.training import contexts
 from qpeft.training.config import TrainingConfig
 from qpeft.training.dev import DevRanking
 from qpeft.training.keep_steps import KeepSteps
-from qpeft.training.trainer import Collator, Learner, fit
+from qpeft.training.trainer import Collator, Learner, TrainingSet, fit
 from tiny_adapters import NAMES, alike, build, with_store
 from tiny_training import FAST, GROUPS, PASSAGES, batch_for, dev_for, scorer_for
 
@@ -41,6 +42,10 @@ def train(lm, adapter, folder, *, dev=False, teacher=None, callbacks=(), resume=
         progress=False,
         callbacks=callbacks,
     )
+
+
+TRAINABLE = {"qpeft_a": {"token_table": "trainable"}}
+"""So that there is a table, which is not decayed."""
 
 
 @pytest.fixture
@@ -123,6 +128,88 @@ def test_training_lowers_the_loss(name, lm, tmp_path):
     assert fitted.steps == 16
     assert [entry["epoch"] for entry in fitted.history if "loss" in entry] == [step / 2 for step in range(1, 17)]
     assert losses_seen[1] < losses_seen[0] - 0.03
+
+
+RATES = {
+    "cosine": lambda after: 0.5 * (1 + math.cos(math.pi * after)),
+    "linear": lambda after: 1 - after,
+    "constant_with_warmup": lambda after: 1.0,
+    "constant": None,
+}
+"""Shares of the learning rate by the share of the steps that are done after the warm-up; constant has no warm-up."""
+
+
+def plain_training(lm, adapter, config):
+    """Train as AdamW is written (arXiv 1711.05101, algorithm 2), step by step."""
+    scorer = scorer_for(lm, adapter)
+    collator, learner = Collator(scorer, config, 0), Learner(adapter, config, scorer)
+    items = TrainingSet(GROUPS, config.epochs, 0)
+    batches = [
+        collator([items[i] for i in range(start, min(start + config.batch_queries, len(items)))])["batch"]
+        for start in range(0, len(items), config.batch_queries)
+    ]
+    count = config.gradient_accumulation
+    steps = [batches[start : start + count] for start in range(0, len(batches), count)]
+    warm = int(config.warmup * len(steps))
+    named = dict(adapter.named_parameters())
+    first = {name: torch.zeros_like(p) for name, p in named.items()}
+    second = {name: torch.zeros_like(p) for name, p in named.items()}
+    rates = []
+    for t, some in enumerate(steps):
+        share = 1.0
+        if RATES[config.scheduler] is not None:
+            share = t / warm if t < warm else RATES[config.scheduler]((t - warm) / (len(steps) - warm))
+        rate = config.learning_rate * share
+        adapter.zero_grad()
+        for batch in some:
+            (learner(batch)["loss"] / count).backward()
+        norm = math.sqrt(sum(p.grad.pow(2).sum().item() for p in named.values()))
+        clip = min(1.0, config.max_grad_norm / norm) if config.max_grad_norm else 1.0
+        for name, p in named.items():
+            grad = clip * p.grad
+            first[name] = 0.9 * first[name] + 0.1 * grad
+            second[name] = 0.999 * second[name] + 0.001 * grad**2
+            step = (first[name] / (1 - 0.9 ** (t + 1))) / ((second[name] / (1 - 0.999 ** (t + 1))).sqrt() + 1e-8)
+            decay = 0.0 if name.endswith(("bias", "token_table")) else config.weight_decay
+            with torch.no_grad():
+                p -= rate * (step + decay * p)
+        rates.append(rate)
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("soft_prompt", {"scheduler": "cosine", "warmup": 0.3, "max_grad_norm": 0.01}),
+        ("soft_prompt", {"scheduler": "linear", "batch_queries": 1, "gradient_accumulation": 2, "weight_decay": 0.3}),
+        ("qpeft_a", {"scheduler": "constant_with_warmup", "warmup": 0.5, "weight_decay": 0.3}),
+        ("qpeft_a", {"scheduler": "constant", "warmup": 0.5, "max_grad_norm": 0.0}),
+    ],
+)
+def test_training_is_that_of_a_plain_loop(name, options, lm, tmp_path):
+    options = {"epochs": 5, "learning_rate": 1e-2, "evaluations": 1, **options}
+    mine, plain = (build(name, lm, trained=True, **TRAINABLE.get(name, {})) for _ in range(2))
+    begun = state(mine)
+    fitted = train(lm, mine, tmp_path, **options)
+    rates = plain_training(lm, plain, TrainingConfig(**(FAST | options)))
+    assert [entry["learning_rate"] for entry in fitted.history] == pytest.approx(rates[: len(fitted.history)])
+    assert len(fitted.history) == len(rates) == fitted.steps == 10
+    for key, expected in state(plain).items():
+        torch.testing.assert_close(mine.state_dict()[key], expected, atol=2e-5, rtol=0)
+        assert (expected - begun[key]).abs().max() > 1e-3, "what hardly moves tells nothing"
+
+
+def test_the_seed_is_that_of_dropout_too(lm, tmp_path):
+    found = []
+    for seed in (0, 0, 1):
+        adapter = build("qpeft_a", lm, trained=True, attn_dropout=0.5)
+        config, scorer = TrainingConfig(**(FAST | {"epochs": 2, "evaluations": 1})), scorer_for(lm, adapter)
+        folder = tmp_path / str(len(found))
+        one = GROUPS[:1]  # which have one order
+        fit(scorer, adapter, one, Collator(scorer, config, 0), config, checkpoints=folder, seed=seed, progress=False)
+        found.append(state(adapter))
+    assert_equal(*found[:2])
+    assert not torch.equal(found[0]["attention.query"], found[2]["attention.query"])
 
 
 @pytest.mark.parametrize("name", sorted(losses.LOSSES.keys() - {"sft"}))  # which is for answers, not likelihoods
