@@ -14,11 +14,12 @@ ROOT = Path(qpeft.__file__).parent
 LAYERS = [
     {"errors"},
     {"types", "registry", "agreement", "atomic", "options"},
-    {"provenance", "model_config", "kept_tokens", "plain_text"},
+    {"model_config", "kept_tokens", "plain_text"},
     {"cpu_attention", "memory"},
     {"template", "hints", "context_store", "depth", "losses", "read_out", "side_by_side"},
     {"compiled", "layout", "flops", "last_layer", "past", "per_layer", "replay", "waiting", "model_checks"},
     {"data"},
+    {"provenance"},
     {"retrieval"},
     {"evaluation", "tuning"},
     {"pretrained"},

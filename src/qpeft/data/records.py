@@ -210,6 +210,16 @@ def read_json(path: StrPath) -> Any:
     return _parse(text, path, None)
 
 
+def write_json(path: StrPath, value: Any) -> None:
+    """Write a file that is one JSON value, over several lines.
+
+    Raises:
+        InputError: the file cannot be made.
+    """
+    with write_text(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
 def _parse(text: str | bytes, path: StrPath, number: int | None) -> Any:
     try:
         return json.loads(text)
