@@ -61,7 +61,7 @@ def render(
         return _comparisons_csv(comparisons) if comparisons else _evaluations_csv(evaluations, costs)
     if format == "json":
         return _json(evaluations, comparisons, test, alpha, costs)
-    writers = {"text": text_table, "markdown": _markdown, "latex": _latex}
+    writers = {"text": text_table, "markdown": markdown_table, "latex": _latex}
     if format not in writers:
         raise OptionError(f"format {format!r} is not known{nearest(format, get_args(Format))}")
     tables = [measure_table(evaluations, comparisons, test=test, alpha=alpha, digits=digits)]
@@ -97,7 +97,9 @@ def text_table(table: Table) -> str:
     return "\n".join([aligned[0], rule, *aligned[1:], *table.notes, ""])
 
 
-def _markdown(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """Return a table as Markdown."""
+
     def cell(entry: Cell) -> str:
         text = entry.text.replace("\\", "\\\\").replace("|", "\\|")
         return (f"**{text}**" if entry.best else text) + entry.mark
