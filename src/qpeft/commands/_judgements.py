@@ -11,8 +11,7 @@ from qpeft.commands._run_provenance import read_run_provenance
 from qpeft.data.collection import Collection, open_collection
 from qpeft.data.trec import read_run
 from qpeft.errors import FormatError, InputError, OptionError
-from qpeft.evaluation.answers import has_answer
-from qpeft.evaluation.candidate_measures import judge
+from qpeft.evaluation.answers import has_answer, judge
 from qpeft.evaluation.cost import Cost
 from qpeft.evaluation.table_formats import Format
 from qpeft.provenance import provenance_path

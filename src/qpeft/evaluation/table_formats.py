@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from qpeft.errors import OptionError, nearest
 from qpeft.evaluation.cost import Cost
 from qpeft.evaluation.measures import Evaluation
-from qpeft.evaluation.significance import Comparison, Test
+from qpeft.evaluation.significance import CONFIDENCE, Comparison, Test
 from qpeft.evaluation.tables import BETTER, WORSE, Cell, Table, comparison_table, cost_table, measure_table
 
 Format = Literal["text", "markdown", "latex", "csv", "json"]
@@ -161,6 +161,7 @@ def _comparisons_csv(comparisons: Sequence[Comparison]) -> str:
     for each in comparisons:
         row: dict[str, Any] = asdict(each)
         row["interval_low"], row["interval_high"] = row.pop("interval") or (None, None)
+        row["confidence"] = CONFIDENCE
         row |= {f"p_{test}": p for test, p in row.pop("p_values").items()}
         row |= {f"p_{test}_holm": p for test, p in row.pop("corrected").items()}
         rows.append(row)
@@ -190,6 +191,9 @@ def _json(
         ]
     }
     if comparisons:
-        content["comparisons"] = [asdict(each) | {"significant": each.significant(test, alpha)} for each in comparisons]
+        content["comparisons"] = [
+            {**asdict(each), "confidence": CONFIDENCE, "significant": each.significant(test, alpha)}
+            for each in comparisons
+        ]
         content["test"], content["alpha"] = test, alpha
     return json.dumps(content, ensure_ascii=False, indent=2) + "\n"

@@ -89,10 +89,7 @@ def comparison_table(
         for each in comparisons
     )
     header = ("run", "against", "measure", "difference", "interval", "win/tie/loss", "p", "p (Holm)")
-    note = f"p: {TEST_NAMES[test]}, two-sided; {correction(comparisons)}; "
-    note += (
-        " and ".join(sorted({f"{each.confidence:.0%}" for each in comparisons})) + " bootstrap interval over queries"
-    )
+    note = f"p: {TEST_NAMES[test]}, two-sided; {correction(comparisons)}; 95% bootstrap interval over queries"
     return Table(header, rows, (note,), names=3)
 
 
