@@ -86,7 +86,6 @@ def compare(
         resamples: number of sign flips and of bootstrap samples.
         seed: of both; a comparison does not depend on what else is compared, but for Holm's correction.
 
-
     Raises:
         OptionError: fewer than one resample, two runs with one tag, other queries than the baseline's, or no measure in
             common.
