@@ -32,9 +32,9 @@ from qpeft.evaluation.significance import bootstrap_interval, per_query_differen
 from qpeft.lm.flops import decoder_flops
 from qpeft.loading import load_lm
 from qpeft.methods import cascade
-from qpeft.pointwise import Pointwise
 from qpeft.methods.query_likelihood import Config, QueryLikelihood, build_scorer
 from qpeft.model_config import ModelConfig
+from qpeft.pointwise import Pointwise
 from qpeft.provenance import provenance
 from qpeft.retrieval import bm25
 from qpeft.types import Candidates, Passage, Query, Run, ScoringCounts

@@ -35,9 +35,9 @@ from naive import Loop, logits_bytes
 from peers import OURS_T5, Score, open_peers, reason
 from qpeft.lm.context_store import ContextStore
 from qpeft.loading import load_lm
-from qpeft.pointwise import Pointwise
 from qpeft.methods.query_likelihood import Config, QueryLikelihood, build_scorer
 from qpeft.model_config import EMBEDDED, ModelConfig
+from qpeft.pointwise import Pointwise
 from qpeft.types import Candidates
 from rounds import Case, interleave, made, ratio, set_up
 from shapes import MAX_LENGTH, SHAPES, model_folder

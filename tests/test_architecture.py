@@ -14,10 +14,11 @@ ROOT = Path(qpeft.__file__).parent
 LAYERS = [
     {"errors"},
     {"types", "registry", "atomic", "options"},
-    {"provenance", "model_config", "kept_tokens", "plain_text"},
+    {"model_config", "kept_tokens", "plain_text"},
     {"memory"},
     {"template", "adapter", "losses", "pointwise"},
     {"data"},
+    {"provenance"},
     {"retrieval"},
     {"evaluation", "tuning"},
     {"lm.agreement", "lm.cpu_attention", "lm.hints", "lm.context_store", "lm.depth", "lm.read_out", "lm.side_by_side"},

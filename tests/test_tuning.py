@@ -89,9 +89,9 @@ def test_what_cannot_be_opened_is_passed_over(config, monkeypatch):
     timer = None
     monkeypatch.setattr(_tune, "load_lm", load)
     timer = _tune._Timer(dataclasses.replace(config, dtype="float32"), lambda lm: [])
-    default = timer.default()
-    assert timer.seconds(dataclasses.replace(default, dtype="bfloat16"), 1) is None
-    assert timer.seconds(default, 1) is not None
+    default = timer.default
+    assert timer.seconds(dataclasses.replace(default, dtype="bfloat16")) is None
+    assert timer.seconds(default) is not None
     assert opened == ["float32", "float32"]
 
 

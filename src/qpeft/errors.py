@@ -1,4 +1,4 @@
-"""Every error that qpeft raises on purpose.
+"""Every error that qpeft raises on purpose; those that only the server raises stand in `qpeft.server`, below these.
 
     QpeftError
     ├── InputError            a file or a value given by the user cannot be used

@@ -263,19 +263,19 @@ def choose_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if native else torch.float16
     if device.type != "cpu":
         return torch.float32
-    return torch.bfloat16 if cpu_matmul_seconds(torch.bfloat16) < cpu_matmul_seconds(torch.float32) else torch.float32
+    return torch.bfloat16 if cpu_matmul_rate(torch.bfloat16) > cpu_matmul_rate(torch.float32) else torch.float32
 
 
 @functools.cache
-def cpu_matmul_seconds(dtype: torch.dtype) -> float:
-    """Return the best of five timings of a matrix product of a small model's shape, in seconds."""
+def cpu_matmul_rate(dtype: torch.dtype) -> float:
+    """Return the best rate of five matrix products of a small model's shape, in FLOP/s."""
     left, right = torch.ones(1024, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
         left @ right
         best = min(best, time.perf_counter() - start)
-    return best
+    return 2 * left.numel() * right.shape[1] / best
 
 
 def _batch_tokens(device: torch.device, config: ModelConfig) -> int:

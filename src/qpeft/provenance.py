@@ -14,8 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qpeft.atomic import is_stream, replacing
-from qpeft.errors import InputError
+from qpeft.atomic import is_stream
+from qpeft.data.records import write_json
 
 PACKAGES = (
     "qpeft", "torch", "transformers", "tokenizers", "accelerate", "peft",
@@ -64,17 +64,7 @@ def write_provenance(output: Path, facts: Mapping[str, Any]) -> None:
         InputError: it cannot be written.
     """
     if output.is_file() and not is_stream(output):
-        path = provenance_path(output)
-        try:
-            write_json(path, {**facts, "output": {"sha256": file_fingerprint(output)}})
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def write_json(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write facts to a file, which is whole or absent."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(provenance_path(output), {**facts, "output": {"sha256": file_fingerprint(output)}})
 
 
 def input_fingerprint(path: str) -> str | None:
@@ -93,8 +83,7 @@ def weights_fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 

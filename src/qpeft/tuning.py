@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qpeft.data.cache import user_cache
-from qpeft.data.files import write_text
+from qpeft.data.records import write_json
 from qpeft.provenance import fingerprint, processor_name
 
 
@@ -62,8 +62,7 @@ def write_tuning(key: str, tuning: Tuning | None, **facts: Any) -> None:
     known.pop(key, None)
     if tuning is not None:
         known[key] = {"settings": dataclasses.asdict(tuning), **facts}
-    with write_text(tuning_file()) as file:
-        file.write(json.dumps(known, indent=2) + "\n")
+    write_json(tuning_file(), known)
 
 
 def _read() -> dict[str, Any]:

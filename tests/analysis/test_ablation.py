@@ -160,18 +160,25 @@ def test_leaving_out_one_layer_costs_half(layers):
     assert sum(layers - step.shared for step in plan(sets, layers)) == layers + layers * (layers + 1) // 2
 
 
+def plain(adapter, reranker, sets, items):
+    """Rank under every set, with nothing shared."""
+    found = {}
+    for active in sets:
+        with adapter.only(active):
+            found[active] = list(reranker.rerank(items))
+    return found
+
+
 def test_shared_work_changes_no_score(family, make_lm, monkeypatch):
     lm, adapter, reranker = opened(make_lm, monkeypatch, family)
     sets = [each.active for each in every_study(list(adapter.places()))]
     before = list(reranker.rerank(ITEMS))
     shared = Ablated(lm, adapter, reranker, sets)
-    plain = Ablated(lm, adapter, reranker, sets, share=False)
     for items in (ITEMS[:1], ITEMS[1:], ITEMS):
         found = shared.rank(items)
         assert set(found) == set(sets)
-        assert found == plain.rank(items)
-    assert (shared.shares, shared.why_not) == (True, "")
-    assert (plain.shares, plain.work) == (False, (0, 0))
+        assert found == plain(adapter, reranker, sets, items)
+    assert shared.why_not == ""
     done, would = shared.work
     assert done / would == len(prefixes(sets, 3)) / (3 * len(set(sets)))
     assert done < 0.75 * would
@@ -191,9 +198,9 @@ def test_whatever_is_read_out(method, family, make_lm, monkeypatch):
     lm, adapter, reranker = opened(make_lm, monkeypatch, family, method=method)
     sets = [each.active for each in [*references(adapter.places()), *of_layers(list(adapter.places()), 2)]]
     shared = Ablated(lm, adapter, reranker, sets)
-    expected = Ablated(lm, adapter, reranker, sets, share=False).rank(ITEMS)
+    expected = plain(adapter, reranker, sets, ITEMS)
     shared.rank(ITEMS[:1])
-    assert shared.shares
+    assert shared.why_not == ""
     assert shared.rank(ITEMS) == expected
     assert len({str(rankings) for rankings in expected.values()}) == len(set(sets))
     with adapter.only(()):
@@ -207,8 +214,8 @@ def test_with_a_hint_beside_the_additions(make_lm, monkeypatch):
     sets = [each.active for each in every_study(list(adapter.places()))]
     shared = Ablated(lm, adapter, reranker, sets)
     shared.rank(ITEMS)
-    assert shared.shares
-    assert shared.rank(ITEMS) == Ablated(lm, adapter, reranker, sets, share=False).rank(ITEMS)
+    assert shared.why_not == ""
+    assert shared.rank(ITEMS) == plain(adapter, reranker, sets, ITEMS)
 
 
 @pytest.mark.usefixtures("one_thread")  # so that a layer reads what its own batch left
@@ -222,10 +229,10 @@ def test_where_states_cannot_be_shared_all_is_computed(make_lm, monkeypatch):
     original = last.forward
     last.forward = lambda states, **kwargs: original(states, **kwargs) + seen[-1]
     own = last.forward
-    expected = Ablated(lm, adapter, reranker, sets, share=False).rank(ITEMS)
+    expected = plain(adapter, reranker, sets, ITEMS)
     shared = Ablated(lm, adapter, reranker, sets)
     assert shared.rank(ITEMS) == expected
-    assert (shared.shares, shared.why_not) == (False, "shared states change scores")
+    assert (shared.work, shared.why_not) == ((0, 0), "shared states change scores")
     assert shared.rank(ITEMS) == expected
     assert vars(last)["forward"] is own
 
@@ -248,16 +255,16 @@ def test_when_memory_runs_out_between_two_sets(make_lm, monkeypatch):
     """Then batches change, and states that were kept are of no use to the candidates at hand; to the next they are."""
     lm, adapter, reranker = opened(make_lm, monkeypatch, "llama")
     sets = [each.active for each in of_layers(list(adapter.places()), 2)]
-    expected = [Ablated(lm, adapter, reranker, sets, share=False).rank([item]) for item in ITEMS]
+    expected = [plain(adapter, reranker, sets, [item]) for item in ITEMS]
     lm.model = Crowded(lm.model, most=99)
     shared = Ablated(lm, adapter, reranker, sets)
     assert shared.rank(ITEMS[:1]) == expected[0]
-    assert (shared.shares, shared.why_not) == (True, "")
+    assert shared.why_not == ""
     lm.model.after = 4
     found = shared.rank(ITEMS[1:2])
     assert lm.model.refused > 0
     assert re.search("other inputs|was called", shared.why_not)
-    assert shared.shares
+    assert shared.work != (0, 0)
     for active, (ranking,) in expected[1].items():
         scores = {hit.passage_id: hit.score for hit in found[active][0].hits}
         assert scores == pytest.approx({hit.passage_id: hit.score for hit in ranking.hits}, abs=1e-5)
@@ -272,12 +279,12 @@ def test_when_memory_runs_out_between_two_sets(make_lm, monkeypatch):
 def test_models_whose_layers_cannot_be_told(make_lm, monkeypatch):
     lm, adapter, reranker = opened(make_lm, monkeypatch, "llama")
     sets = [each.active for each in of_layers(list(adapter.places()), 2)]
-    expected = Ablated(lm, adapter, reranker, sets).rank(ITEMS)
+    expected = plain(adapter, reranker, sets, ITEMS)
     lm.model.others = torch.nn.ModuleList(torch.nn.Identity() for _ in range(3))
     shared = Ablated(lm, adapter, reranker, sets)
-    assert not shared.shares
     assert "has 2 lists of 3 layers" in shared.why_not
     assert shared.rank(ITEMS) == expected
+    assert shared.work == (0, 0)
 
 
 def test_additions_that_are_not_there(make_lm, monkeypatch):
@@ -346,8 +353,8 @@ def test_batches_side_by_side(make_lm, monkeypatch):
         sets = [each.active for each in every_study(list(adapter.places()))]
         shared = Ablated(lm, adapter, reranker, sets)
         shared.rank(ITEMS[:1])
-        assert (shared.shares, shared.why_not) == (True, "")
-        assert shared.rank(ITEMS) == Ablated(lm, adapter, reranker, sets, share=False).rank(ITEMS)
+        assert shared.why_not == ""
+        assert shared.rank(ITEMS) == plain(adapter, reranker, sets, ITEMS)
     finally:
         torch.set_num_threads(before)
 

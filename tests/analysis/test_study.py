@@ -340,6 +340,13 @@ def test_the_folder(name, tmp_path):
     assert len(ids) == len(set(ids))
 
 
+def test_a_name_does_not_end_its_column():
+    made = study(*designs()["layers"])
+    made = dataclasses.replace(made, findings=(dataclasses.replace(made.findings[0], name="a|b"), *made.findings[1:]))
+    assert r"a\|b" in summary(made)
+    assert "| a|b" not in summary(made)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers_in_the_summary_are_those_of_the_findings(name):
     made = study(*designs()[name])

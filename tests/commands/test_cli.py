@@ -8,6 +8,7 @@ import pytest
 
 from qpeft.cli import main, parse, read
 from qpeft.commands import evaluate, score, train
+from qpeft.commands._judgements import Judging, Shown
 from qpeft.errors import FormatError, InputError, OptionError
 from qpeft.training.config import Authors, TrainingConfig
 
@@ -63,13 +64,13 @@ def test_help_tells_how_to_turn_a_switch_off(capsys):
 def test_options_that_may_be_given_several_times(text, arguments, expected, tmp_path):
     path = tmp_path / "options.yaml"
     path.write_text(f"collection: mini\n{text}")
-    (config,) = parse("evaluate", "", [evaluate.Config], ["--config", str(path), *arguments])
+    _, config = parse("evaluate", "", [Judging, evaluate.Config], ["--config", str(path), *arguments])
     assert config.run == expected
 
 
 def test_a_missing_value_of_such_an_option():
     with pytest.raises(OptionError, match="--run has no value"):
-        parse("evaluate", "", [evaluate.Config], ["--run", "--collection", "mini"])
+        parse("evaluate", "", [Judging, evaluate.Config], ["--run", "--collection", "mini"])
 
 
 def test_texts_that_begin_with_dashes_stay_as_they_are():
@@ -189,5 +190,5 @@ def test_options_can_be_printed_as_a_file_that_is_read_again(tmp_path, capsys):
         main(["evaluate", "--collection", "mini", "--run", "a", "--run", "b", "--print_config"])
     path = tmp_path / "options.yaml"
     path.write_text(capsys.readouterr().out)
-    (config,) = parse("evaluate", "", [evaluate.Config], ["--config", str(path)])
-    assert config == evaluate.Config(collection="mini", run=("a", "b"))
+    _, configs = read(["evaluate", "--config", str(path)])
+    assert configs == [Judging(collection="mini"), evaluate.Config(run=("a", "b")), Shown()]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_bad_input import fails
+from test_odd_architectures import save as save_odd
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
@@ -28,7 +29,6 @@ from qpeft.training import trainer
 from qpeft.training.trainer import Learner
 from qpeft.tuning import Tuning, write_tuning
 from qpeft.types import Ranking, Run
-from test_odd_architectures import save as save_odd
 from tiny_adapters import NAMES, SMALL
 from tiny_models import build_family, byte_level_tokenizer
 
@@ -288,7 +288,7 @@ def test_a_full_disk_costs_one_checkpoint(arguments, tmp_path, monkeypatch, caps
 def test_a_folder_that_cannot_be_written(arguments, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     command = arguments(tmp_path / "file" / "mine")
-    fails(command, capsys, tmp_path, "mine.checkpoints cannot be written: ", "Not a directory")
+    fails(command, capsys, tmp_path, "mine.checkpoints: Not a directory")
 
 
 def test_a_file_of_groups(arguments, train_file, collection, tmp_path, capsys):

@@ -6,7 +6,8 @@ import pytest
 from cats import PASSAGES, QRELS, QUERIES, jsonl
 
 from qpeft.data.beir import BeirCollection
-from qpeft.data.convert import FORMATS, convert, info
+from qpeft.data.convert import FORMATS, convert
+from qpeft.data.info import info
 from qpeft.data.trec import read_run
 from qpeft.errors import FormatError, InputError, OptionError, StateError
 from qpeft.types import Hit, Passage, Query
@@ -148,40 +149,3 @@ def test_unknown_format_and_existing_target(tmp_path, source, beir):
         convert(source("squad"), tmp_path / "out", "sqad")
     with pytest.raises(StateError, match="exists already"):
         convert(source("squad"), beir.folder, "squad")
-
-
-def test_info(beir):
-    found = info(beir)
-    assert found["fingerprint"] == beir.fingerprint()
-    del found["fingerprint"]
-    assert found == {
-        "name": "cats",
-        "passages": 3,
-        "passages_with_title": 2,
-        "mean_passage_words": 5.0,
-        "splits": {
-            "dev": {
-                "queries": 1,
-                "mean_query_words": 3.0,
-                "judged_per_query": 1.0,
-                "relevant_per_query": 1.0,
-                "share_with_answers": 0.0,
-                "judged_but_missing": 0,
-            },
-            "test": {
-                "queries": 2,
-                "mean_query_words": 3.5,
-                "judged_per_query": 2.0,
-                "relevant_per_query": 1.5,
-                "share_with_answers": 0.5,
-                "judged_but_missing": 1,
-            },
-        },
-    }
-
-
-@pytest.mark.collections
-def test_info_of_a_real_collection(shared):
-    splits = info(BeirCollection(shared("cacm")))["splits"]
-    assert splits["test"]["queries"] == 52
-    assert splits["test"]["relevant_per_query"] > 5

@@ -6,8 +6,7 @@ import pytest
 import pytrec_eval
 
 from qpeft.errors import InputError, OptionError
-from qpeft.evaluation.answers import has_answer
-from qpeft.evaluation.candidate_measures import judge
+from qpeft.evaluation.answers import has_answer, judge
 from qpeft.evaluation.measures import evaluate, parse_measures
 from qpeft.types import Hit, Ranking, Run
 

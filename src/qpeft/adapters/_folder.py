@@ -37,12 +37,13 @@ from qpeft.adapters._card import card
 from qpeft.adapters._published import TEMPLATE as PUBLISHED_TEMPLATE
 from qpeft.adapters._published import is_published, open_published
 from qpeft.atomic import replacing_folder
+from qpeft.data.records import write_json
 from qpeft.errors import AdapterError, InputError, OptionError, nearest
 from qpeft.evaluation.calibration_file import FILE as CALIBRATION
 from qpeft.evaluation.calibration_file import Calibration, ScoreOrigin, read_calibration
 from qpeft.lm.causal import CausalLM
 from qpeft.lm.pretrained import PretrainedLM
-from qpeft.provenance import file_fingerprint, write_json
+from qpeft.provenance import file_fingerprint
 from qpeft.template import Template, load_template
 
 CONFIG, WEIGHTS, FACTS = "adapter_config.json", "adapter_model.safetensors", "qpeft.json"

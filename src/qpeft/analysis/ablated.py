@@ -25,17 +25,14 @@ class Ablated:
         adapter: an opened adapter of it.
         reranker: ranks with that adapter, by whatever method.
         sets: additions that act; each is run once, however often it stands here.
-        share: whether sharing is tried.
 
     Raises:
         OptionError: one of the sets has an addition that the adapter has not.
     """
 
-    def __init__(
-        self, lm: CausalLM, adapter: LoraAdapter, reranker: Reranker, sets: Iterable[Places], *, share: bool = True
-    ) -> None:
+    def __init__(self, lm: CausalLM, adapter: LoraAdapter, reranker: Reranker, sets: Iterable[Places]) -> None:
         self._adapter, self._reranker = adapter, reranker
-        self.why_not = "" if share else "not asked for"
+        self.why_not = ""
         self._replay: Replay | None = None
         depth = lm.model.config.get_text_config().num_hidden_layers
         wanted = set(sets)
@@ -44,16 +41,10 @@ class Ablated:
                 pass
         self._steps = plan(wanted, depth)
         self._checked = False
-        if share:
-            try:
-                self._replay = Replay(find_layers(lm.model))
-            except ModelError as error:
-                self.why_not = str(error)
-
-    @property
-    def shares(self) -> bool:
-        """Whether states are shared; final once something has been ranked."""
-        return self._replay is not None
+        try:
+            self._replay = Replay(find_layers(lm.model))
+        except ModelError as error:
+            self.why_not = str(error)
 
     @property
     def work(self) -> tuple[int, int]:

@@ -9,6 +9,8 @@ from qpeft.evaluation.measures import Evaluation, least_relevant
 from qpeft.evaluation.significance import per_query_differences
 from qpeft.types import Passage, Qrels, Query, Ranking, Run
 
+_SHOWN = 3  # passages of each ranking
+
 
 @dataclass(frozen=True, slots=True)
 class ShownPassage:
@@ -52,7 +54,6 @@ def won_and_lost(
     queries: Mapping[str, Query] | None = None,
     passages: Mapping[str, Passage] | None = None,
     count: int = 5,
-    top: int = 3,
 ) -> tuple[list[Example], list[Example]]:
     """Return the queries that a run wins, and loses, most clearly against a baseline; largest difference first.
 
@@ -64,7 +65,6 @@ def won_and_lost(
         queries: texts by query id; without them the id stands for the text.
         passages: texts by passage id; read only for what is shown.
         count: at most so many of each.
-        top: passages shown of each ranking.
     """
     differences = per_query_differences(*evaluations, measure)
     ordered = sorted(differences, key=lambda query_id: -differences[query_id])
@@ -73,7 +73,7 @@ def won_and_lost(
 
     def example(query_id: str) -> Example:
         baseline, other = (
-            _top(evaluation, run, query_id, measure, qrels[query_id], passages or {}, top)
+            _top(evaluation, run, query_id, measure, qrels[query_id], passages or {})
             for evaluation, run in zip(evaluations, runs, strict=True)
         )
         query = (queries or {}).get(query_id, Query(query_id, query_id))
@@ -89,13 +89,12 @@ def _top(
     measure: str,
     grades: Mapping[str, int],
     passages: Mapping[str, Passage],
-    top: int,
 ) -> Top:
     hits = run.get(query_id, Ranking(query_id, ())).hits
     least = least_relevant(measure)
     relevant = (rank for rank, hit in enumerate(hits, start=1) if grades.get(hit.passage_id, 0) >= least)
     shown = []
-    for rank, hit in enumerate(hits[:top], start=1):
+    for rank, hit in enumerate(hits[:_SHOWN], start=1):
         passage = passages.get(hit.passage_id, Passage(hit.passage_id, ""))
         grade = grades.get(hit.passage_id, 0)
         text = passage.title, passage.text

@@ -10,11 +10,10 @@ from qpeft.analysis.pages import render
 from qpeft.analysis.pieces import words
 from qpeft.evaluation.tables import number
 
-LISTED = 10
-"""Words named under a passage."""
 OPEN = 3
 """Passages of a query that are unfolded at first."""
 _FAINT = 0.04  # of the largest; less cannot be seen
+_READ = 4  # passage tokens named for a query token
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,6 @@ def explanation_page(items: Sequence[tuple[str, Sequence[Explanation]]], title: 
         shades=_shades,
         reading=_reading,
         most_read=most_read,
-        listed=LISTED,
         open=OPEN,
     )
 
@@ -92,7 +90,7 @@ def _shade(token: PassageToken, top: float) -> Shade:
     return Shade(blank, text, strength, token.chosen, hover, token.of_template)
 
 
-def _reading(explanation: Explanation, count: int = 4) -> list[tuple[str, list[tuple[str, float]]]]:
+def _reading(explanation: Explanation) -> list[tuple[str, list[tuple[str, float]]]]:
     """Return, for each query token, the passage tokens that it attends to most, with their shares of 1."""
     if explanation.attention is None:
         return []
@@ -100,6 +98,6 @@ def _reading(explanation: Explanation, count: int = 4) -> list[tuple[str, list[t
     listed = words([token.text for token in explanation.tokens])
     found = []
     for word, shares in zip(words(own), explanation.attention, strict=True):
-        best = sorted(range(len(shares)), key=lambda place: -shares[place])[:count]
+        best = sorted(range(len(shares)), key=lambda place: -shares[place])[:_READ]
         found.append((word, [(listed[place], shares[place]) for place in best if shares[place] >= 0.01]))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import jinja2
@@ -12,7 +13,7 @@ def render(template: str, context: dict[str, Any], **names: Any) -> str:
 
     Args:
         template: its file.
-        context: what it shows.
+        context: what it shows; `title` is its heading.
         names: functions and constants that its macros use as well.
     """
     environment = jinja2.Environment(
@@ -22,5 +23,9 @@ def render(template: str, context: dict[str, Any], **names: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= names
+    environment.globals |= {"as_text": _as_text, **names}
     return environment.get_template(template).render(context)
+
+
+def _as_text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2, default=str)

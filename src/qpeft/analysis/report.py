@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,7 +37,6 @@ def write_comparison_report(
     costs: Mapping[str, Cost] | None = None,
     test: Test = "t",
     alpha: float = 0.05,
-    examples: int = 5,
     title: str = "Comparison of runs",
 ) -> None:
     """Write the report; a file that stands there is replaced only once the new one is complete.
@@ -55,7 +53,6 @@ def write_comparison_report(
         costs: by tag of the run.
         test: whose p-values to show and to mark by.
         alpha: level of the marks.
-        examples: queries shown as won, and as lost, per run.
         title: heading of the page.
 
     Raises:
@@ -75,8 +72,8 @@ def write_comparison_report(
         "differences": comparison_table(comparisons, test=test, alpha=alpha) if comparisons else None,
         "curves": _curves([by_tag[each.run] for each in evaluations], qrels, evaluations[0].measures[0]),
         "series": [(each.run, *SERIES[index % len(SERIES)]) for index, each in enumerate(evaluations)],
-        "pairs": _pairs(evaluations, comparisons, by_tag, qrels, queries, passages, examples),
-        "provenance": [(key, _shown(value)) for key, value in (provenance or {}).items()],
+        "pairs": _pairs(evaluations, comparisons, by_tag, qrels, queries, passages),
+        "made": provenance or {},
     }
     page = render("report.html", context, number=number)
     with write_text(path) as file:
@@ -151,7 +148,6 @@ def _pairs(
     qrels: Qrels,
     queries: Mapping[str, Query] | None,
     passages: Mapping[str, Passage] | None,
-    count: int,
 ) -> list[dict[str, Any]]:
     by_tag = {each.run: each for each in evaluations}
     measure = evaluations[0].measures[0]
@@ -159,19 +155,8 @@ def _pairs(
     pairs = []
     for index, each in enumerate(shown):
         both = by_tag[each.baseline], by_tag[each.run]
-        won, lost = won_and_lost(
-            both,
-            (runs[each.baseline], runs[each.run]),
-            qrels,
-            measure,
-            queries=queries,
-            passages=passages,
-            count=count,
-        )
+        both_runs = runs[each.baseline], runs[each.run]
+        won, lost = won_and_lost(both, both_runs, qrels, measure, queries=queries, passages=passages)
         bars = difference_bars(list(per_query_differences(*both, measure).values()), measure, f"bars{index}")
         pairs.append({"comparison": each, "bars": bars, "won": won, "lost": lost})
     return pairs
-
-
-def _shown(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2, default=str)

@@ -14,6 +14,7 @@ from qpeft.analysis.study_figures import Drawn, write_figures
 from qpeft.analysis.study_intervals import Interval, is_clear
 from qpeft.atomic import make_folder
 from qpeft.data.files import write_text
+from qpeft.evaluation.table_formats import markdown_table
 from qpeft.evaluation.tables import Cell, Table, interval, number
 
 TITLES = {
@@ -45,11 +46,8 @@ def write_study(study: Study, folder: Path) -> None:
 
 def summary(study: Study) -> str:
     """Return what was found as Markdown: sentences, then the table."""
-    lines = [f"# {TITLES[study.study]}", "", f"{what(study)}", "", *(f"* {each}" for each in sentences(study)), ""]
-    lines += [f"| {' | '.join(table(study).header)} |", f"|{'---|' * len(table(study).header)}"]
-    lines += [f"| {' | '.join(cell.text for cell in row)} |" for row in table(study).rows]
-    lines += ["", *table(study).notes, ""]
-    return "\n".join(lines)
+    found = "\n".join(f"* {each}" for each in sentences(study))
+    return "\n\n".join([f"# {TITLES[study.study]}", what(study), found, markdown_table(table(study))])
 
 
 def page(study: Study, drawn: Sequence[Drawn]) -> str:
@@ -59,12 +57,9 @@ def page(study: Study, drawn: Sequence[Drawn]) -> str:
         "what": what(study),
         "sentences": list(sentences(study)),
         "figures": drawn,
-        "table": table(study),
+        "findings": table(study),
         "adapters": adapters_table(study),
-        "provenance": [
-            (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2))
-            for key, value in study.made.items()
-        ],
+        "made": study.made,
     }
     return render("study.html", context)
 

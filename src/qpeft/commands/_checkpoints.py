@@ -9,11 +9,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from qpeft.atomic import make_folder
 from qpeft.commands._claim import claimed
 from qpeft.commands._output import check_adapter_folder
 from qpeft.commands._same_work import as_kept, check_same
+from qpeft.data.records import write_json
 from qpeft.errors import StateError
-from qpeft.provenance import write_json
 from qpeft.training.processes import processes
 
 BEGUN = "begun.json"
@@ -46,7 +47,7 @@ def claim(checkpoints: Path, mark: dict[str, Any]) -> Iterator[None]:
     if not processes().first:
         yield
         return
-    _make(checkpoints)
+    make_folder(checkpoints)
     with claimed(checkpoints):
         leave_mark(checkpoints, mark, read_mark(checkpoints) if any(checkpoints.glob("checkpoint-*")) else {})
         yield
@@ -56,11 +57,8 @@ def leave_mark(folder: Path, mark: dict[str, Any], begun: dict[str, Any]) -> Non
     """Leave a mark beside what a training writes, or compare with the one that is there."""
     if begun:
         check_same(folder, begun, mark)
-    _make(folder)
-    try:
-        write_json(folder / BEGUN, as_kept(mark))
-    except OSError as error:
-        raise StateError(f"{folder} cannot be written: {error}") from error
+    make_folder(folder)
+    write_json(folder / BEGUN, as_kept(mark))
 
 
 def clear(checkpoints: Path) -> None:
@@ -70,10 +68,3 @@ def clear(checkpoints: Path) -> None:
     with suppress(OSError):
         (checkpoints / BEGUN).unlink(missing_ok=True)
         checkpoints.rmdir()
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StateError(f"{folder} cannot be written: {error}") from error

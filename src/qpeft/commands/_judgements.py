@@ -1,8 +1,9 @@
-"""What `evaluate` and `compare` share: runs, what they cost, judgements."""
+"""What `evaluate` and `compare` share: options, runs, what they cost, judgements."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -10,13 +11,40 @@ from qpeft.commands._run_provenance import read_run_provenance
 from qpeft.data.collection import Collection, open_collection
 from qpeft.data.trec import read_run
 from qpeft.errors import FormatError, InputError, OptionError
-from qpeft.evaluation.answers import has_answer
-from qpeft.evaluation.candidate_measures import judge
+from qpeft.evaluation.answers import has_answer, judge
 from qpeft.evaluation.cost import Cost
+from qpeft.evaluation.table_formats import Format
 from qpeft.provenance import provenance_path
 from qpeft.types import Qrels, Run
 
 Labels = Literal["qrels", "answers"]
+
+
+@dataclass(frozen=True)
+class Judging:
+    """Judgements."""
+
+    collection: str
+    """A BEIR folder, mini (embedded), or ir_datasets:ID."""
+    split: str = "test"
+    """Whose judgements."""
+    measures: str = "nDCG@10 RR@10 R@10"
+    """Separated by spaces; the first one is drawn in the report of compare."""
+    labels: Labels = "qrels"
+    """Judge by the collection's qrels, or by whether a passage contains an answer string (DPR's rule); of passages,
+    those of all given runs are judged: recall and nDCG depend on all of them, RR, Success, CandR and CandHit do not."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Table."""
+
+    format: Format = "text"
+    """How it is printed."""
+    digits: int = 4
+    """Decimals."""
+    cost: bool = False
+    """Also show what the runs cost, where the provenance beside them says so; RPP is that of the first measure."""
 
 
 def read_runs(paths: Sequence[str]) -> list[Run]:

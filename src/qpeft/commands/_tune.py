@@ -37,18 +37,18 @@ def tune(config: ModelConfig, rows_of: Callable[[Any], Sequence[Row]]) -> None:
     key = tuning_key_of(config, device)
     write_tuning(key, None)  # so that the default is what it would be without
     timer = _Timer(config, rows_of)
-    default = best = timer.default()
+    default = best = timer.default
     times: dict[Tuning, float] = {}
     fields = list(dataclasses.fields(Tuning))
     with progress_bar("tune", len(fields) + 1, unit="settings") as bar:
         for field in fields:
             for value in _choices(field.name, default, config, device):
                 trial = dataclasses.replace(best, **{field.name: value})
-                seconds = timer.seconds(trial, ROUNDS)
+                seconds = timer.seconds(trial)
                 if seconds is not None:
                     times[trial] = seconds
             if best not in times:
-                times[best] = timer.seconds(best, ROUNDS) or float("inf")
+                times[best] = timer.seconds(best) or float("inf")
             best = min(times, key=lambda trial: times[trial])
             bar.advance()
         won, before = timer.duel(best, default)
@@ -73,7 +73,7 @@ class _Timer:
         self._open(config)
         self._kernel = self._lm.attention_kernel
         self._rows = list(rows_of(self._lm))
-        self._default = Tuning(
+        self.default = Tuning(
             self._lm.dtype,
             self._kernel,
             self._lm.batch_tokens,
@@ -84,9 +84,6 @@ class _Timer:
     @property
     def pairs(self) -> int:
         return len(self._rows)
-
-    def default(self) -> Tuning:
-        return self._default
 
     def _open(self, config: ModelConfig) -> None:
         self._lm: Any = None  # two of them may not fit
@@ -114,12 +111,12 @@ class _Timer:
             torch.set_num_threads(trial.threads)
         return True
 
-    def seconds(self, trial: Tuning, rounds: int) -> float | None:
+    def seconds(self, trial: Tuning) -> float | None:
         """Return the median time of all rows, or None where the model cannot be run so."""
         if not self._set(trial):
             return None
         try:
-            times = [self._round() for _ in range(rounds + 1)]
+            times = [self._round() for _ in range(ROUNDS + 1)]
         except (NotImplementedError, ValueError, RuntimeError, ModelError, OptionError):
             return None
         return statistics.median(times[1:])

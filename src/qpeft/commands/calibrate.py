@@ -20,7 +20,7 @@ from typing import Any, get_args
 from qpeft import methods
 from qpeft.commands._output import check_output
 from qpeft.commands._run_provenance import read_run_provenance, scored_depth
-from qpeft.data.collection import open_collection
+from qpeft.data.collection import identity, open_collection
 from qpeft.data.trec import read_run
 from qpeft.errors import AdapterError, InputError, OptionError, ScoreError
 from qpeft.evaluation.calibration import (
@@ -84,8 +84,8 @@ def run(config: Config) -> None:
     facts = _provenance(config.run)
     depth = scored_depth(config.run, facts)
     collection = open_collection(config.collection)
-    made_of, fingerprint = facts.get("collection") or {}, collection.fingerprint()
-    if made_of.get("fingerprint", fingerprint) != fingerprint:
+    made_of, judged = facts.get("collection") or {}, identity(collection, config.split)
+    if made_of.get("fingerprint", judged["fingerprint"]) != judged["fingerprint"]:
         raise InputError(
             f"{config.run} was made from collection {made_of.get('name')!r}, which is not {collection.name!r}"
         )
@@ -100,7 +100,7 @@ def run(config: Config) -> None:
     predicted = _predicted(pairs, fold)
     chosen = predicted[_name(config.method, config.centre)]
     kept = [keep(threshold, chosen, pairs, fold) for threshold in THRESHOLDS]
-    on = _fitted_on(config, facts, collection.name, fingerprint, pairs)
+    on = _fitted_on(config, facts, judged, pairs)
     validation = _validation(config, pairs, predicted, kept)
     calibration = Calibration(fitted, origin, config.centre, on, validation)
     print(_report(calibration, kept))
@@ -167,11 +167,11 @@ def _predicted(pairs: JudgedPairs, fold: Groups) -> dict[str, Values]:
 
 
 def _fitted_on(
-    config: Config, facts: Mapping[str, Any], collection: str, fingerprint: str, pairs: JudgedPairs
+    config: Config, facts: Mapping[str, Any], collection: Mapping[str, str], pairs: JudgedPairs
 ) -> dict[str, Any]:
     return {
         "command": facts.get("command"),
-        "collection": {"name": collection, "split": config.split, "fingerprint": fingerprint},
+        "collection": collection,
         "run": input_fingerprint(config.run),
         "queries": pairs.queries,
         "queries_with_relevant": pairs.answerable,

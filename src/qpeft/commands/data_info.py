@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 
 from qpeft.data.collection import open_collection
-from qpeft.data.convert import info
+from qpeft.data.info import info
 
 
 @dataclass(frozen=True)

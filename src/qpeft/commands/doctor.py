@@ -64,14 +64,13 @@ def run(config: Config, model: ModelConfig) -> None:
 
     import torch
 
-    from qpeft.loading import choose_device, choose_dtype, cpu_matmul_seconds, load_lm
+    from qpeft.loading import choose_device, choose_dtype, cpu_matmul_rate, load_lm
 
     device = choose_device(model.device)
     print(f"{'processor':22} {processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads")
     print(f"{'device':22} {torch.cuda.get_device_name(device) if device.type == 'cuda' else device}")
     for dtype in (torch.float32, torch.bfloat16) if device.type == "cpu" else ():
-        rate = 2 * 1024 * 384 * 1536 / cpu_matmul_seconds(dtype) / 1e9
-        print(f"{'matrix products':22} {rate:,.0f} GFLOP/s in {dtype}")
+        print(f"{'matrix products':22} {cpu_matmul_rate(dtype) / 1e9:,.0f} GFLOP/s in {dtype}")
     print(f"{'dtype auto':22} {choose_dtype(device)}")
 
     pairs = _pairs()

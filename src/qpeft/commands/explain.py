@@ -21,12 +21,13 @@ from rich.text import Text
 from qpeft import methods
 from qpeft.analysis.pieces import words
 from qpeft.commands._output import check_output
+from qpeft.commands._passages import titled_passages
 from qpeft.data.files import write_text
 from qpeft.errors import OptionError
 from qpeft.evaluation.tables import number
 from qpeft.methods import query_likelihood
 from qpeft.model_config import ModelConfig
-from qpeft.types import Passage, Query
+from qpeft.types import Query
 
 if TYPE_CHECKING:  # so that options can be listed without importing torch
     from qpeft.analysis.explain import Explanation
@@ -60,8 +61,7 @@ class Config:
 
 def run(config: Config, model: ModelConfig) -> None:
     """Explain and print; write a page where asked to."""
-    if config.title and len(config.title) != len(config.passage):
-        raise OptionError(f"{len(config.passage)} passages but {len(config.title)} titles")
+    passages = titled_passages(config.passage, config.title)
     if config.html is not None:
         check_output(config.html, option="--html")
     from qpeft.analysis.explain import explain
@@ -73,11 +73,10 @@ def run(config: Config, model: ModelConfig) -> None:
     options = query_likelihood.Config(
         template=config.template, adapter=config.adapter, max_passage_tokens=config.max_passage_tokens
     )
-    titles = config.title or ("",) * len(config.passage)
     explanations = explain(
         query_likelihood.build_scorer(options, load_lm(model)),
         Query("query", config.query),
-        [Passage(str(i), text, title) for i, (title, text) in enumerate(zip(titles, config.passage, strict=True))],
+        passages,
         attention=config.attention,
     )
     if config.json:

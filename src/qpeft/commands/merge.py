@@ -17,10 +17,10 @@ from typing import Any
 
 from qpeft.atomic import replacing_folder
 from qpeft.commands._output import check_replaced
-from qpeft.data.records import read_json
+from qpeft.data.records import read_json, write_json
 from qpeft.errors import InputError, StateError
 from qpeft.model_config import ModelConfig
-from qpeft.provenance import provenance, write_json
+from qpeft.provenance import provenance
 
 PROVENANCE, TEMPLATE = "provenance.json", "template.yaml"
 

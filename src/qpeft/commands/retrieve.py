@@ -13,14 +13,19 @@ from typing import Any
 from qpeft.commands._output import check_output
 from qpeft.commands._peek import peek
 from qpeft.commands._progress import progress_bar
-from qpeft.data.collection import Collection, open_collection
+from qpeft.data.collection import Collection, identity, open_collection
 from qpeft.data.trec import check_ids, write_run
 from qpeft.errors import OptionError, at_least, nearest
 from qpeft.provenance import provenance, write_provenance
+from qpeft.retrieval import bm25, dense
 from qpeft.retrieval._index_folder import is_index_of
 from qpeft.types import Ranking, Run
 
-FIRST_STAGES = ("bm25", "dense")
+FIRST_STAGES: dict[str, tuple[type[Any], type[Any]]] = {
+    "bm25": (bm25.Config, bm25.BM25),
+    "dense": (dense.Config, dense.Dense),
+}
+"""Options and index of each."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,10 @@ class Config:
 
 def configs(arguments: Sequence[str]) -> tuple[type[Any], ...]:
     """Return this command's options and those of the first stage."""
-    return Config, _module(peek(arguments, "first-stage", Config.first_stage)).Config
+    name = peek(arguments, "first-stage", Config.first_stage)
+    if name not in FIRST_STAGES:
+        raise OptionError(f"unknown first stage {name!r}{nearest(name, FIRST_STAGES)}")
+    return Config, FIRST_STAGES[name][0]
 
 
 def run(config: Config, stage: Any) -> None:
@@ -52,8 +60,8 @@ def run(config: Config, stage: Any) -> None:
     at_least(1, depth=config.depth)
     collection = open_collection(config.collection)
     queries = list(collection.queries(config.split).values())
-    fingerprint = collection.fingerprint()
-    index = _index(config, stage, collection, fingerprint)
+    searched = identity(collection, config.split)
+    index = _index(config, stage, collection, searched["fingerprint"])
     started = time.perf_counter()
     rankings: list[Ranking] = []
     with progress_bar(config.first_stage, len(queries)) as bar:
@@ -66,7 +74,7 @@ def run(config: Config, stage: Any) -> None:
     facts = {
         "command": "retrieve",
         "options": dataclasses.asdict(config) | dataclasses.asdict(stage),
-        "collection": {"name": collection.name, "split": config.split, "fingerprint": fingerprint},
+        "collection": searched,
         "queries": len(rankings),
         "seconds": round(time.perf_counter() - started, 3),
     }
@@ -76,25 +84,10 @@ def run(config: Config, stage: Any) -> None:
     print(f"{output}: {len(rankings)} queries{note}", file=sys.stderr)
 
 
-def _module(name: str) -> Any:
-    if name not in FIRST_STAGES:
-        raise OptionError(f"unknown first stage {name!r}{nearest(name, FIRST_STAGES)}")
-    if name == "bm25":
-        from qpeft.retrieval import bm25
-
-        return bm25
-    from qpeft.retrieval import dense
-
-    return dense
-
-
 def _index(config: Config, stage: Any, collection: Collection, fingerprint: str) -> Any:
-    module = _module(config.first_stage)
-    kind = module.BM25 if config.first_stage == "bm25" else module.Dense
+    _, kind = FIRST_STAGES[config.first_stage]
     made_from = {"first_stage": config.first_stage, "collection": fingerprint, "written": collection.written()}
-    made_from |= dataclasses.asdict(stage)
-    if config.first_stage == "dense":
-        made_from["encoder_sha256"] = module.encoder_fingerprint(stage)
+    made_from |= stage.made_of()
     folder = Path(config.index) if config.index else None
     if folder is not None and is_index_of(folder, made_from):
         return kind.load(folder)

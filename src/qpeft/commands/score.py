@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qpeft import methods
+from qpeft.commands._passages import titled_passages
 from qpeft.commands._peek import peek_method
 from qpeft.data.records import Record, parse_record
 from qpeft.errors import OptionError
@@ -49,15 +50,15 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
         raise OptionError("--query needs at least one --passage")
     if config.query is None and (config.passage or config.title):
         raise OptionError("--passage and --title need a --query")
-    if config.title and len(config.title) != len(config.passage):
-        raise OptionError(f"{len(config.passage)} passages but {len(config.title)} titles")
+    passages = titled_passages(config.passage, config.title)
     from qpeft.loading import load_lm
 
     name = methods.chosen(config.method, getattr(method, "adapter", None))
-    items = _from_options(config) if config.query is not None else _from_input()
     reranker = methods.load(name).build(method, load_lm(model))
-    for query, passages in items:
-        candidates = Candidates(query, tuple(Passage(str(i), text, title) for i, (title, text) in enumerate(passages)))
+    items: Iterable[Candidates] = _from_input()
+    if config.query is not None:
+        items = [Candidates(Query("query", config.query), passages)]
+    for candidates in items:
         (ranking,) = reranker.rerank([candidates])
         placed = {int(hit.passage_id): (rank, hit.score) for rank, hit in enumerate(ranking.by_position(), start=1)}
         for index, passage in enumerate(candidates.passages):
@@ -68,20 +69,15 @@ def run(config: Config, model: ModelConfig, method: Any) -> None:
             print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
-def _from_options(config: Config) -> Iterator[tuple[Query, list[tuple[str, str]]]]:
-    assert config.query is not None
-    titles = config.title or ("",) * len(config.passage)
-    yield Query("query", config.query), list(zip(titles, config.passage, strict=True))
-
-
-def _from_input() -> Iterator[tuple[Query, list[tuple[str, str]]]]:
+def _from_input() -> Iterator[Candidates]:
     for number, line in enumerate(sys.stdin.buffer, start=1):
         if not line.strip():
             continue
         record = parse_record(line, "standard input", number)
         # The id stands in messages, and says which line is meant.
         query = Query(f"line {number}", record.text("query"))
-        yield query, [(each.text("title", default=""), each.text("text")) for each in _passages(record)]
+        given = enumerate(_passages(record))
+        yield Candidates(query, tuple(Passage(str(i), p.text("text"), p.text("title", default="")) for i, p in given))
 
 
 def _passages(record: Record) -> list[Record]:

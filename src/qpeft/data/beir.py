@@ -132,7 +132,7 @@ def write_beir(
         write_json_lines(map(_passage_fields, passages), temporary / "corpus.jsonl")
         write_json_lines(map(_query_fields, queries), temporary / "queries.jsonl")
         for split, judgements in qrels.items():
-            write_qrels(judgements, temporary / "qrels" / f"{split}.tsv", layout="beir")
+            write_qrels(judgements, temporary / "qrels" / f"{split}.tsv")
         if candidates is not None:
             write_run(candidates, temporary / "candidates.trec")
 

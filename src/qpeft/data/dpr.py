@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qpeft.data.files import StrPath, open_text
-from qpeft.data.records import PASSAGE_ID, PASSAGE_TEXT, QUERY_ID, Record, content_id, read_json
+from qpeft.data.records import PASSAGE_ID, PASSAGE_TEXT, QUERY_ID, Record, read_json
 from qpeft.errors import FormatError
 from qpeft.types import Candidates, Group, Passage, Query
 
+_TRAINING_ID = ("passage_id", "psg_id", "id")
 _WRAPPER = re.compile(r"^\s*\[CLS\]\s*|\s*\[SEP\].*$", re.DOTALL)
 
 
@@ -65,7 +66,7 @@ def read_dpr_training(path: StrPath) -> list[Group]:
     groups = []
     for query_id, record in _questions(path):
         positives, hard, others = (
-            tuple(_with_id(child) for child in record.children(name))
+            tuple(child.passage(_TRAINING_ID, hashed=True) for child in record.children(name))
             for name in ("positive_ctxs", "hard_negative_ctxs", "negative_ctxs")
         )
         if positives:
@@ -115,19 +116,9 @@ def _retrieved(record: Record, query_id: str, evidence: Mapping[str, Passage]) -
     if not record.has("ctxs", "contexts"):
         raise record.error("no 'ctxs' or 'contexts'")
     contexts = record.children("ctxs", "contexts")
-    passages = tuple(_passage(context, evidence) for context in contexts)
-    if len({passage.id for passage in passages}) < len(passages):
-        raise record.error("a passage occurs twice")
-    scores = tuple(context.score(quoted=True) for context in _all_or_none(record, contexts, "score"))
-    labels = tuple(_label(context) for context in _all_or_none(record, contexts, "has_answer"))
-    return LabelledCandidates(Candidates(_query(record, query_id), passages, scores), labels)
-
-
-def _all_or_none(record: Record, contexts: list[Record], name: str) -> list[Record]:
-    having = [context for context in contexts if context.has(name)]
-    if having and len(having) < len(contexts):
-        raise record.error(f"{len(having)} of {len(contexts)} passages have a {name!r}")
-    return having
+    passages = [_passage(context, evidence) for context in contexts]
+    candidates = record.candidates(_query(record, query_id), passages, contexts, quoted=True)
+    return LabelledCandidates(candidates, tuple(map(_label, record.all_or_none(contexts, "has_answer"))))
 
 
 def _passage(context: Record, evidence: Mapping[str, Passage]) -> Passage:
@@ -137,11 +128,6 @@ def _passage(context: Record, evidence: Mapping[str, Passage]) -> Passage:
     if passage is None:
         raise context.error(f"passage {context.id(*PASSAGE_ID)!r} has no text here and is not in the evidence")
     return passage
-
-
-def _with_id(context: Record) -> Passage:
-    text, title = context.text(*PASSAGE_TEXT), context.text("title", default="")
-    return Passage(context.id("passage_id", "psg_id", "id", default=content_id(title, text)), text, title)
 
 
 def _label(context: Record) -> bool:

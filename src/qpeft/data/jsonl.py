@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from qpeft.data.files import StrPath
 from qpeft.data.records import PASSAGE_ID, PASSAGE_TEXT, QUERY_ID, Record, content_id, json_lines
@@ -54,15 +53,10 @@ def read_requests(path: StrPath) -> Iterator[Candidates]:
         FormatError: a line is no request, a passage occurs twice in it, or only some passages have a score.
     """
     for record in json_lines(path):
-        query = record.child(record.get("query"), "query")
-        candidates = record.children("candidates")
-        passages = tuple(_requested(candidate) for candidate in candidates)
-        if len({passage.id for passage in passages}) < len(passages):
-            raise record.error("a passage occurs twice")
-        scores = tuple(candidate.score() for candidate in candidates if candidate.has("score"))
-        if len(scores) not in (0, len(passages)):
-            raise record.error(f"{len(scores)} of {len(passages)} passages have a 'score'")
-        yield Candidates(Query(query.id("qid", *QUERY_ID), query.text("text")), passages, scores)
+        asked = record.child(record.get("query"), "query")
+        query = Query(asked.id("qid", *QUERY_ID), asked.text("text"))
+        requested = record.children("candidates")
+        yield record.candidates(query, [_requested(each) for each in requested], requested)
 
 
 def _layout(record: Record) -> str:
@@ -81,13 +75,8 @@ def _query(record: Record) -> Query:
 
 
 def _passages(record: Record, names: tuple[str, ...]) -> tuple[Passage, ...]:
-    return tuple(_passage(record, value, f"{names[0]}[{i}]") for i, value in enumerate(record.items(*names)))
-
-
-def _passage(record: Record, value: Any, place: str) -> Passage:
-    child = record.described(value, place)
-    text, title = child.text(*PASSAGE_TEXT), child.text("title", default="")
-    return Passage(child.id(*PASSAGE_ID, default=content_id(title, text)), text, title)
+    given = [record.described(value, f"{names[0]}[{i}]") for i, value in enumerate(record.items(*names))]
+    return tuple(each.passage(hashed=True) for each in given)
 
 
 def _requested(candidate: Record) -> Passage:

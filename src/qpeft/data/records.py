@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qpeft.data.files import StrPath, numbered_lines, open_text, write_text
 from qpeft.errors import FormatError
-from qpeft.types import Passage, Query, whole
+from qpeft.types import Candidates, Passage, Query, whole
 
 PASSAGE_ID = ("_id", "id", "docid", "doc_id", "passage_id", "psg_id")
 QUERY_ID = ("_id", "id", "query_id", "qid")
@@ -147,13 +147,18 @@ class Record:
             raise self.error(f"score {value!r:.60} is not a finite number")
         return score
 
-    def passage(self) -> Passage:
+    def passage(self, ids: Sequence[str] = PASSAGE_ID, *, hashed: bool = False) -> Passage:
         """Read a passage: an id, a text, perhaps a title.
+
+        Args:
+            ids: names of the id; the first that is there counts.
+            hashed: a passage without an id gets a hash of its content.
 
         Raises:
             FormatError: a part is missing or of the wrong kind.
         """
-        return Passage(self.id(*PASSAGE_ID), self.text(*PASSAGE_TEXT), self.text("title", default=""))
+        text, title = self.text(*PASSAGE_TEXT), self.text("title", default="")
+        return Passage(self.id(*ids, default=content_id(title, text) if hashed else None), text, title)
 
     def query(self) -> Query:
         """Read a query: an id, a text, perhaps answers.
@@ -162,6 +167,36 @@ class Record:
             FormatError: a part is missing or of the wrong kind.
         """
         return Query(self.id(*QUERY_ID), self.text("text"), self.strings("answers"))
+
+    def candidates(
+        self, query: Query, passages: Sequence[Passage], found: Sequence[Record], *, quoted: bool = False
+    ) -> Candidates:
+        """Return the candidates of this object's query.
+
+        Args:
+            query: this object's.
+            passages: those of `found`.
+            found: objects inside this one, which may have scores.
+            quoted: scores may stand in quotes.
+
+        Raises:
+            FormatError: a passage occurs twice, a score is no finite number, or only some have one.
+        """
+        if len({passage.id for passage in passages}) < len(passages):
+            raise self.error("a passage occurs twice")
+        scores = tuple(each.score(quoted=quoted) for each in self.all_or_none(found, "score"))
+        return Candidates(query, tuple(passages), scores)
+
+    def all_or_none(self, passages: Sequence[Record], name: str) -> Sequence[Record]:
+        """Return the passages of this object if they have a field, nothing if they have not.
+
+        Raises:
+            FormatError: only some of them have it.
+        """
+        having = [each for each in passages if each.has(name)]
+        if having and len(having) < len(passages):
+            raise self.error(f"{len(having)} of {len(passages)} passages have a {name!r}")
+        return having
 
 
 def json_lines(path: StrPath) -> Iterator[Record]:
@@ -208,6 +243,16 @@ def read_json(path: StrPath) -> Any:
     with open_text(path) as file:
         text = file.read()
     return _parse(text, path, None)
+
+
+def write_json(path: StrPath, value: Any) -> None:
+    """Write a file that is one JSON value, over several lines.
+
+    Raises:
+        InputError: the file cannot be made.
+    """
+    with write_text(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _parse(text: str | bytes, path: StrPath, number: int | None) -> Any:

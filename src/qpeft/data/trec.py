@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -120,22 +120,19 @@ def iter_qrels(path: StrPath) -> Iterator[Judgement]:
         yield Judgement(number, columns[0], columns[-2], int(columns[-1]))
 
 
-def write_qrels(qrels: Qrels, path: StrPath, layout: Literal["trec", "beir"] = "trec") -> None:
-    """Write relevance judgements with TREC's four columns, or BEIR's three under a header.
+def write_qrels(qrels: Qrels, path: StrPath) -> None:
+    """Write relevance judgements with BEIR's three columns under a header.
 
     Raises:
         InputError: the file cannot be made, or an id is empty or holds white space, so that the line could not be read
             back.
     """
     with write_text(path) as file:
-        if layout == "beir":
-            file.write("query-id\tcorpus-id\tscore\n")
+        file.write("query-id\tcorpus-id\tscore\n")
         for query_id, grades in qrels.items():
             for passage_id, grade in grades.items():
                 _check_words(query_id, passage_id)
-                between = "\t" if layout == "beir" else " 0 "
-                after = "\t" if layout == "beir" else " "
-                file.write(f"{query_id}{between}{passage_id}{after}{grade}\n")
+                file.write(f"{query_id}\t{passage_id}\t{grade}\n")
 
 
 def fits_column(word: str) -> bool:

@@ -8,9 +8,11 @@ their case. Titles do not count. Unlike DPR's, an answer without any token match
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import regex
+
+from qpeft.types import Qrels, Run
 
 _TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 """DPR's own pattern."""
@@ -27,6 +29,29 @@ def has_answer(text: str, answers: Sequence[str]) -> bool:
     haystack = _joined(text)
     needles = map(_joined, answers)
     return any(len(needle) > 1 and needle in haystack for needle in needles)
+
+
+def judge(runs: Iterable[Run], label: Callable[[str, str], bool]) -> Qrels:
+    """Label every ranked passage, as the open-domain QA protocols do, and return the labels as qrels.
+
+    With `label` a test for the answer string (`has_answer`), this is the Q-PEFT protocol: hand the result to
+    `evaluate` in place of the collection's qrels. A passage that several runs rank is labelled once.
+
+    Args:
+        runs: the first-stage run alone is enough where the others rerank its candidates.
+        label: (query id, passage id) → whether the passage is relevant.
+
+    Returns:
+        Grade 1 or 0 for each candidate. A query that no run ranks is not in it, and would not be counted.
+    """
+    grades: dict[str, dict[str, int]] = {}
+    for run in runs:
+        for query_id, ranking in run.items():
+            of_query = grades.setdefault(query_id, {})
+            for hit in ranking.hits:
+                if hit.passage_id not in of_query:
+                    of_query[hit.passage_id] = int(label(query_id, hit.passage_id))
+    return grades
 
 
 def _joined(text: str) -> str:

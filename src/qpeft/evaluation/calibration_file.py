@@ -6,15 +6,14 @@ A calibration says nothing of another model, template or adapter, so these are c
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from qpeft.data.files import StrPath, write_text
-from qpeft.data.records import read_json
+from qpeft.data.files import StrPath
+from qpeft.data.records import read_json, write_json
 from qpeft.errors import FormatError, InputError, ScoreError
 from qpeft.evaluation.calibration import Isotonic, Platt
 from qpeft.types import UNREADABLE
@@ -152,8 +151,7 @@ def write_calibration(calibration: Calibration, path: StrPath) -> None:
         "fitted_on": dict(calibration.fitted_on),
         "validation": dict(calibration.validation),
     }
-    with write_text(path) as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_json(path, content)
 
 
 def read_calibration(path: StrPath) -> Calibration:

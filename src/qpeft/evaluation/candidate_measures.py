@@ -4,7 +4,7 @@ They ask how well a given list was reordered, not how good the list is: the deno
 relevant passages among the candidates, not in the collection. "The candidates" are the passages that a run ranks for
 the query, or the first `depth` of them, where only these were reranked.
 
-With y_1 … y_n the relevance labels in ranked order and R = Σ y (Q-PEFT's public code; METHODS.md A.10):
+With y_1 … y_n the relevance labels in ranked order and R = Σ y (arXiv 2404.04522, and Q-PEFT's public code):
 
     CandR@k   = Σ_{i≤k} y_i / R
     CandHit@k = 1 if Σ_{i≤k} y_i ≥ 1 else 0
@@ -14,12 +14,10 @@ A query with R = 0 counts as 0 (the *full* variant), or is left out of the mean 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import ir_measures
-
-from qpeft.types import Qrels, Run
 
 _ParamInfo: Any = ir_measures.ParamInfo  # the library does not annotate its constructor
 
@@ -83,26 +81,3 @@ class CandHitClean(CandidateMeasure):
 CANDIDATE_MEASURES: dict[str, type[CandidateMeasure]] = {
     str(measure.NAME): measure for measure in (CandR, CandHit, CandRClean, CandHitClean)
 }
-
-
-def judge(runs: Iterable[Run], label: Callable[[str, str], bool]) -> Qrels:
-    """Label every ranked passage, as the open-domain QA protocols do, and return the labels as qrels.
-
-    With `label` a test for the answer string (`has_answer`), this is the Q-PEFT protocol: hand the result to
-    `evaluate` in place of the collection's qrels. A passage that several runs rank is labelled once.
-
-    Args:
-        runs: the first-stage run alone is enough where the others rerank its candidates.
-        label: (query id, passage id) → whether the passage is relevant.
-
-    Returns:
-        Grade 1 or 0 for each candidate. A query that no run ranks is not in it, and would not be counted.
-    """
-    grades: dict[str, dict[str, int]] = {}
-    for run in runs:
-        for query_id, ranking in run.items():
-            of_query = grades.setdefault(query_id, {})
-            for hit in ranking.hits:
-                if hit.passage_id not in of_query:
-                    of_query[hit.passage_id] = int(label(query_id, hit.passage_id))
-    return grades

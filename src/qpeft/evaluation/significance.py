@@ -23,12 +23,14 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from qpeft.errors import OptionError
+from qpeft.errors import OptionError, at_least
 from qpeft.evaluation.measures import Evaluation
 
 Test = Literal["t", "wilcoxon", "permutation"]
 Floats = npt.NDArray[np.float64]
 
+CONFIDENCE = 0.95
+"""Coverage of the intervals."""
 TIE = 1e-9
 """Values closer than this are equal: two orders of one set of gains may differ by rounding."""
 
@@ -45,8 +47,7 @@ class Comparison:
         baseline_mean: mean of the baseline over these queries; None over no query, as below.
         mean: mean of the run over these queries.
         difference: `mean` − `baseline_mean`.
-        interval: bootstrap percentile interval of `difference`; None for fewer than two queries.
-        confidence: coverage of the interval.
+        interval: bootstrap percentile interval of `difference`, 95 %; None for fewer than two queries.
         wins: queries on which the run is better than the baseline.
         ties: queries on which they are equal within 1e-9.
         losses: queries on which the run is worse.
@@ -62,7 +63,6 @@ class Comparison:
     mean: float | None
     difference: float | None
     interval: tuple[float, float] | None
-    confidence: float
     wins: int
     ties: int
     losses: int
@@ -76,12 +76,7 @@ class Comparison:
 
 
 def compare(
-    baseline: Evaluation,
-    others: Iterable[Evaluation],
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
-    confidence: float = 0.95,
+    baseline: Evaluation, others: Iterable[Evaluation], *, resamples: int = 10_000, seed: int = 0
 ) -> list[Comparison]:
     """Compare runs with one baseline on every measure that both have.
 
@@ -90,19 +85,17 @@ def compare(
         others: the runs; evaluated on the same queries.
         resamples: number of sign flips and of bootstrap samples.
         seed: of both; a comparison does not depend on what else is compared, but for Holm's correction.
-        confidence: coverage of the interval.
 
     Raises:
-        OptionError: two runs with one tag, other queries than the baseline's, or no measure in common.
+        OptionError: fewer than one resample, two runs with one tag, other queries than the baseline's, or no measure in
+            common.
     """
-    return _compare([(baseline, other) for other in others], resamples, seed, confidence)
+    return _compare([(baseline, other) for other in others], resamples, seed)
 
 
-def compare_all_pairs(
-    evaluations: Sequence[Evaluation], *, resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
-) -> list[Comparison]:
+def compare_all_pairs(evaluations: Sequence[Evaluation], *, resamples: int = 10_000, seed: int = 0) -> list[Comparison]:
     """Compare each run with each one before it; see `compare`."""
-    return _compare(list(itertools.combinations(evaluations, 2)), resamples, seed, confidence)
+    return _compare(list(itertools.combinations(evaluations, 2)), resamples, seed)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
@@ -154,10 +147,8 @@ def permutation(differences: Floats, *, resamples: int = 10_000, seed: int = 0) 
     return (1 + beyond) / (1 + resamples)
 
 
-def bootstrap_interval(
-    values: Floats, *, resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
-) -> tuple[float, float] | None:
-    """Percentile interval of the mean over queries drawn with replacement; None for fewer than two queries."""
+def bootstrap_interval(values: Floats, *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float] | None:
+    """95 % percentile interval of the mean over queries drawn with replacement; None for fewer than two queries."""
     if values.size < 2:
         return None
     found = stats.bootstrap(
@@ -165,20 +156,17 @@ def bootstrap_interval(
         np.mean,
         n_resamples=resamples,
         batch=1000,
-        confidence_level=confidence,
+        confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(found.low), float(found.high)
 
 
-def _compare(
-    pairs: Sequence[tuple[Evaluation, Evaluation]], resamples: int, seed: int, confidence: float
-) -> list[Comparison]:
-    if resamples < 1 or not 0 < confidence < 1:
-        raise OptionError(f"resamples ({resamples}) must be at least 1 and confidence ({confidence}) between 0 and 1")
+def _compare(pairs: Sequence[tuple[Evaluation, Evaluation]], resamples: int, seed: int) -> list[Comparison]:
+    at_least(1, resamples=resamples)
     comparisons = [
-        _comparison(baseline, other, measure, resamples, seed, confidence)
+        _comparison(baseline, other, measure, resamples, seed)
         for baseline, other in pairs
         for measure in _common_measures(baseline, other)
     ]
@@ -203,9 +191,7 @@ def _common_measures(baseline: Evaluation, other: Evaluation) -> list[str]:
     return measures
 
 
-def _comparison(
-    baseline: Evaluation, other: Evaluation, measure: str, resamples: int, seed: int, confidence: float
-) -> Comparison:
+def _comparison(baseline: Evaluation, other: Evaluation, measure: str, resamples: int, seed: int) -> Comparison:
     differences = per_query_differences(baseline, other, measure)
     shared = list(differences)
     d = np.array(list(differences.values()), dtype=np.float64)
@@ -222,8 +208,7 @@ def _comparison(
         baseline_mean=_mean([baseline.per_query[measure][query_id] for query_id in shared]),
         mean=_mean([other.per_query[measure][query_id] for query_id in shared]),
         difference=_mean(list(differences.values())),
-        interval=bootstrap_interval(d, resamples=resamples, seed=seed, confidence=confidence),
-        confidence=confidence,
+        interval=bootstrap_interval(d, resamples=resamples, seed=seed),
         wins=int(np.count_nonzero(d > 0)),
         ties=int(np.count_nonzero(d == 0)),
         losses=int(np.count_nonzero(d < 0)),

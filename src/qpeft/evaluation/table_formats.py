@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from qpeft.errors import OptionError, nearest
 from qpeft.evaluation.cost import Cost
 from qpeft.evaluation.measures import Evaluation
-from qpeft.evaluation.significance import Comparison, Test
+from qpeft.evaluation.significance import CONFIDENCE, Comparison, Test
 from qpeft.evaluation.tables import BETTER, WORSE, Cell, Table, comparison_table, cost_table, measure_table
 
 Format = Literal["text", "markdown", "latex", "csv", "json"]
@@ -61,7 +61,7 @@ def render(
         return _comparisons_csv(comparisons) if comparisons else _evaluations_csv(evaluations, costs)
     if format == "json":
         return _json(evaluations, comparisons, test, alpha, costs)
-    writers = {"text": text_table, "markdown": _markdown, "latex": _latex}
+    writers = {"text": text_table, "markdown": markdown_table, "latex": _latex}
     if format not in writers:
         raise OptionError(f"format {format!r} is not known{nearest(format, get_args(Format))}")
     tables = [measure_table(evaluations, comparisons, test=test, alpha=alpha, digits=digits)]
@@ -97,7 +97,9 @@ def text_table(table: Table) -> str:
     return "\n".join([aligned[0], rule, *aligned[1:], *table.notes, ""])
 
 
-def _markdown(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """Return a table as Markdown."""
+
     def cell(entry: Cell) -> str:
         text = entry.text.replace("\\", "\\\\").replace("|", "\\|")
         return (f"**{text}**" if entry.best else text) + entry.mark
@@ -159,6 +161,7 @@ def _comparisons_csv(comparisons: Sequence[Comparison]) -> str:
     for each in comparisons:
         row: dict[str, Any] = asdict(each)
         row["interval_low"], row["interval_high"] = row.pop("interval") or (None, None)
+        row["confidence"] = CONFIDENCE
         row |= {f"p_{test}": p for test, p in row.pop("p_values").items()}
         row |= {f"p_{test}_holm": p for test, p in row.pop("corrected").items()}
         rows.append(row)
@@ -188,6 +191,9 @@ def _json(
         ]
     }
     if comparisons:
-        content["comparisons"] = [asdict(each) | {"significant": each.significant(test, alpha)} for each in comparisons]
+        content["comparisons"] = [
+            {**asdict(each), "confidence": CONFIDENCE, "significant": each.significant(test, alpha)}
+            for each in comparisons
+        ]
         content["test"], content["alpha"] = test, alpha
     return json.dumps(content, ensure_ascii=False, indent=2) + "\n"

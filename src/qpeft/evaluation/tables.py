@@ -89,10 +89,7 @@ def comparison_table(
         for each in comparisons
     )
     header = ("run", "against", "measure", "difference", "interval", "win/tie/loss", "p", "p (Holm)")
-    note = f"p: {TEST_NAMES[test]}, two-sided; {correction(comparisons)}; "
-    note += (
-        " and ".join(sorted({f"{each.confidence:.0%}" for each in comparisons})) + " bootstrap interval over queries"
-    )
+    note = f"p: {TEST_NAMES[test]}, two-sided; {correction(comparisons)}; 95% bootstrap interval over queries"
     return Table(header, rows, (note,), names=3)
 
 
@@ -172,11 +169,11 @@ def number(value: float | None, digits: int, *, signed: bool = False) -> str:
     return "–" if value is None else f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
 
 
-def rounded(value: float | None, digits: int = 3) -> str:
-    """Format a value that is not negative with so many significant digits, more before the point; `–` for None."""
+def rounded(value: float | None) -> str:
+    """Format a value that is not negative with three significant digits, more before the point; `–` for None."""
     if value is None:
         return "–"
-    decimals = digits - 1 - math.floor(math.log10(value)) if value else 0
+    decimals = 2 - math.floor(math.log10(value)) if value else 0
     return f"{value:,.{max(0, decimals)}f}"
 
 

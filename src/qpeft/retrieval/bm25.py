@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,10 @@ class Config(Checked):
             raise OptionError(f"--b is {self.b}; it must be between 0 and 1")
         if self.stopwords and self.stopwords not in STOPWORDS:
             raise OptionError(f"no stop-words of {self.stopwords!r}{nearest(self.stopwords, STOPWORDS)}")
+
+    def made_of(self) -> dict[str, Any]:
+        """Return what an index depends on, besides the passages."""
+        return dataclasses.asdict(self)
 
 
 class BM25:

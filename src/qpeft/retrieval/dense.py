@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -32,6 +33,10 @@ class Config(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, encode_batch=self.encode_batch)
+
+    def made_of(self) -> dict[str, Any]:
+        """Return what an index depends on, besides the passages: the encoder may change under its name."""
+        return {**dataclasses.asdict(self), "encoder_sha256": encoder_fingerprint(self)}
 
 
 class Dense:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Sequence
 
-from qpeft.errors import OptionError
+from qpeft.errors import OptionError, at_least
 from qpeft.types import Ranking, Run
 
 
@@ -26,8 +26,8 @@ def reciprocal_rank_fusion(runs: Sequence[Run], depth: int | None = None, k: int
     """
     if len(runs) < 2:
         raise OptionError("fusion needs at least two runs")
-    if k < 0 or (depth is not None and depth < 1):
-        raise OptionError(f"fusion cannot work with k {k} and depth {depth}")
+    at_least(0, k=k)
+    at_least(1, depth=depth)
     query_ids = dict.fromkeys(query_id for run in runs for query_id in run)
     fused = []
     for query_id in query_ids:
