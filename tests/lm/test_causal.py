@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from qpeft.errors import ModelError
-from qpeft.lm.causal import MULTIPLE, CausalLM, pretrained, token_log_probs
+from qpeft.lm import pretrained
+from qpeft.lm.causal import MULTIPLE, CausalLM, token_log_probs
 from qpeft.lm.layout import few_sizes
 from qpeft.template import Prompt, Template, load_template
 from qpeft.types import Passage, Query

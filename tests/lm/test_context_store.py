@@ -10,7 +10,8 @@ from test_causal import PASSAGES, QUERY, ForgetfulModel, rows_for
 from transformers import MambaConfig, MambaForCausalLM
 
 from qpeft.errors import InputError, ModelError
-from qpeft.lm.causal import CausalLM, context_store
+from qpeft.lm import context_store
+from qpeft.lm.causal import CausalLM
 from qpeft.lm.context_store import ContextStore, Encoded, Packed
 from qpeft.template import Prompt, load_template
 from qpeft.types import Query

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from qpeft import losses
 from qpeft.errors import OptionError, QueryError, ScoreError, StateError
 from qpeft.lm import cpu_attention
+from qpeft.lm.context_store import ContextStore
 from qpeft.training import config as training_config
 from qpeft.training import contexts
 from qpeft.training.config import TrainingConfig
@@ -267,7 +268,22 @@ VARIANTS = {
     "accumulation": ("qpeft_a", {"attn_dropout": 0.3}, {"batch_queries": 1, "gradient_accumulation": 2}),
     "anchor": ("qpeft_c", {}, {"anchor": 0.5, "in_batch": True, "weight_decay": 0.1}),
     "odd": ("soft_prompt", {}, {"batch_queries": 3, "epochs": 5, "evaluations": 7}),
+    "tables": ("qpeft_r", {"token_table": "trainable", "mlp_init": "default"}, {"weight_decay": 0.1}),
+    "passages": ("passage_prompt", {}, {"scheduler": "linear", "warmup": 0.4}),
+    "layers": ("lora", {"r": 2, "dropout": 0.2}, {}),
+    "layers and a hint": ("lora", {"r": 2, "hint": "soft_prompt"}, {}),
+    "16 bits": ("qpeft_a", {"attn_dropout": 0.3}, {}),
+    "experts": ("qpeft_a", {}, {}),
+    "disk": ("qpeft_c", {}, {}),
 }
+
+
+def opened(variant, make_lm, folder):
+    """Return the model of a variant, as a process opens it."""
+    lm = make_lm("mixtral" if variant == "experts" else "llama")
+    model = copy.deepcopy(lm.model).bfloat16() if variant == "16 bits" else lm.model
+    store = ContextStore(0, folder) if variant == "disk" else ContextStore(1 << 28)
+    return alike(lm, model=model, store=store)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -276,23 +292,38 @@ def test_a_killed_training_resumes_to_the_same_bits(variant, make_lm, tmp_path):
     dev = variant != "dropout"
     outcomes = []
     for kill in (None, 3):
-        lm = with_store(make_lm("llama"))
+        lm = opened(variant, make_lm, tmp_path / f"contexts {kill}")
         adapter = build(name, lm, **options)
         folder = tmp_path / str(kill)
         if kill is not None:
             with pytest.raises(KilledError):
                 train(lm, adapter, folder, dev=dev, callbacks=[KillAt(kill)], **training)
             assert (folder / f"checkpoint-{kill}").is_dir()
-            lm = with_store(make_lm("llama"))
+            adapter.withdraw()
+            lm = opened(variant, make_lm, tmp_path / f"contexts {kill}")
             adapter = build(name, lm, **options)
             torch.manual_seed(99)
         fitted = train(lm, adapter, folder, dev=dev, resume=True, **training)
         outcomes.append((state(adapter), fitted))
+        adapter.withdraw()
     (expected, whole), (found, fitted) = outcomes
     assert whole.steps >= 6
     assert_equal(found, expected)
     assert fitted.history == whole.history
     assert (fitted.steps, fitted.dev) == (whole.steps, whole.dev)
+
+
+def test_contexts_on_disk_train_the_same_adapter(make_lm, tmp_path):
+    outcomes = []
+    for capacity, folder in ((1 << 28, None), (0, tmp_path / "disk"), (20_000, tmp_path / "both")):
+        lm = alike(make_lm("llama"), store=ContextStore(capacity, folder))
+        adapter = build("qpeft_c", lm)
+        train(lm, adapter, tmp_path / str(capacity), dev=True)
+        outcomes.append(state(adapter))
+        assert lm.store.hits > lm.store.misses == len(PASSAGES)
+        assert folder is None or any(folder.iterdir())
+    assert_equal(outcomes[0], outcomes[1])
+    assert_equal(outcomes[0], outcomes[2])
 
 
 def counted_batches(lm):
