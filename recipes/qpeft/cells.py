@@ -147,9 +147,10 @@ def authors() -> Iterator[Cell]:
     """Yield the settings of the authors' code; the model alone with their template, and with it but no BOS and EOS."""
     for seed in SEEDS:
         if seed == 1:
-            yield Cell("zero_shot-authors", "", "reddit-shift", template=AUTHORS)
             yield Cell("zero_shot-authors-unscored", "", "reddit-shift", template="prompts/authors_unscored.yaml")
         for home in (*HOMES, "nq-mini"):
+            if seed == 1:
+                yield Cell("zero_shot-authors", "", home, template=AUTHORS)
             for adapter, module in (("qpeft_a", qpeft_a), ("qpeft_r", qpeft_r)):
                 options, training = KEPT.get((home, adapter), ({}, {}))
                 yield of_authors(f"{adapter}-authors", module, home, seed, options, training)
@@ -162,6 +163,13 @@ def authors_apart() -> Iterator[Cell]:
         for adapter, module in (("qpeft_a", qpeft_a), ("qpeft_r", qpeft_r)):
             row, more = f"{adapter}-authors-{name}", {"template": template, "test": False}
             yield of_authors(row, module, "reddit-shift", 1, {}, {**short, **training}, **more)
+
+
+def passages() -> Iterator[Cell]:
+    """Yield prompts of the passage alone in which each of its tokens has a vector, as in PSPT (arXiv 2405.20654)."""
+    for seed in SEEDS:
+        for home in HOMES:
+            yield cell("passage_prompt-all", "passage_prompt", home, seed, options={"form": "all"})
 
 
 def lora_tuning() -> Iterator[Cell]:
@@ -341,6 +349,7 @@ GROUPS = {
     "ships": ships,
     "negatives": negatives,
     "together": together,
+    "passages": passages,
     "models": models,
 }
 TRANSFERRED = ("main", "tuned", "untrained", "lora", "transfer_homes", "shipped", "ships", "negatives", "together")

@@ -65,6 +65,18 @@ def mixed_gains(rows: Rows, alone: dict[str, Any], collection: str) -> dict[str,
     }
 
 
+def against_soft_prompt(rows: Rows, soft_prompt: list[dict[str, Any]], collection: str) -> str:
+    """Return a line with what trained rows of another table than its own gain on it, Holm-corrected over them."""
+    static = averaged(soft_prompt, collection, "RR@10")
+    found = {
+        name: averaged(cells, collection, "RR@10") for name, cells in rows.items() if cells[0]["trained_parameters"]
+    }
+    ps = holm([p_value(own, static) for own in found.values()])
+    gains = [statistics.fmean(own[query] - static[query] for query in static) for own in found.values()]
+    listed = [f"{name} {gain:+.3f} (p {shown(p)})" for name, gain, p in zip(found, gains, ps, strict=True)]
+    return f"\nRR@10 − soft prompt: {' · '.join(listed)}\n" if listed else ""
+
+
 def compared(rows: Rows, beside: Rows, alone: dict[str, Any], collection: str, second: str) -> Comparisons:
     """Return the difference in RR@10 of each row from both references, Holm-corrected over all of them."""
     references = {"zero_shot": alone["per_query"]["RR@10"]}

@@ -1,9 +1,9 @@
 """Run cells of the Q-PEFT experiment; every finished cell is a JSON file, so the same command continues.
 
-    python recipes/qpeft/run.py DATA GROUP [--seed 1] [--worker 0/2] [--output DIR] [--model NAME=FOLDER]
+    python recipes/qpeft/run.py DATA GROUP [--seed 1] [--only TEXT] [--worker 0/2] [--output DIR] [--model NAME=FOLDER]
 
-Groups are the functions of `cells.py`. With --worker i/n this process does every n-th cell. Cells of a language model
-whose folder is not given are passed over.
+Groups are the functions of `cells.py`. With --worker i/n this process does every n-th cell; with --only those alone
+whose names hold a text. Cells of a language model whose folder is not given are passed over.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,20 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def transfer(bench: Bench, seed: int | None, number: int, of: int) -> None:
+def chosen(groups: Iterable[str], args: argparse.Namespace) -> list[Cell]:
+    """Return the cells of groups that were asked for, each once."""
+    number, of = map(int, args.worker.split("/"))
+    named = {cell.name: cell for group in groups for cell in GROUPS[group]() if args.seed in (None, cell.seed)}
+    return [cell for name, cell in named.items() if args.only in name][number::of]
+
+
+def transfer(bench: Bench, trained: list[Cell]) -> None:
     """Measure finished adapters on the collections that they were not trained on.
 
     Workers share the adapters, not the collections: two would write to one cell's file.
     """
     cells = []
-    trained = {cell.name: cell for group in TRANSFERRED for cell in GROUPS[group]() if seed in (None, cell.seed)}
-    for cell in list(trained.values())[number::of]:
+    for cell in trained:
         if cell_file(bench, cell).exists():
             folder = bench.output / "adapters" / cell.name
             if folder.exists():
@@ -144,11 +151,11 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with the BEIR folders")
     parser.add_argument("group", choices=[*GROUPS, *WHOLE, "transfer", "confirm"])
     parser.add_argument("--seed", type=int, help="only cells of this seed")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cells whose names hold this text")
     parser.add_argument("--worker", default="0/1")
     parser.add_argument("--output", type=Path, default=Path("out/qpeft"))
     parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER", help="a model of cells.MODELS")
     args = parser.parse_args()
-    number, of = map(int, args.worker.split("/"))
     bench = Bench(args.data, args.output, dict(given.split("=", 1) for given in args.model))
     if args.group in WHOLE:
         work, name = WHOLE[args.group]
@@ -156,12 +163,12 @@ def main() -> None:
             write(args.output / name, {**work(bench), "made": provenance()})
         return
     if args.group == "transfer":
-        transfer(bench, args.seed, number, of)
+        transfer(bench, chosen(TRANSFERRED, args))
         return
     if args.group == "confirm":
-        confirm(bench, number, of)
+        confirm(bench, *map(int, args.worker.split("/")))
         return
-    for cell in [cell for cell in GROUPS[args.group]() if args.seed in (None, cell.seed)][number::of]:
+    for cell in chosen([args.group], args):
         path = cell_file(bench, cell)
         if path.exists():
             continue

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from cells import GROUPS, HOMES, LATER
 from confirmation import Confirmation
 from figures import Rows, Zero, ablations, gains, parameters, sizes
-from rows import Comparisons, choice, costs, dev, first_stages, quality
+from rows import Comparisons, against_soft_prompt, choice, costs, dev, first_stages, quality
 
 APART = {
     "tuned": "Options that dev chose",
@@ -30,6 +30,7 @@ APART = {
     "prompts": "Hard prompts",
     "negatives": "Easy negatives, and a hint without the query's words",
     "together": "A soft prompt and Q-PEFT together",
+    "passages": "A prompt of every passage token",
     "models": "Other language models",
 }
 """Groups with a table of their own, and its title."""
@@ -117,6 +118,8 @@ def tested(
                 continue
             beside = measured_on({n: trained[n] for n in BESIDE if n in trained}, collection)
             text, comparisons = quality(measured, beside, known, collection, second)
+            if not own and "soft_prompt" in beside:
+                text += against_soft_prompt(measured, beside["soft_prompt"], collection)
             count = len(known["bm25"][collection]["per_query"]["RR@10"])
             texts.append(f"### {key.title}; measured on {collection}, {count} test queries\n\n{text}")
             name = f"{key.group} {key.home} {key.queries} → {collection}".strip()
@@ -157,7 +160,8 @@ def draw(tables: dict[Key, Rows], baselines: dict[str, Any], output: Path) -> No
         if len(main_rows) <= 3:
             continue
         ablations(main_rows, zero, output / f"{begin}ablations.png")
-        parameters(main_rows | tables.get(Key(home, 320, "lora", TINY), {}), zero, output / f"{begin}parameters.png")
+        others = [tables.get(Key(home, 320, group, TINY), {}) for group in ("lora", "authors")]
+        parameters(main_rows | others[0] | others[1], zero, output / f"{begin}parameters.png")
         if by_size[80] and by_size[1280]:
             sizes(by_size, zero, output / f"{begin}sizes.png")
 
