@@ -1,9 +1,15 @@
+import itertools
+import statistics
+
 import pytest
 import torch
 
+from mini_candidates import mini_candidates
 from qpeft import pointwise
 from qpeft.errors import OptionError, QueryError, ScoreError
+from qpeft.loading import load_lm
 from qpeft.methods.query_likelihood import Config, build, build_scorer
+from qpeft.model_config import ModelConfig
 from qpeft.pointwise import Pointwise
 from qpeft.template import Prompt, load_template
 from qpeft.types import UNREADABLE, Candidates, Passage, Query
@@ -143,3 +149,26 @@ def test_many_candidates_are_scored_some_at_a_time(lm, monkeypatch):
         assert [hit.passage_id for hit in ranking.hits] == [hit.passage_id for hit in reference.hits]
         assert [hit.score for hit in ranking.hits] == pytest.approx([hit.score for hit in reference.hits], abs=1e-4)
     assert asked == [4, 4, 2]
+
+
+@pytest.fixture(scope="module")
+def both_types():
+    """The embedded model in float32 and in bfloat16."""
+    return [load_lm(ModelConfig("tiny-lm", dtype=dtype)) for dtype in ("float32", "bfloat16")]
+
+
+@pytest.mark.parametrize("adapter", [None, "tiny-lm-qpeft-a", "tiny-lm-qpeft-r"])
+def test_in_bfloat16_only_near_scores_change_places(adapter, both_types):
+    items = mini_candidates(8, 6)
+    exact, rounded = [], []
+    for lm, found in zip(both_types, (exact, rounded), strict=True):
+        scorer = build_scorer(Config(adapter=adapter), lm)
+        for item in items:
+            found.append(scorer.score([(item.query, passage) for passage in item.passages]))
+    of_query = [list(zip(one, other, strict=True)) for one, other in zip(exact, rounded, strict=True)]
+    differences = [abs(a - b) for pairs in of_query for a, b in pairs]
+    assert 0 < statistics.fmean(differences) < 0.01
+    assert max(differences) < 0.05, "a plain loop in bfloat16 has up to 0.024"
+    for pairs in of_query:
+        for (a, b), (c, d) in itertools.permutations(pairs, 2):
+            assert a < c + 0.02 or b > d, "passages whose scores are that far apart stay in order"
