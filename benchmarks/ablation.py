@@ -201,8 +201,8 @@ def measure(args: argparse.Namespace, workplace: Path) -> dict[str, Any]:
     bench.add("our attention over whole rows", bench.again(), patches=own | WHOLE_ROWS)
     bench.add("last layer at all positions", bench.again(WholeLastLayer))
     bench.add("one batch at a time, with all threads", bench.again(OneAtATime))
-    ones = "lm.MULTIPLE", "encoding.MULTIPLE", "last_layer.MULTIPLE", "pretrained.ALIKE"
-    unrounded = {**{f"qpeft.{place}": 1 for place in ones}, "qpeft.lm.layout.EIGHTHS": 2**60}
+    ones = "causal.MULTIPLE", "encoding.MULTIPLE", "last_layer.MULTIPLE", "pretrained.ALIKE"
+    unrounded = {**{f"qpeft.lm.{place}": 1 for place in ones}, "qpeft.lm.layout.EIGHTHS": 2**60}
     bench.add("shapes as they come", bench.again(), patches=unrounded)
     bench.add("padded left, with a mask", bench.again(padding_side="left"))
     bench.add("batches in the order given", bench.again(InOrder))

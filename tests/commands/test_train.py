@@ -518,7 +518,7 @@ def test_a_report(arguments, tmp_path):
         ("qpeft_r", ["--k", "0"], ["--k is 0; it must be at least 1"]),
         ("qpeft_a", ["--attn-dim", "64"], ["--attn-dim 64", "at most 32"]),
         ("qpeft_c", ["--layer", "9"], ["--layer is 9; the model has 2 layers"]),
-        ("soft_prompt", ["--preset", "authors"], ["'soft_prompt' has no preset 'authors'"]),
+        ("soft_prompt", ["--preset", "authors"], ["--adapter soft_prompt has no preset 'authors'"]),
         ("soft_prompt", ["--preset", "author"], ["unknown preset", "did you mean 'authors'"]),
         ("soft_prompt", ["--k", "3"], ["unknown option --k"]),
         ("soft_prompt", ["--template", "plian"], ["did you mean 'plain'"]),

@@ -153,7 +153,7 @@ def test_losses(loss, method, arguments, tmp_path):
         ("classifier", ["--anchor", "0.1"], ["--anchor", "the model alone has no scores"]),
         ("classifier", ["--template", "plain"], ["--template plain", "the query is its target"]),
         ("query_likelihood", ["--template", "rankllama"], ["--template rankllama", "no target"]),
-        ("classifier", ["--preset", "authors"], ["'lora' has no preset 'authors'"]),
+        ("classifier", ["--preset", "authors"], ["--adapter lora has no preset 'authors'"]),
         ("classifier", ["--yes", "blue"], ["unknown option --yes"]),
         ("yes_no", ["--yes", "yesterday"], ["--yes yesterday", "must be one token"]),
         ("yes_no", ["--yes", "no"], ["are the same token"]),
