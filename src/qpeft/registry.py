@@ -20,6 +20,7 @@ class Registry:
         kind: what one of them is called in messages.
         package: name of the package; also the entry-point group of other packages' modules.
         path: its folders (`__path__`).
+        registered: by name, what `register` has added in this process.
     """
 
     kind: str
