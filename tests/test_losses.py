@@ -358,3 +358,22 @@ def test_losses_that_make_no_sense_for_a_kind_of_score(name, kind, message):
 def test_losses_that_suit_any_score(kind):
     for name in ("softmax", "pair", "ranknet", *(["cross_entropy", "sft"] if kind == "answers" else [])):
         check_loss(name, teacher=False, scores=kind)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_what_is_masked_stays_below_any_score(name):
+    low = torch.tensor([[-1e4, -2e4]])
+    wide = torch.cat([low, torch.zeros(1, 1)], -1)
+    mask = torch.tensor([[True, True, False]])
+    teacher = torch.tensor([[1.0, 0.0, 0.0]])
+    assert named(name, wide, mask, teacher) == named(name, low, mask[:, :2], teacher[:, :2])
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_losses_that_compare_need_negatives(name):
+    """Those that are 0 where every positive stands alone."""
+    if named(name, SCORES[:, :1], MASK[:, :1], TEACHER[:, :1]) == 0:
+        with pytest.raises(OptionError, match=f"--loss {name}: it compares passages, and no query has negatives"):
+            check_loss(name, teacher=True, alone=True)
+    else:
+        check_loss(name, teacher=True, alone=True)

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -277,17 +278,20 @@ def test_a_failed_write_leaves_what_was_there(folder, lm, monkeypatch):
     assert [path.name for path in folder.parent.iterdir()] == ["mine"]
 
 
-@pytest.mark.parametrize("at", [1, 2])
-def test_a_failed_move_leaves_what_was_there(folder, lm, monkeypatch, at):
-    before, replace, calls = contents(folder), os.replace, []
+@pytest.mark.parametrize("end", [0, 1], ids=["of the old folder", "of the new one"])
+def test_a_failed_move_leaves_what_was_there(folder, lm, monkeypatch, end):
+    before, replace, failed = contents(folder), os.replace, []
 
-    def fail_once(source, target):
-        calls.append(target)
-        return full() if len(calls) == at else replace(source, target)
+    def fail_once(*ends):
+        if Path(ends[end]) == folder and not failed:
+            failed.append(ends)
+            full()
+        replace(*ends)
 
     monkeypatch.setattr(os, "replace", fail_once)
     fails_to_write(folder, lm)
     monkeypatch.undo()
+    assert failed
     assert contents(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == ["mine"]
 
@@ -358,3 +362,12 @@ def test_another_template_is_refused(folder, lm, tmp_path):
 def test_encoder_decoders_take_no_adapter(folder, t5):
     with pytest.raises(OptionError, match="--adapter needs a decoder-only model"):
         query_likelihood.build(query_likelihood.Config(adapter=str(folder)), t5)
+
+
+def test_windows_are_no_wider_than_what_was_trained_on(lm, tmp_path):
+    adapter = build("soft_prompt", lm)
+    save_adapter(tmp_path / "mine", "soft_prompt", adapter, lm, PLAIN, max_passage_tokens=9)
+    options = {"adapter": str(tmp_path / "mine"), "window_overlap": 2}
+    query_likelihood.build(query_likelihood.Config(**options, windows=9), lm)
+    with pytest.raises(OptionError, match="--windows is 10; the adapter knows passages of at most 9 tokens"):
+        query_likelihood.build(query_likelihood.Config(**options, windows=10), lm)

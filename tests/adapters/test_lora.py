@@ -16,6 +16,7 @@ from transformers import (
 
 from qpeft.adapters import lora
 from qpeft.adapters._folder import load_adapter, read_config, save_adapter
+from qpeft.adapters._lora_targets import resolve
 from qpeft.cli import main
 from qpeft.errors import AdapterError, MissingDependencyError, OptionError
 from qpeft.lm.causal import CausalLM
@@ -509,6 +510,9 @@ def test_alpha_of_ones_own(make_lm):
         adapter = lora.build(lora.Config(r=r, alpha=64.0), lm)
         assert adapter.peft_facts()["lora_alpha"] == 64
         assert {layer.scaling[adapter.label] for layer in adapter._layers.values()} == {64 / r}
+    adapter = lora.build(lora.Config(r=1, alpha=2.5), lm)
+    assert adapter.peft_facts()["lora_alpha"] == 2.5
+    assert {layer.scaling[adapter.label] for layer in adapter._layers.values()} == {2.5}
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "gpt2", "gpt_neox"])
@@ -550,3 +554,33 @@ def test_peft_opens_an_adapter_that_answers(make_lm, tmp_path):
     with torch.no_grad():
         logits = [model(input_ids=torch.tensor([row.context])).logits[0, -1] for row in scorer.prepare(pairs).rows]
     assert scorer.score(pairs) == pytest.approx([float(each[yes] - each[no]) for each in logits], abs=1e-4)
+
+
+def test_the_revision_of_the_base_is_told_to_peft(make_lm):
+    lm = make_lm("llama")
+    lm.model.config._commit_hash = "aaaa1111"
+    facts = lora.build(lora.Config(), lm).peft_facts()
+    assert (facts["base_model_name_or_path"], facts["revision"]) == ("tiny-llama", "aaaa1111")
+
+
+def test_additions_are_given_the_states_as_they_are(make_lm):
+    lm = make_lm("llama", dtype=torch.bfloat16)
+    adapter, kinds = trained(lm), set()
+    for name, module in adapter.named_modules():
+        if name.endswith("lora_A"):
+            module.register_forward_pre_hook(lambda _, given: kinds.add(given[0].dtype))
+    lm.log_probs(rows_for(lm, adapter)[:1], adapters=adapter)
+    assert kinds == {torch.bfloat16}
+
+
+def test_layers_that_cannot_be_changed_together(make_lm):
+    model = make_lm("gpt2").model
+    model.transformer.h[0].extra = torch.nn.Linear(4, 4)
+    with pytest.raises(OptionError, match="hold their weights in different orders"):
+        resolve("c_attn,extra", model)
+    model = make_lm("mixtral").model
+    for layer in model.model.layers:
+        layer.mlp.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+    with pytest.raises(OptionError, match="this model's experts are not stacked tensors; take attention"):
+        resolve("mlp", model)
+    assert resolve("attention", model).layers

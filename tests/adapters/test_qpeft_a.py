@@ -360,3 +360,17 @@ def test_a_long_passage_is_read_to_its_end(lm):
     rows = rows_for(lm, adapter, queries=[Query("q", "octopus")], passages=[Passage("p", " ".join(words))])
     (weights,) = adapter(lm.pairs(rows, adapter, None)).attention[0]
     assert int(weights.argmax()) == len(words) - 1
+
+
+def test_heads_start_with_like_shares_of_the_principal_axes(lm):
+    table, heads, dim = lm.embeddings.weight.float(), 4, 16
+    attention = CosineAttention(table, heads=heads, dim=dim, sharpness=1.0, dropout=0.0, scale=1.0)
+    unit = torch.nn.functional.normalize(table, dim=1)
+    centred = unit - unit.mean(0)
+    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.T.flip(0)[:dim]
+    for head in range(heads):
+        own = attention.query[head * dim // heads : (head + 1) * dim // heads]
+        cosines = torch.nn.functional.normalize(own, dim=1) @ axes[head::heads].T
+        torch.testing.assert_close(cosines.abs(), torch.eye(dim // heads), atol=1e-3, rtol=0)
+        assert (centred @ own.T).square().sum(1).mean().item() == pytest.approx(1.0, abs=1e-4)
+        assert (own.gather(1, own.abs().argmax(1, keepdim=True)) > 0).all(), "whichever sign eigenvectors come with"

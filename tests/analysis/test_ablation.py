@@ -88,6 +88,8 @@ def test_by_layer():
     assert found["all but a window"] == {"without layers 1–3": layers(3), "without layers 2–4": layers(0)}
     assert found["from the bottom"] == {f"lowest {n}": layers(*range(n)) for n in (1, 2, 3)}
     assert found["from the top"] == {f"highest {n}": layers(*range(4 - n, 4)) for n in (1, 2, 3)}
+    middles = {each.name: each.x for each in of_layers(places, 3) if each.kind == "a window alone"}
+    assert middles == {"layers 1–3": 2.0, "layers 2–4": 3.0}
     for window in (0, 4, 5):
         with pytest.raises(OptionError, match=rf"--window is {window}; the adapter has additions in 4 layers"):
             list(of_layers(places, window))

@@ -41,6 +41,8 @@ def test_gzip_folder(beir):
     before = again.fingerprint()
     (beir.folder / "qrels" / "test.tsv.gz").write_bytes(gzip.compress(b"query-id\tcorpus-id\tscore\nq1\tp2\t1\n"))
     assert BeirCollection(beir.folder).fingerprint() != before
+    (beir.folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tp1\t2\n")
+    assert BeirCollection(beir.folder).qrels("test") == {"q1": {"p1": 2}}, "what is unpacked goes before"
 
 
 def test_unknown_split_names_the_known(beir):
@@ -107,6 +109,8 @@ def test_fingerprint_follows_the_content_not_the_place(beir, tmp_path):
         assert BeirCollection(beir.folder).fingerprint() != first
         path.write_text(before)
     assert BeirCollection(beir.folder).fingerprint() == first
+    (beir.folder / "qrels" / "dev.tsv").rename(beir.folder / "qrels" / "a.tsv")
+    assert BeirCollection(beir.folder).fingerprint() != first
 
 
 def test_fingerprint_sees_both_ends_and_the_size_of_a_large_corpus(beir):

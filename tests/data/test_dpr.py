@@ -117,6 +117,8 @@ def test_evidence(tmp_path):
         Passage("1", 'He said "no", and\nleft.', "A b"),
         Passage("2", 'plain "quoted" word', "C"),
     ]
+    path = write(tmp_path, "title\ttext\tid\nA b\tx y\t1\n", "w.tsv")
+    assert list(read_evidence(path)) == [Passage("1", "x y", "A b")], "columns go by their names"
     long = "word " * 30_000
     assert list(read_evidence(write(tmp_path, f"id\ttext\ttitle\n1\t{long}\tA\n", "w.tsv"))) == [
         Passage("1", long, "A")

@@ -1,5 +1,6 @@
 import logging
 import uuid
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import ir_datasets
@@ -8,7 +9,7 @@ from ir_datasets.datasets.base import Dataset
 from ir_datasets.formats import TrecQrels, TsvDocs, TsvQueries
 from ir_datasets.util import LocalDownload
 
-from qpeft.data.irds import IrdsCollection
+from qpeft.data.irds import IrdsCollection, _query
 from qpeft.errors import InputError, OptionError
 from qpeft.types import Passage, Query
 
@@ -116,6 +117,20 @@ def test_a_dataset_that_is_itself_a_split(register):
     with pytest.raises(OptionError, match="it has train"):
         collection.queries("test")
     assert IrdsCollection(family).splits() == ["train/small"]
+    register("/train/dev", queries=QUERIES, qrels=QRELS)
+    assert IrdsCollection(f"{family}/train/dev").splits() == ["dev"]
+
+
+def test_a_split_below_goes_before_the_datasets_own(register):
+    family = register(queries="own\tmine?\n", qrels="own 0 d1 1\n")
+    register("/test", queries=QUERIES, qrels=QRELS)
+    assert list(IrdsCollection(family).queries("test")) == ["q2", "q1"]
+
+
+def test_answers_of_queries():
+    query = ir_datasets.formats.GenericQuery("q", "who?")
+    assert _query(query) == Query("q", "who?")
+    assert _query(SimpleNamespace(query_id="q", text="who?", answers=["me", "I"])) == Query("q", "who?", ("me", "I"))
 
 
 def test_fingerprint_follows_the_content(register):

@@ -215,3 +215,15 @@ def test_small_corpora_stay_in_memory_and_leave_no_files(tmp_path):
 def test_store_and_memory_agree_on_a_real_corpus(shared):
     path = shared("squad") / "corpus.jsonl"
     assert dict(PassageStore(path)) == read_passages(path)
+
+
+def test_a_corpus_that_is_written_while_it_is_indexed(tmp_path, monkeypatch):
+    path, build = write(tmp_path, CORPUS), store._build_index
+
+    def build_late(*arguments):
+        build(*arguments)
+        path.write_text(CORPUS + "\n")
+
+    monkeypatch.setattr(store, "_build_index", build_late)
+    with pytest.raises(InputError, match=r"corpus\.jsonl: changed while it was being indexed"):
+        PassageStore(path)

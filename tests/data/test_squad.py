@@ -18,11 +18,11 @@ def write(folder, value):
 
 
 def test_squad_1(tmp_path):
-    answers = [{"text": "a gas", "answer_start": 11}, {"text": "gas", "answer_start": 13}, {"text": "a gas"}]
+    answers = [{"text": "gas", "answer_start": 13}, {"text": "a gas", "answer_start": 11}, {"text": "gas"}]
     data = read_squad(write(tmp_path, squad({"id": "q1", "question": "What is oxygen?", "answers": answers})))
     (passage,) = data.passages.values()
     assert (passage.title, passage.text) == ("Some Gas", "Oxygen is  a gas.")
-    assert data.queries == {"q1": Query("q1", "What is oxygen?", ("a gas", "gas"))}
+    assert data.queries == {"q1": Query("q1", "What is oxygen?", ("gas", "a gas"))}
     assert data.qrels == {"q1": {passage.id: 1}}
 
 

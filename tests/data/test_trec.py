@@ -67,6 +67,11 @@ def test_run_of_others(tmp_path):
     assert run["q1"].hits == (Hit("d2", 9.25), Hit("d3", 0.5), Hit("d1", 0.5))
 
 
+def test_the_first_line_says_the_tag(tmp_path):
+    (tmp_path / "r").write_text("q Q0 a 1 1.0 first\nq Q0 b 2 0.5 second\n")
+    assert read_run(tmp_path / "r").tag == "first"
+
+
 def test_empty_run_is_named_by_its_file(tmp_path):
     (tmp_path / "bm25.trec").write_text("")
     run = read_run(tmp_path / "bm25.trec")

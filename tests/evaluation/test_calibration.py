@@ -304,6 +304,8 @@ def test_separation_by_hand():
     within, across = separation(pairs)
     assert within == pytest.approx((0.5 + 0.5) / 2)  # b above c, below a; e and d tie
     assert across == pytest.approx((1 + 0 + 0 + 1 + 1 + 0.5) / 6)
+    more = run(q1={"a": 3.0, "b": 2.0}, all={"f": 1.0, "g": 0.0})
+    assert separation(judged_pairs(more, {"q1": {"a": 1}, "all": {"f": 1, "g": 1}}))[0] == 1.0, "nothing to tell apart"
 
 
 def test_errors_by_hand():

@@ -51,6 +51,7 @@ def test_as_dict_holds_work_and_rates_and_can_be_read_back():
     earlier = {name: facts[name] for name in ("seconds", "queries", "pairs", "tokens", "queries_per_second")}
     assert Cost.from_dict(earlier) == Cost(2.0, 4, 100, 9000)
     assert Cost.from_dict(Cost(0.0004, 1, 1, 1).as_dict()).seconds == 0.0004
+    assert [Cost(seconds, 1, 1, 1).as_dict()["seconds"] for seconds in (1.23456e-5, 98765.4)] == [1.235e-5, 98770.0]
     with pytest.raises(OptionError, match="not a cost"):
         Cost.from_dict({"seconds": 2.0})
 

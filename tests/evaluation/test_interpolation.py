@@ -107,3 +107,15 @@ def test_the_smaller_of_equally_good_weights_is_chosen():
         choose_weight(first, reranked, {"q": {"z": 1}}, "CandR_clean@3")
     with pytest.raises(OptionError, match="no weight"):
         choose_weight(first, reranked, {"q": {"a": 1}}, "RR", weights=())
+
+
+def test_weights_that_differ_by_rounding_alone_are_equally_good():
+    others = [f"p{number}" for number in range(1, 11)]
+
+    def at(rank):
+        return {passage: -float(i) for i, passage in enumerate([*others[: rank - 1], "p0", *others[rank - 1 :]])}
+
+    first, reranked = run("first", a=at(11), b=at(1), c=at(6)), run("reranked", a=at(2), b=at(3), c=at(3))
+    choice = choose_weight(first, reranked, {query: {"p0": 1} for query in "abc"}, "RR@10", weights=(0.0, 1.0))
+    assert choice.curve[0][1] < choice.curve[1][1] == pytest.approx(7 / 18), "by rounding"
+    assert choice.weight == 0.0

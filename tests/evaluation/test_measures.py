@@ -214,3 +214,9 @@ def test_what_cannot_be_read_is_named(notation, message):
 
 def test_candidate_measures_alone_need_nothing_else():
     assert evaluate(Run([ranked("q", ["a"])], "run"), {"q": {"a": 1}}, "CandHit@5").means == {"CandHit@5": 1.0}
+
+
+def test_a_skipped_query_without_anything_relevant_enough_is_left_out():
+    run = Run([ranked("q", ["a"])], "run")
+    found = evaluate(run, {"q": {"a": 2}, "low": {"a": 1}, "high": {"a": 2}}, "CandR_clean(rel=2)@1")
+    assert found.per_query["CandR_clean(rel=2)@1"] == {"q": 1.0, "high": 0.0}

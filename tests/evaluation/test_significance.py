@@ -171,3 +171,17 @@ def test_permutation_of_thousands_of_queries_is_sampled():
     assert permutation(differences, resamples=500, seed=1) == pytest.approx(
         float(stats.ttest_1samp(differences, 0.0).pvalue), abs=0.1
     )
+
+
+def test_rounding_makes_no_difference_to_a_test():
+    tenths = np.array([5, 4, -1, -3, -1, 1])
+    assert permutation(tenths / 10) == permutation(tenths.astype(float)) == 0.625
+    assert paired_t(np.array([0.1 + 0.2, 0.3, 0.5 - 0.2])) is None
+
+
+def test_seeds_and_resamples_are_those_asked_for():
+    a, b = scores(1), scores(2, gain=0.02)
+    (found,) = compare(evaluation("a", m=a), [evaluation("b", m=b)], resamples=200, seed=3)
+    d = np.subtract(b, a)
+    assert found.p_values["permutation"] == permutation(d, resamples=200, seed=3) != permutation(d, resamples=200)
+    assert found.interval == bootstrap_interval(d, resamples=200, seed=3) != bootstrap_interval(d, resamples=200)

@@ -10,7 +10,7 @@ from test_causal import PASSAGES, QUERY, ForgetfulModel, rows_for
 from transformers import MambaConfig, MambaForCausalLM
 
 from qpeft.errors import InputError, ModelError
-from qpeft.lm import context_store
+from qpeft.lm import context_store, encoding
 from qpeft.lm.causal import CausalLM
 from qpeft.lm.context_store import ContextStore, Encoded, Packed
 from qpeft.template import Prompt, load_template
@@ -312,3 +312,72 @@ def test_a_model_that_remembers_otherwise_is_refused():
     lm = CausalLM(MambaForCausalLM(config), None, name="a mamba", max_length=128, batch_tokens=4096)
     with pytest.raises(ModelError, match="a mamba: the passage cache"):
         with_store(lm)
+
+
+def fetch(store, *values):
+    """Get contexts one after another, and return those that had to be encoded."""
+    made = []
+    for value in values:
+        whole = Encoded(torch.full((1, 2, 1, 2, 1), float(value)))
+        found = store.get(((value, value), None, 1), lambda value=value, whole=whole: made.append(value) or whole)
+        assert torch.equal(found.cache, whole.cache)
+    return made
+
+
+def test_an_error_of_encoding_is_not_kept():
+    store = ContextStore(ENOUGH)
+    with pytest.raises(ZeroDivisionError):
+        store.get(((1, 1), None, 1), lambda: 1 / 0)
+    assert fetch(store, 1, 1) == [1]
+
+
+def test_what_is_on_disk_is_not_written_again(tmp_path):
+    assert fetch(ContextStore(0, tmp_path), 1) == [1]
+    (path,) = tmp_path.rglob("*.safetensors")
+    written = path.stat().st_ino
+    assert fetch(ContextStore(0, tmp_path), 1, 1) == []
+    assert path.stat().st_ino == written
+
+
+def test_what_was_used_last_stays():
+    store = ContextStore(2 * 4 * torch.finfo().bits // 8)
+    assert fetch(store, 1, 2, 1, 3, 1) == [1, 2, 3], "2 was not used for longer"
+    assert store.has(((3, 3), None, 1))
+    assert fetch(store, 4, 3) == [4], "what was asked for will be needed"
+
+
+@pytest.mark.parametrize(("room", "ahead"), [(16, 0), (31, 0), (32, 16), (300, 40)])
+def test_half_of_the_store_is_encoded_ahead(make_lm, room, ahead):
+    lm = with_store(make_lm("llama"))
+    lm.store.token_bytes = 10
+    lm.store.capacity = room * 5 * lm.store.token_bytes
+    assert lm._ahead([5] * 40) == ahead
+    assert lm._ahead([5] * 8) == 8, "all, though they are few"
+
+
+def test_few_tokens_are_encoded_in_one_pass_and_the_widest_first(make_lm):
+    lm = with_store(make_lm("llama"))
+    for length in (1, 16, 100, 500, 513, 1024, 1025, 5000):
+        rows, width = lm._alike_shape(length)
+        assert length <= width < length + 16
+        assert rows == 1 or rows * width <= encoding.TOGETHER
+    batches = lm._batches_alike([(1,) * length for length in (3, 40, 700, 20, 1500)])
+    widths = [lm._alike_shape(max(map(len, batch)))[1] for batch in batches]
+    assert widths == sorted(widths, reverse=True)
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_what_is_kept_of_a_context_holds_no_other(make_lm, layer):
+    lm = with_store(make_lm("llama"))
+    short, _ = lm.encode_all([(1, 3, 4), (1, *range(3, 15))], layer)
+    for tensor in (short.cache, short.states):
+        assert tensor is None or tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eight_bits_are_off_by_half_a_step(dtype):
+    cache = torch.randn(2, 2, 3, 5, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    packed = Packed.of(Encoded(cache), "int8")
+    step = cache.float().abs().amax(-1, keepdim=True) / 127
+    off = (packed.numbers.float() * packed.scales.float() - cache.float()).abs() / step
+    assert off.max() < 0.51

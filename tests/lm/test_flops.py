@@ -164,3 +164,11 @@ def test_lora_does_not_hide_layers(make_lm):
 def test_a_model_without_heads_has_no_shape():
     config = MambaConfig(vocab_size=320, hidden_size=32, num_hidden_layers=1, state_size=4)
     assert shape_of(MambaForCausalLM(config)) is None
+
+
+def test_padding_of_contexts_is_counted_apart(make_lm):
+    lm, seen = with_store(make_lm("llama")), []
+    lm.model.register_forward_pre_hook(lambda _, args, given: seen.append(given["input_ids"].numel()), with_kwargs=True)
+    lm.encode_all([(1, *range(3, 7)), (1, *range(3, 12))])
+    assert lm.computed.tokens == 5 + 10
+    assert lm.computed.padding == sum(seen) - 15 > 0

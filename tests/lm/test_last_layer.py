@@ -105,3 +105,16 @@ def test_a_layer_that_is_given_something_unknown_is_computed_as_ever(make_lm):
     seen = positions_through_last_layer(lm, lambda: found.extend(lm.log_probs(rows)))
     assert_close(found, [(value.target.tolist(), None) for value in expected])
     assert set(seen.values()) == {sum(len(row) - 1 for row in rows)}
+
+
+def test_the_last_layer_is_spared_until_the_last_of_several_is_done(make_lm):
+    lm = make_lm("llama")
+    layers, last = lm._layers, lm._last
+    whole = getattr(layers.parent, layers.name)
+    one, other = (last.only_at(torch.ones(1, 3).bool()) for _ in range(2))
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert getattr(layers.parent, layers.name) is not whole
+    other.__exit__(None, None, None)
+    assert getattr(layers.parent, layers.name) is whole

@@ -152,6 +152,7 @@ def test_what_all_logits_have_in_common_is_no_agreement(dtype, level):
     assert agree(logits, logits.clone(), None)
     assert agree(logits, (said * (1 + torch.finfo(dtype).eps) + level).to(dtype), None)
     assert not agree(logits, (other + level).to(dtype), None)
+    assert agree(logits, logits + 4, None), "which tells no words apart"
 
 
 @pytest.mark.parametrize(("name", "spared"), [("gpt_neo", False), ("falcon", True), ("deepseek_v2", True)])

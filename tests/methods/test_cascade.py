@@ -267,3 +267,11 @@ def test_ranks_of_hits_that_fell_out_stay_below_by_their_scores(lm):
     (ranking,) = build(Config(cascade="10:3", cheap="first_stage"), lm).rerank(ITEMS[:1])
     lowest = ranking.hits[2].score
     assert ranking.hits[3:] == tuple(Hit(f"p{i}", pytest.approx(lowest - i + 2)) for i in range(3, 10))
+
+
+def test_constant_scores_of_the_last_step_are_counted(lm):
+    passages = (Passage("a", "the sky"), Passage("b", "the sky"), Passage("c", "red lion"))
+    cascade = build(Config(cascade="3:2", cheap="first_stage"), lm)
+    (ranking,) = cascade.rerank([Candidates(Query("q", "who"), passages)])
+    assert ids(ranking)[2] == "c"
+    assert cascade.counts.constant_queries == 1

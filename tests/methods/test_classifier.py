@@ -11,10 +11,13 @@ from qpeft.adapters import lora
 from qpeft.adapters._folder import load_adapter, save_adapter
 from qpeft.errors import OptionError
 from qpeft.lm.read_out import Head
+from qpeft.loading import load_lm
 from qpeft.methods.classifier import Config, build, build_scorer
+from qpeft.model_config import ModelConfig
 from qpeft.template import load_template
 from tiny_adapters import PASSAGES, QUERIES
 from tiny_adapters import build as build_adapter
+from tiny_models import wordpiece_tokenizer
 
 PAIRS = [(query, passage) for query in QUERIES for passage in PASSAGES]
 WITH_A_CLASS = ["llama", "mistral", "qwen3", "gemma2", "gpt2", "gpt_neox", "mixtral"]
@@ -142,3 +145,11 @@ def test_options_that_cannot_be(make_lm, t5):
         build_adapter("soft_prompt", lm).add_head(lm)
     with pytest.raises(OptionError, match="--method classifier needs a trained head"):
         build(Config(), t5)
+
+
+def test_a_classifier_may_be_opened_with_a_passage_cache(make_lm, tmp_path):
+    """It keeps nothing there: rows go through it whole."""
+    classifier_of(make_lm("llama"), torch.randn(1, 32)).save_pretrained(tmp_path)
+    wordpiece_tokenizer().save_pretrained(tmp_path)
+    plain, cached = (load_lm(ModelConfig(str(tmp_path), dtype="float32", passage_cache=size)) for size in (None, 0.1))
+    assert build_scorer(Config(), cached).score(PAIRS) == pytest.approx(build_scorer(Config(), plain).score(PAIRS))

@@ -172,3 +172,12 @@ def test_in_bfloat16_only_near_scores_change_places(adapter, both_types):
     for pairs in of_query:
         for (a, b), (c, d) in itertools.permutations(pairs, 2):
             assert a < c + 0.02 or b > d, "passages whose scores are that far apart stay in order"
+
+
+def test_a_passage_of_which_nothing_is_predicted_has_no_prior(make_lm, tmp_path):
+    """Without BOS, its first token has nothing to be predicted from."""
+    lm = make_lm("llama")
+    lm.tokenizer.bos_token = None
+    (tmp_path / "bare.yaml").write_text('name: bare\nversion: 1\ncontext: "{passage}"\ntarget: " {query}"\n')
+    options = {"template": str(tmp_path / "bare.yaml")}
+    assert score(lm, Passage("p", "sky"), **options, document_prior=0.5) == score(lm, Passage("p", "sky"), **options)

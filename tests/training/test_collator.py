@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 
 from qpeft.training.config import TrainingConfig
+from qpeft.training.contexts import contexts_bytes
 from qpeft.training.dev import DevRanking
 from qpeft.training.groups import in_batch_negatives
 from qpeft.training.trainer import Collator, TrainingSet
 from qpeft.types import Candidates, Group, Passage, Query
 from tiny_adapters import build, with_store
-from tiny_training import ASKED, FAST, GROUPS, PASSAGES, batch_for, dev_for, scorer_for
+from tiny_training import ASKED, FAST, GROUPS, PASSAGES, batch_for, dev_for, prompt_for, scorer_for
 
 
 @pytest.fixture
@@ -30,6 +31,10 @@ def test_a_teachers_scores_stand_at_their_passages(lm):
     assert batch.mask.sum(1).tolist() == [6, 1]
 
 
+def by_seed(seed):
+    return TrainingSet(GROUPS, 5, seed=seed)
+
+
 def test_every_epoch_has_every_query_once_in_another_order():
     data = TrainingSet(GROUPS, 5, seed=3)
     orders = []
@@ -39,6 +44,7 @@ def test_every_epoch_has_every_query_once_in_another_order():
         orders.append([group.query.id for _, group in items])
         assert sorted(orders[-1]) == sorted(ASKED)
     assert len(set(map(tuple, orders))) > 2
+    assert len({tuple(data[place][1].query.id for place in range(4)) for data in map(by_seed, range(9))}) > 2
     again = TrainingSet(GROUPS, 5, seed=3)
     assert [again[13][1], again[2][1]] == [data[13][1], data[2][1]]
 
@@ -153,3 +159,26 @@ def test_dev_ranks_what_cannot_be_read_last(lm):
         hits = dev.rank(who)["sky"].hits
         assert [hit.passage_id for hit in hits][2:] == ["c", "a"]
     assert dev.measure(adapter) == {"RR@10": 0.25}
+
+
+def test_dev_counts_the_queries_that_are_ranked(lm):
+    """Judgements may be of more."""
+    adapter = build("soft_prompt", lm)
+    item = Candidates(GROUPS[0].query, (PASSAGES["sky"],))
+    dev = DevRanking(scorer_for(lm, adapter), [item], {"sky": {"sky": 1}, "sea": {"sea": 1}}, "RR@10")
+    assert dev.measure(adapter) == {"RR@10": 1.0}
+
+
+@pytest.mark.parametrize(("negatives", "epochs", "contexts"), [(1, 1, 2), (1, 3, 4), (2, 1, 3), (9, 9, 6), (0, 5, 1)])
+def test_what_contexts_take_is_told_beforehand(lm, negatives, epochs, contexts):
+    adapter = build("soft_prompt", lm)
+    config = TrainingConfig(negatives=negatives, epochs=epochs)
+    prompt, group = prompt_for(lm, adapter), GROUPS[0]
+    passages = (*group.positives, *group.negatives)
+    rows = [prompt.rows(group.query, passage)[0] for passage in passages]
+    lm.encode_all([row.context[: row.hint] for row in rows])
+    each = lm.store.bytes_kept / len(passages)
+    dev = [Candidates(group.query, passages)]  # which are known
+    assert contexts_bytes(lm, prompt, [group], config, dev) == pytest.approx(contexts * each, abs=1)
+    dev += [Candidates(group.query, (Passage("other", "the moon"), Passage("another", "a lion")))]
+    assert contexts_bytes(lm, prompt, [group], config, dev) == pytest.approx((contexts + 2) * each, abs=1)

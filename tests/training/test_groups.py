@@ -396,3 +396,10 @@ def test_a_real_collection(name):
         for passage in group.negatives:
             assert source.passages[passage.id] == passage
             assert not has_answer(passage.text, group.query.answers)
+
+
+def test_positives_are_drawn_by_query_and_seed_too():
+    positives = tuple(Passage(name, name) for name in ("one", "two", "three"))
+    queries = {draw(Group(Query(f"q{i}", "?"), positives), 0, 0, 1)[0] for i in range(20)}
+    seeds = {draw(Group(Query("q", "?"), positives), 0, 0, seed)[0] for seed in range(20)}
+    assert queries == seeds == set(positives)

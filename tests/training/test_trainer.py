@@ -22,7 +22,7 @@ from qpeft.training import contexts
 from qpeft.training.config import TrainingConfig
 from qpeft.training.dev import DevRanking
 from qpeft.training.keep_steps import KeepSteps
-from qpeft.training.trainer import Collator, Learner, TrainingSet, fit
+from qpeft.training.trainer import Collator, Learner, TrainingSet, _newest, fit
 from tiny_adapters import NAMES, alike, build, with_store
 from tiny_training import FAST, GROUPS, PASSAGES, batch_for, dev_for, scorer_for
 
@@ -652,3 +652,38 @@ def test_a_training_that_patience_ended_stays_ended(lm, tmp_path):
     assert finished.steps == fitted.steps == 3
     assert (finished.history, finished.dev) == (fitted.history, fitted.dev)
     assert_equal(state(again), state(adapter))
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [({"loss": "pair", "margin": 0.9}, {"margin": 0.9}), ({"loss": "softmax", "loss_scale": 3.0}, {"scale": 3.0})],
+)
+def test_a_loss_gets_its_options(options, given, lm):
+    adapter = build("soft_prompt", lm, trained=True)
+    batch, config = batch_for(lm, adapter, **options)
+    with torch.no_grad():
+        out = Learner(adapter, config, scorer_for(lm, adapter))(batch)
+    found = losses.LOSSES[config.loss](out["scores"], batch.mask, **given)
+    assert out["loss"].item() == pytest.approx(found.item(), abs=1e-6)
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in (2, 9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert _newest(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_a_step_of_several_batches_finds_its_contexts_encoded(make_lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(contexts, "AHEAD", 4)
+    lm, found = with_store(make_lm("llama")), []
+    forward = Learner.forward
+
+    def watched(self, batch):
+        found.extend(lm.store.has(lm.key(row.context[: row.hint])) for row in batch.rows)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Learner, "forward", watched)
+    adapter = build("soft_prompt", lm)
+    train(lm, adapter, tmp_path, epochs=1, batch_queries=1, negatives=1, gradient_accumulation=2)
+    assert found == [True] * 8
