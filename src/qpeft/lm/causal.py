@@ -339,7 +339,9 @@ class CausalLM(ContextEncoder):
             if adapter.reads_layer is not None:
                 assert encoded is not None
                 states = [encoded[i].states for i in own]
-            parts.append((own, written(adapter, self.pairs([rows[i] for i in own], adapter, states))))
+            some = [rows[i] for i in own]
+            lengths = [len(row.query) for row in some]
+            parts.append((own, written(adapter, self.pairs(some, adapter, states), lengths)))
         if not any(any(part.lengths) for _, part in parts):
             return None
         if len(parts) == 1 and len(parts[0][0]) == len(rows):

@@ -51,8 +51,8 @@ class Slots:
         return cls(torch.cat([piece for piece in pieces if piece is not None]), lengths)
 
 
-def written(adapter: Adapter, pairs: Pairs) -> Slots:
-    """Return what an adapter writes for pairs.
+def written(adapter: Adapter, pairs: Pairs, lengths: Sequence[int]) -> Slots:
+    """Return what an adapter writes for pairs whose queries have so many tokens.
 
     Raises:
         OptionError: shapes or types that `Hints` does not have; or more vectors than it said that it would write, so
@@ -65,7 +65,7 @@ def written(adapter: Adapter, pairs: Pairs) -> Slots:
     if hints.mask.dtype != torch.bool:
         raise OptionError(f"{type(adapter).__name__} wrote a mask of {hints.mask.dtype}; it is torch.bool")
     slots = Slots.of(hints)
-    for length, tokens in zip(slots.lengths, pairs.query_mask.sum(1).tolist(), strict=True):
+    for length, tokens in zip(slots.lengths, lengths, strict=True):
         if length > adapter.hint_length(tokens):
             most = f"hint_length({tokens}) says at most {adapter.hint_length(tokens)}"
             raise OptionError(f"{type(adapter).__name__} wrote {length} vectors, but its {most}")
