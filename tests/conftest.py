@@ -94,6 +94,15 @@ def saved_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def wide_model(tmp_path_factory):
+    """Return the folder of a tiny Llama whose layers are as wide as bitsandbytes' blocks of weights."""
+    folder = tmp_path_factory.mktemp("wide-llama")
+    build_family("llama", hidden_size=64, intermediate_size=64).save_pretrained(folder)
+    wordpiece_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tokenizers():
     """One tokenizer of each kind."""
     return {name: make() for name, make in TOKENIZERS.items()}

@@ -12,12 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_causal import rows_for
 from transformers import BertConfig, BertForSequenceClassification, BertLMHeadModel, LlamaForCausalLM
 
 from qpeft import Reranker
 from qpeft.cli import main
-from qpeft.errors import MissingDependencyError, ModelError, OptionError, QueryError
+from qpeft.errors import ModelError, OptionError, QueryError
 from qpeft.lm.encoder_decoder import EncoderDecoderLM
 from qpeft.loading import choose_dtype, load_lm
 from qpeft.methods import query_likelihood
@@ -219,32 +218,6 @@ def test_a_model_that_is_too_large_for_its_device(saved_model, monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, "to", no_room)
     with pytest.raises(ModelError, match="does not fit in the memory of cpu"):
         load_lm(ModelConfig(str(saved_model), device="cpu"))
-
-
-def test_quantisation_needs_bitsandbytes(saved_model):
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        with pytest.raises(MissingDependencyError, match=r"qpeft\[quantized\]"):
-            load_lm(ModelConfig(str(saved_model), quantization="4bit"))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_4_bits_are_multiplied_in_the_number_type_asked_for(dtype):
-    layers = pytest.importorskip("bitsandbytes").nn.Linear4bit
-    lm = load_lm(ModelConfig(quantization="4bit", dtype=dtype, device="cpu"))
-    kinds = {module.compute_dtype for module in lm.model.modules() if isinstance(module, layers)}
-    assert kinds == {getattr(torch, dtype)}
-
-
-def test_8_bits_are_no_reason_to_compute_everything_anew():
-    pytest.importorskip("bitsandbytes")
-    lm = load_lm(ModelConfig(quantization="8bit", dtype="float16", device="cpu", passage_cache=0.1))
-    assert lm.goes_on
-    assert lm.spares_last_layer
-    scores = [value.target.mean() for value in lm.log_probs(rows_for(lm))]
-    lm.store = None
-    torch.testing.assert_close([value.target.mean() for value in lm.log_probs(rows_for(lm))], scores, atol=0.2, rtol=0)
 
 
 def test_unknown_device(saved_model):

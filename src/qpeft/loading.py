@@ -20,12 +20,11 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BitsAndBytesConfig,
 )
 
 from qpeft import methods
 from qpeft.adapters._folder import base_identity
-from qpeft.errors import MissingDependencyError, ModelError, OptionError, nearest
+from qpeft.errors import ModelError, OptionError, nearest
 from qpeft.lm import cpu_attention
 from qpeft.lm.causal import CausalLM
 from qpeft.lm.compiled import Compiled
@@ -33,6 +32,7 @@ from qpeft.lm.context_store import ContextStore
 from qpeft.lm.encoder_decoder import EncoderDecoderLM
 from qpeft.lm.model_checks import check_causal, check_positions, choose_attention, classifies
 from qpeft.lm.pretrained import PretrainedLM, within_memory
+from qpeft.lm.quantized import keep_gradients, quantized_options
 from qpeft.lm.read_out import WEIGHT, Head, linear_head
 from qpeft.model_config import EMBEDDED, ModelConfig
 from qpeft.provenance import fingerprint
@@ -95,12 +95,14 @@ def _open(path: str, config: ModelConfig, options: dict[str, Any], dtype: torch.
         if settings.is_encoder_decoder:
             _check_encoder_decoder(config)
         tokenizer = _tokenizer(path, options)
+        quantized = quantized_options(config.quantization, dtype, device)
         opened: Any = _class(settings).from_pretrained(
-            path, dtype=dtype, output_loading_info=True, **_quantized(config, dtype, device), **options
+            path, dtype=dtype, output_loading_info=True, **quantized, **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(_explain(config, error)) from error
     model, info = opened
+    keep_gradients(model)
     _check_vocabulary(tokenizer, model, config.model)
     if info["missing_keys"]:
         raise ModelError(f"model {config.model!r} is no language model: {min(info['missing_keys'])} has no weights")
@@ -314,23 +316,6 @@ def _context_length(settings: Any, asked: int | None) -> int:
     elif rotations.get("rope_type") == "longrope":
         found.append(rotations["original_max_position_embeddings"])
     return min(found, default=512)
-
-
-def _quantized(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    if config.quantization == "none":
-        return {}
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError("bitsandbytes", "quantized") from error
-    settings: Any = BitsAndBytesConfig(
-        load_in_8bit=config.quantization == "8bit",
-        load_in_4bit=config.quantization == "4bit",
-        bnb_4bit_quant_type="nf4",  # of normally distributed weights; with double quantisation, QLoRA's (2305.14314)
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )  # type: ignore[no-untyped-call]
-    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def _explain(config: ModelConfig, error: Exception) -> str:

@@ -30,7 +30,7 @@ class ModelConfig(Checked):
     compile: Literal["auto", "yes", "no"] = "auto"
     """Compile norms, MLPs and rotations (torch.compile) when opened; auto: if doctor --tune found that quicker."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
-    """Load weights in 8 or 4 bits (needs bitsandbytes)."""
+    """Load weights in 8 bits (LLM.int8(), which multiplies in float16) or 4 (NF4); needs bitsandbytes."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
     batch_tokens: int | None = None

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -164,7 +165,6 @@ def test_losses(loss, method, arguments, tmp_path):
         ("classifier", ["--layers", "one"], ["--layers one", "'one' is no range"]),
         ("classifier", ["--layers", "1-0"], ["--layers 1-0"]),
         ("classifier", ["--alpha", "0"], ["--alpha is 0"]),
-        ("classifier", ["--quantization", "4bit"], ["bitsandbytes", "pip install 'qpeft[quantized]'"]),
     ],
 )
 def test_bad_options(arguments, tmp_path, capsys, method, more, words):
@@ -195,3 +195,29 @@ def test_a_prompt_can_be_trained_to_answer(arguments, tmp_path):
     del command[command.index("--r") : command.index("--r") + 2]
     assert main(command) == 0
     assert read_config(tmp_path / "mine")["method"] == "yes_no"
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+@pytest.mark.parametrize(("method", "adapter"), [("classifier", "lora"), ("query_likelihood", "qpeft_a")])
+def test_training_on_a_quantised_model(
+    method, adapter, quantization, arguments, rerank_arguments, wide_model, tmp_path
+):
+    """LoRA there is QLoRA (2305.14314); a prompt adapter reads the token table, which is not quantised."""
+    output, run, plain = tmp_path / "mine", tmp_path / "mine.trec", tmp_path / "plain.trec"
+    command = arguments(output, "--model", str(wide_model), "--quantization", quantization, method=method)
+    if adapter != "lora":
+        command[command.index("lora")] = adapter
+        command[command.index("--r") : command.index("--r") + 2] = ["--num-heads", "2"]
+    assert main(command) == 0
+    facts = json.loads((output / "provenance.json").read_text())
+    assert all(math.isfinite(row["dev"]) for row in facts["history"] if "dev" in row)
+
+    model = ("--model", str(wide_model), "--adapter", str(output))
+    assert main(rerank_arguments(run, *model, "--quantization", quantization)) == 0
+    assert main(rerank_arguments(plain, *model)) == 0
+    near, exact = (
+        {(query, hit.passage_id): hit.score for query, ranking in read_run(path).items() for hit in ranking.hits}
+        for path in (run, plain)
+    )
+    assert near == pytest.approx(exact, abs=0.5)
+    assert near != exact
