@@ -65,9 +65,8 @@ class Training:
     def __init__(self, lm: CausalLM, adapter: str, rows: list[Row], batch: int, store: int) -> None:
         self.lm, self.rows, self._batch = lm, rows, batch
         self._stores = {PLAIN: None, ENCODED: ContextStore(0), KEPT: ContextStore(store)}
-        module = adapters.load(adapter)
         torch.manual_seed(0)
-        self.adapter = module.build(module.Config(), lm)
+        self.adapter = adapters.build(adapter, adapters.load(adapter).Config(), lm)
         self.adapter.train()
         self._optimiser = torch.optim.AdamW(self.adapter.parameters(), lr=1e-3)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from qpeft.methods.query_likelihood import Config, QueryLikelihood
 from qpeft.template import Prompt, load_template
 from qpeft.training.config import TrainingConfig
 from qpeft.training.dev import DevRanking
-from qpeft.training.trainer import Collator
+from qpeft.training.trainer import Collator, Learner
 from qpeft.types import Candidates, Group, Passage, Query
 
 TEXTS = {
@@ -43,3 +45,13 @@ def dev_for(scorer, measure="RR@10"):
 def batch_for(lm, adapter, **options):
     config = TrainingConfig(**(FAST | options))
     return Collator(scorer_for(lm, adapter), config, 0)([(0, group) for group in GROUPS])["batch"], config
+
+
+def step(lm, adapter, **options):
+    """Return loss, scores and gradient of a training step over all groups, on the CPU."""
+    adapter.zero_grad()
+    batch, config = batch_for(lm, adapter, **options)
+    out = Learner(adapter, config, scorer_for(lm, adapter))(batch)
+    out["loss"].backward()
+    gradient = torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
+    return out["loss"].detach().cpu(), out["scores"].detach().cpu(), gradient.cpu()

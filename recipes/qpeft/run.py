@@ -53,7 +53,7 @@ def run_cell(bench: Bench, cell: Cell) -> dict[str, Any]:
     lm = bench.lm(cell.model)
     module = adapters.load(cell.adapter)
     torch.manual_seed(cell.seed)
-    adapter = module.build(module.Config(**cell.options), lm)
+    adapter = adapters.build(cell.adapter, module.Config(**cell.options), lm)
     template = template_of(cell)
     scorer = scorer_of(lm, template, adapter)
     training = TrainingConfig(**cell.training)

@@ -57,8 +57,7 @@ def dev_alone(bench: Bench) -> dict[str, Any]:
         scorer = scorer_of(lm, load_template(template))
         found[told] = DevRanking(scorer, items, qrels, measure).measure(None)[measure]
     for name in ("qpeft_a", "qpeft_r"):
-        module = adapters.load(name)
-        adapter = module.build(module.Config(), lm)
+        adapter = adapters.build(name, adapters.load(name).Config(), lm)
         scorer = scorer_of(lm, load_template("plain"), adapter)
         found[f"untrained {name}"] = DevRanking(scorer, items, qrels, measure).measure(adapter)[measure]
     return found

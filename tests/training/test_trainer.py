@@ -24,7 +24,7 @@ from qpeft.training.dev import DevRanking
 from qpeft.training.keep_steps import KeepSteps
 from qpeft.training.trainer import Collator, Learner, TrainingSet, _newest, fit
 from tiny_adapters import NAMES, alike, build, with_store
-from tiny_training import FAST, GROUPS, PASSAGES, batch_for, dev_for, scorer_for
+from tiny_training import FAST, GROUPS, PASSAGES, batch_for, dev_for, scorer_for, step
 
 
 def train(lm, adapter, folder, *, dev=False, teacher=None, callbacks=(), resume=False, baselines=False, **options):
@@ -72,13 +72,8 @@ def test_gradients_over_encoded_contexts_equal_plain_ones(name, family, kernel, 
     found = []
     for lm in (plain, with_store(plain), with_store(plain, 0)):
         lm.model.set_attn_implementation(kernel)
-        batch, config = batch_for(lm, adapter, anchor=0.1)
-        for _ in range(2):  # the second time, contexts come from the store
-            adapter.zero_grad()
-            out = Learner(adapter, config, scorer_for(lm, adapter))(batch)
-            out["loss"].backward()
-        gradients = torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None])
-        found.append((out["loss"].detach(), out["scores"], gradients))
+        step(lm, adapter, anchor=0.1)
+        found.append(step(lm, adapter, anchor=0.1))  # now contexts come from the store
     assert found[0][2].abs().max() > 1e-4
     for whole, kept, encoded in zip(*found, strict=True):
         torch.testing.assert_close(kept, whole, atol=1e-5, rtol=1e-4)
@@ -90,12 +85,7 @@ def test_gradients_do_not_vanish_in_float16(name, make_lm):
     exact = make_lm("llama")
     half = alike(exact, model=copy.deepcopy(exact.model).half())
     adapter = build(name, exact, trained=True)
-    gradients = []
-    for lm in (exact, half):
-        batch, config = batch_for(lm, adapter)
-        adapter.zero_grad()
-        Learner(adapter, config, scorer_for(lm, adapter))(batch)["loss"].backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in adapter.parameters() if p.grad is not None]))
+    gradients = [step(lm, adapter)[2] for lm in (exact, half)]
     assert (gradients[1] - gradients[0]).norm() < 0.02 * gradients[0].norm()
     assert not (gradients[0].abs() > 1e-6)[gradients[1] == 0].any()
 
@@ -668,9 +658,9 @@ def test_a_loss_gets_its_options(options, given, lm):
 
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
-    for step in (2, 9, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    for number in (2, 9, 10):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        (tmp_path / f"checkpoint-{number}" / "trainer_state.json").write_text("{}")
     assert _newest(tmp_path) == str(tmp_path / "checkpoint-10")
 
 

@@ -211,9 +211,9 @@ def _hint(name: str, lm: CausalLM) -> Adapter | None:
     if not name:
         return None
     module = adapters.load(name)
-    if module.__name__ == lora.__name__:
+    if module is lora:
         raise OptionError("--hint lora: the hint is a prompt adapter")
-    hint: Adapter = module.build(module.Config(), lm)
+    hint = adapters.build(name, module.Config(), lm)
     if hint.reads_layer is not None or hint.changes_lm:
         raise OptionError(f"--hint {name}: it reads the model's own states of the passage, which LoRA changes")
     return hint
