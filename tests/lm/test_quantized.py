@@ -37,6 +37,12 @@ def test_8_bits_are_no_reason_to_compute_everything_anew():
     torch.testing.assert_close([value.target.mean() for value in lm.log_probs(rows_for(lm))], scores, atol=0.2, rtol=0)
 
 
+def test_what_bitsandbytes_says_of_every_product_is_not_passed_on(caplog):
+    lm = load_lm(ModelConfig(quantization="8bit", dtype="float32", device="cpu"))
+    lm.log_probs(rows_for(lm)[:1])
+    assert not [record for record in caplog.records if record.name.startswith("bitsandbytes")]
+
+
 def in_full(layer):
     """Return a plain layer with the weights that a quantised one stands for."""
     if isinstance(layer, bitsandbytes.nn.Linear4bit):

@@ -23,6 +23,8 @@ def quantized_options(quantization: str, dtype: torch.dtype, device: torch.devic
     """
     if quantization == "none":
         return {}
+    for module in ("autograd._functions", "backends.cpu.ops"):
+        logging.getLogger(f"bitsandbytes.{module}").addFilter(_worth_saying)
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -34,13 +36,17 @@ def quantized_options(quantization: str, dtype: torch.dtype, device: torch.devic
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )  # type: ignore[no-untyped-call]
-    # Otherwise every product in 8 bits says that its input is cast to float16: a line per layer and batch.
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_no_cast)
     return {"quantization_config": settings, "device_map": {"": device}}
 
 
-def _no_cast(record: logging.LogRecord) -> bool:
-    return "inputs will be cast" not in record.getMessage()
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Tell whether a message is one of others than these.
+
+    Every product in 8 bits says that its input is cast, a line per layer and batch; and importing asks for a package of
+    kernels for the weights that `keep_gradients` does not let it pack.
+    """
+    said = record.getMessage()
+    return "inputs will be cast" not in said and "gemm_4bit_forward" not in said
 
 
 def keep_gradients(model: nn.Module) -> None:
