@@ -367,7 +367,7 @@ def _build(config: Config, template: Template, adapter_config: Any, own: Any, lm
     from qpeft.adapters._folder import AdapterFolder
 
     torch.manual_seed(config.seed)
-    total = sum(p.numel() for p in lm.model.parameters())
+    total = lm.model.num_parameters()
     adapter = adapters.build(config.adapter, adapter_config, lm)
     if getattr(methods.load(config.method), "HEAD", False):
         adapter.add_head(lm)
