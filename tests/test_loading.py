@@ -220,6 +220,11 @@ def test_a_model_that_is_too_large_for_its_device(saved_model, monkeypatch):
         load_lm(ModelConfig(str(saved_model), device="cpu"))
 
 
+def test_attention_that_crashes_on_cpus(saved_model):
+    with pytest.raises(OptionError, match="flex_attention is for GPUs"):
+        load_lm(ModelConfig(str(saved_model), attention_kernel="flex_attention", device="cpu"))
+
+
 def test_unknown_device(saved_model):
     with pytest.raises(OptionError, match="--device"):
         load_lm(ModelConfig(str(saved_model), device="gpu7"))

@@ -26,7 +26,8 @@ class ModelConfig(Checked):
     device: str = "auto"
     """auto (cuda, then mps, then cpu), or a torch device such as cuda:1."""
     attention_kernel: str = "auto"
-    """auto (on CPUs our own), or a name that transformers knows: eager, sdpa, flash_attention_2, flex_attention."""
+    """auto (on CPUs our own), or a name that transformers knows: eager, sdpa; on GPUs flash_attention_2,
+    flex_attention."""
     compile: Literal["auto", "yes", "no"] = "auto"
     """Compile norms, MLPs and rotations (torch.compile) when opened; auto: if doctor --tune found that quicker."""
     quantization: Literal["none", "8bit", "4bit"] = "none"

@@ -15,8 +15,11 @@ def choose_attention(model: Any, name: str, device: torch.device) -> None:
     """Set how attention is computed.
 
     Raises:
-        OptionError: the model has no such attention.
+        OptionError: the model has no such attention; or flex_attention on a CPU, for which PyTorch 2.13 compiles what
+            ends in a segmentation fault.
     """
+    if name == "flex_attention" and device.type == "cpu":
+        raise OptionError(f"--attention-kernel {name} is for GPUs; on CPUs take auto, sdpa or eager")
     if name == "auto" and device.type != "cpu":
         return
     before = model.config._attn_implementation
