@@ -23,7 +23,7 @@ LAYERS = [
     {"evaluation", "tuning"},
     {"lm.agreement", "lm.cpu_attention", "lm.hints", "lm.context_store", "lm.depth", "lm.read_out", "lm.side_by_side"},
     {"lm.compiled", "lm.layout", "lm.flops", "lm.last_layer", "lm.past", "lm.per_layer", "lm.replay", "lm.waiting"},
-    {"lm.model_checks", "lm.pretrained"},
+    {"lm.model_checks", "lm.pretrained", "lm.quantized"},
     {"lm.encoding"},
     {"lm.causal", "lm.encoder_decoder"},
     {"adapters"},
