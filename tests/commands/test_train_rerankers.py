@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -195,6 +196,12 @@ def test_a_prompt_can_be_trained_to_answer(arguments, tmp_path):
     del command[command.index("--r") : command.index("--r") + 2]
     assert main(command) == 0
     assert read_config(tmp_path / "mine")["method"] == "yes_no"
+
+
+def test_quantisation_without_bitsandbytes(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    command = arguments(tmp_path / "mine", "--quantization", "4bit")
+    fails(command, capsys, tmp_path, "bitsandbytes", "pip install 'qpeft[quantized]'")
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])

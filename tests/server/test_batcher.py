@@ -46,6 +46,14 @@ async def in_thread(function):
     return await asyncio.get_running_loop().run_in_executor(None, function)
 
 
+async def held(lm, batcher, scorer, asked):
+    """Return the task of a request whose first batch the model has begun, and does not end before it is opened."""
+    lm.close()
+    task = asyncio.create_task(batcher.score(scorer, asked))
+    await in_thread(lm.wait_for_batch)
+    return task
+
+
 async def queued(batcher, count):
     while batcher.queued != count:
         await asyncio.sleep(0)
@@ -120,9 +128,7 @@ def test_a_cancelled_request_leaves_the_queue(lm):
 
     async def run():
         async with batching() as batcher:
-            lm.close()
-            first = asyncio.create_task(batcher.score(scorer, pairs(8, "sea")))
-            await in_thread(lm.wait_for_batch)
+            first = await held(lm, batcher, scorer, pairs(8, "sea"))
             gone = asyncio.create_task(batcher.score(scorer, pairs(12, "king")))
             half = asyncio.create_task(batcher.score(scorer, pairs(1, "moon")))
             await queued(batcher, 13)
@@ -158,9 +164,7 @@ def test_a_request_cancelled_in_its_midst_is_scored_no_further(lm):
 
     async def run():
         async with batching() as batcher:
-            lm.close()
-            gone = asyncio.create_task(batcher.score(scorer, pairs(40, "king")))
-            await in_thread(lm.wait_for_batch)
+            gone = await held(lm, batcher, scorer, pairs(40, "king"))
             gone.cancel()
             await queued(batcher, 0)
             lm.open()
@@ -175,9 +179,7 @@ def test_a_full_queue_refuses_with_a_time(lm):
 
     async def run():
         async with batching(queue_pairs=10) as batcher:
-            lm.close()
-            first = asyncio.create_task(batcher.score(scorer, pairs(8)))
-            await in_thread(lm.wait_for_batch)
+            first = await held(lm, batcher, scorer, pairs(8))
             large = asyncio.create_task(batcher.score(scorer, pairs(30)))  # an empty queue takes any
             await queued(batcher, 30)
             with pytest.raises(OverloadedError) as refused:
@@ -256,9 +258,7 @@ def test_calls_and_batches_take_turns(lm):
 
     async def run():
         async with batching() as batcher:
-            lm.close()
-            scoring = asyncio.create_task(batcher.score(scorer, pairs(24)))
-            await in_thread(lm.wait_for_batch)
+            scoring = await held(lm, batcher, scorer, pairs(24))
             calls = [asyncio.create_task(batcher.run(lambda: order.append(len(lm.batches)))) for _ in range(2)]
             await asyncio.sleep(0)
             lm.open()
@@ -273,9 +273,7 @@ def test_what_waits_at_the_end_is_cancelled(lm):
 
     async def run():
         async with batching() as batcher:
-            lm.close()
-            asked = asyncio.create_task(batcher.score(scorer, pairs(20)))
-            await in_thread(lm.wait_for_batch)
+            asked = await held(lm, batcher, scorer, pairs(20))
             closing = asyncio.create_task(batcher.close())
             await asyncio.sleep(0)
             lm.open()
@@ -331,9 +329,7 @@ def test_few_calls_wait_but_those_that_must_not_be_lost(lm):
 
     async def run():
         async with batching() as batcher:
-            lm.close()
-            scoring = asyncio.create_task(batcher.score(scorer, pairs(8)))
-            await in_thread(lm.wait_for_batch)
+            scoring = await held(lm, batcher, scorer, pairs(8))
             calls = [asyncio.create_task(batcher.run(lambda: None)) for _ in range(MAX_CALLS)]
             await asyncio.sleep(0)
             with pytest.raises(OverloadedError):
