@@ -84,22 +84,23 @@ def t5():
     return EncoderDecoderLM(model, wordpiece_tokenizer(), name="tiny-t5", max_length=128, batch_tokens=4096)
 
 
+def saved_llama(folder, **options):
+    """Write a tiny Llama with a WordPiece tokenizer, and return its folder."""
+    build_family("llama", **options).save_pretrained(folder)
+    wordpiece_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def saved_model(tmp_path_factory):
     """Return the folder of a tiny Llama with a WordPiece tokenizer."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    build_family("llama").save_pretrained(folder)
-    wordpiece_tokenizer().save_pretrained(folder)
-    return folder
+    return saved_llama(tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.fixture(scope="session")
 def wide_model(tmp_path_factory):
     """Return the folder of a tiny Llama whose layers are as wide as bitsandbytes' blocks of weights."""
-    folder = tmp_path_factory.mktemp("wide-llama")
-    build_family("llama", hidden_size=64, intermediate_size=64).save_pretrained(folder)
-    wordpiece_tokenizer().save_pretrained(folder)
-    return folder
+    return saved_llama(tmp_path_factory.mktemp("wide-llama"), hidden_size=64, intermediate_size=64)
 
 
 @pytest.fixture(scope="session")
